@@ -1,0 +1,10 @@
+"""Efficient-attention vision backbones as timm models, on one layer of fused 2-D attention ops.
+
+Importing the package registers every model with timm; `timm.create_model("nat_mini")` then works as for timm's own.
+"""
+
+from . import backbones
+from ._version import __version__
+from .backbones import list_models
+
+__all__ = ["__version__", "backbones", "list_models"]
