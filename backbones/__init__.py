@@ -1,5 +1,13 @@
 """The families. Importing this package registers all of their models with timm."""
 
+import timm
 
-def list_models() -> list[str]:
-    return []
+from . import dinat, nat, nat_isotropic
+
+FAMILIES = (nat, dinat, nat_isotropic)
+
+
+def list_models(pattern: str | list[str] = "") -> list[str]:
+    """Return the names of our models, those that match the wildcard(s) `pattern` if given."""
+    ours = {name for family in FAMILIES for name in family.__all__}
+    return [name for name in timm.list_models(pattern) if name in ours]

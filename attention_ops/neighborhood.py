@@ -1,0 +1,246 @@
+"""Neighborhood attention in two dimensions, with dilation, causal axes and a relative position bias.
+
+Papers     Hassani et al. 2023, arXiv:2204.07143 (NAT); Hassani and Shi 2022, arXiv:2209.15001 (DiNAT, dilation).
+Semantics  those of the authors' library while it had a bias (up to 0.17): the window is clamped at the borders, so
+           every query sees exactly kernel x kernel keys, and the bias is indexed by the difference of ranks inside a
+           dilation group. Causal axes (NATTEN, arXiv:2403.04690) take the clamped window and drop the keys behind
+           the query.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checks import check_at_least, check_qkv, pair
+from ._choice import Impl, choose
+from .neighborhood_tiled import neighborhood_attention_tiled
+from .tiled_attention import accumulator
+
+OP = "neighborhood_attention"
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    *,
+    rpb: Tensor | None = None,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> Tensor:
+    """Attend from every token to the kernel_size x kernel_size neighborhood around it.
+
+    On one axis, tokens with the same remainder modulo `dilation` form a group; a query of rank p in a group of L tokens
+    sees ranks [s, s + kernel) with s = clamp(p - kernel // 2, 0, L - kernel).
+
+    Cost: H * W * kernel_rows * kernel_cols * head_dim multiply-adds per head, twice. The tiled body computes 2.5 to 3.5
+    times as many in exchange for dense products, and keeps no logits for the backward pass.
+
+    Args:
+        q, k, v: (B, H, W, heads, head_dim), one shape, dtype and device; strided views are fine.
+        kernel_size: neighborhood in tokens, an int or (rows, columns); odd or even, at least 1.
+        dilation: step between neighbors in tokens, an int or (rows, columns), at least 1.
+        rpb: (heads, 2 * kernel_rows - 1, 2 * kernel_cols - 1), added to the scaled logits; cell [key rank - query rank
+            + kernel - 1] on each axis.
+        is_causal: a bool or (rows, columns); on a causal axis, keys behind the query are not seen.
+        scale: multiplies q . k; head_dim ** -0.5 when None.
+        impl: "auto", "fused", "tiled" or "reference".
+
+    Returns:
+        (B, H, W, heads, head_dim), dtype of q (under autocast: the autocast dtype).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, a size is below 1, or a side of the map is shorter than
+            kernel_size * dilation.
+        NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
+    """
+    return torch.ops.foveate.neighborhood_attention(
+        q,
+        k,
+        v,
+        rpb,
+        pair(OP, "kernel_size", kernel_size),
+        pair(OP, "dilation", dilation),
+        pair(OP, "is_causal", is_causal),
+        scale,
+        Impl(impl).value if isinstance(impl, Impl) else impl,
+    )
+
+
+torch.library.define(
+    "foveate::neighborhood_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? rpb, int[2] kernel_size, int[2] dilation=[1, 1], "
+    "bool[2] is_causal=[False, False], float? scale=None, str impl='auto') -> Tensor",
+)
+
+
+# CompositeImplicitAutograd: tracers see through to torch ops on a CPU, so backward, export and ONNX need nothing more.
+@torch.library.impl("foveate::neighborhood_attention", "CompositeImplicitAutograd")
+def _neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    kernel_size: list[int],
+    dilation: list[int] = (1, 1),
+    is_causal: list[bool] = (False, False),
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    _check(q, k, v, rpb, kernel_size, dilation)
+    run = choose(OP, impl, why_not_fused(q))
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    body = neighborhood_attention_reference if run is Impl.REFERENCE else neighborhood_attention_tiled
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return body(q, k, v, tuple(kernel_size), tuple(dilation), rpb=rpb, is_causal=tuple(is_causal), scale=scale)
+
+
+def why_not_fused(q: Tensor) -> str | None:
+    """Return the reason why no fused kernel can run on these tensors, or None."""
+    return "neighborhood attention has no Triton kernel in this version"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: list[int], dilation: list[int]) -> None:
+    check_qkv(OP, q, k, v)
+    check_at_least(OP, "kernel_size", kernel_size, 1)
+    check_at_least(OP, "dilation", dilation, 1)
+    least = [size * step for size, step in zip(kernel_size, dilation, strict=True)]
+    if q.shape[1] < least[0] or q.shape[2] < least[1]:
+        raise ValueError(
+            f"{OP}: the map must be at least kernel_size * dilation = {tuple(least)} tokens, got {tuple(q.shape[1:3])}"
+        )
+    if rpb is not None:
+        table = (q.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
+        if tuple(rpb.shape) != table:
+            raise ValueError(f"{OP}: rpb must be (heads, 2 * kernel_size - 1) = {table}, got {tuple(rpb.shape)}")
+        if rpb.device != q.device:
+            raise ValueError(f"{OP}: rpb must be on the device of q {q.device}, got {rpb.device}")
+
+
+def axis_window(length: int, kernel: int, dilation: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Say what every position of one axis sees.
+
+    Returns:
+        keys: (length, kernel) positions of the keys, ascending.
+        bias: (length, kernel) cells of the relative position table, 0 ... 2 * kernel - 2.
+        seen: (length, kernel) bool, False behind the query of a causal axis.
+    """
+    position = torch.arange(length)
+    group, rank = position % dilation, position // dilation
+    group_length = (length - group + dilation - 1) // dilation
+    start = (rank - kernel // 2).clamp(min=0).minimum(group_length - kernel)
+    ranks = start[:, None] + torch.arange(kernel)
+    bias = ranks - rank[:, None] + kernel - 1
+    return (
+        ranks * dilation + group[:, None],
+        bias,
+        (bias < kernel) if causal else torch.ones_like(bias, dtype=torch.bool),
+    )
+
+
+def neighborhood_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int] = (1, 1),
+    *,
+    rpb: Tensor | None = None,
+    is_causal: tuple[bool, bool] = (False, False),
+    scale: float,
+) -> Tensor:
+    """The definition: gather every query's own keys, kernel_size ** 2 copies of k and v. float32 inside at least."""
+    wide = accumulator(q.dtype)
+    axes = zip(q.shape[1:3], kernel_size, dilation, is_causal, strict=True)
+    (row, row_bias, row_seen), (col, col_bias, col_seen) = (
+        tuple(t.to(q.device) for t in axis_window(*axis)) for axis in axes
+    )
+    near = (row[:, None, :, None], col[None, :, None, :])  # index (H, W, kh, kw)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = torch.einsum("bhwnd,bhwijnd->bnhwij", q.to(wide) * scale, k.to(wide)[:, near[0], near[1]])
+        if rpb is not None:
+            logits = logits + rpb.to(wide)[:, row_bias[:, None, :, None], col_bias[None, :, None, :]]
+        seen = row_seen[:, None, :, None] & col_seen[None, :, None, :]
+        probs = logits.masked_fill(~seen, -torch.inf).flatten(-2).softmax(-1).view_as(logits)
+        return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v.to(wide)[:, near[0], near[1]]).to(q.dtype)
+
+
+class NeighborhoodAttention2d(nn.Module):
+    """Multi-head neighborhood attention with its projections, on channels-last maps (figure 2 of arXiv:2204.07143).
+
+    A map shorter than kernel_size * dilation on a side is padded there, right or bottom, with zeros BEFORE the qkv
+    projection: padded tokens carry the qkv bias and are attended like any other, as in the authors' library; the
+    output is cropped before the output projection.
+
+    Args:
+        dim: channels; heads must divide it.
+        heads: number of heads.
+        kernel_size, dilation, is_causal: as in `neighborhood_attention`.
+        rel_pos_bias: learn a (heads, 2 * kernel_rows - 1, 2 * kernel_cols - 1) table `rpb`.
+        qkv_bias: give the qkv projection a bias.
+        scale: multiplies the logits; (dim // heads) ** -0.5 when None.
+        proj_drop: dropout after the output projection.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kernel_size: int | Sequence[int] = 7,
+        dilation: int | Sequence[int] = 1,
+        *,
+        is_causal: bool | Sequence[bool] = False,
+        rel_pos_bias: bool = True,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"NeighborhoodAttention2d: heads must divide dim {dim}, got {heads}")
+        dd = {"device": device, "dtype": dtype}
+        self.heads = heads
+        self.kernel_size = pair("NeighborhoodAttention2d", "kernel_size", kernel_size)
+        self.dilation = pair("NeighborhoodAttention2d", "dilation", dilation)
+        self.is_causal = pair("NeighborhoodAttention2d", "is_causal", is_causal)
+        check_at_least("NeighborhoodAttention2d", "kernel_size", self.kernel_size, 1)
+        check_at_least("NeighborhoodAttention2d", "dilation", self.dilation, 1)
+        self.scale = (dim // heads) ** -0.5 if scale is None else scale
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        rows, cols = self.kernel_size
+        self.rpb = nn.Parameter(torch.empty(heads, 2 * rows - 1, 2 * cols - 1, **dd)) if rel_pos_bias else None
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in (self.qkv, self.proj):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.rpb is not None:
+            nn.init.trunc_normal_(self.rpb, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        height, width = x.shape[1], x.shape[2]
+        pad_h = max(self.kernel_size[0] * self.dilation[0] - height, 0)
+        pad_w = max(self.kernel_size[1] * self.dilation[1] - width, 0)
+        if pad_h > 0 or pad_w > 0:
+            x = F.pad(x, [0, 0, 0, pad_w, 0, pad_h])
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
+        out = torch.ops.foveate.neighborhood_attention(
+            q, k, v, self.rpb, self.kernel_size, self.dilation, self.is_causal, self.scale, "auto"
+        )
+        return self.proj_drop(self.proj(out.flatten(3)[:, :height, :width]))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"

@@ -1,0 +1,121 @@
+"""From a variant's config and keyword overrides to a timm model; from an official checkpoint to its weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+from torch import Tensor, nn
+
+StateDict = dict[str, Tensor]
+
+
+def cfg(url: str = "", **kwargs) -> dict[str, Any]:
+    """A timm pretrained_cfg with the defaults that our families share."""
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head.fc",
+        **kwargs,
+    }
+
+
+def frozen(value: Any) -> Any:
+    """Lists (from JSON or a config file) as tuples, all the way down."""
+    return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def build(
+    cls: type[nn.Module],
+    config: Any,
+    variant: str,
+    pretrained: bool,
+    filter_fn: Callable[[Mapping[str, Any], nn.Module], StateDict],
+    out_indices: int | tuple[int, ...] | None = None,
+    **kwargs,
+) -> nn.Module:
+    """Build one variant through timm, with `features_only` giving NCHW maps.
+
+    Args:
+        config: the variant's frozen config; keyword arguments that name its fields replace them.
+        filter_fn: turns a checkpoint's keys into ours.
+        out_indices: stages of `features_only`; all of them when None.
+        kwargs: what the model's constructor and timm know; anything else is a TypeError there.
+    """
+    names = {f.name for f in fields(config)}
+    changed = {name: frozen(kwargs.pop(name)) for name in names & kwargs.keys()}
+    config = replace(config, **changed)
+    if out_indices is None:
+        out_indices = tuple(range(len(config.depths)))
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        config=config,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")  # where training scripts put the weights
+PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put in front of a key
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
+    """Return the bare state dict of a checkpoint file."""
+    for wrapper in WRAPPERS:
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+            break
+    bare = {}
+    for key, value in checkpoint.items():
+        while key.startswith(PREFIXES):
+            key = key[key.index(".") + 1 :]
+        bare[key] = value
+    return bare
+
+
+def check_fits(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Return `state_dict` if it is this model's, less a classifier that the model does not have.
+
+    timm loads without strictness as soon as the number of classes differs; another model's weights must not pass.
+
+    Raises:
+        ValueError: keys are missing or unknown, or shapes differ (other than a classifier or input channels that timm
+            adapts).
+    """
+    pretrained_cfg = getattr(model, "pretrained_cfg", None)
+    classifier = (pretrained_cfg or {}).get("classifier", "head.fc")
+    if model.num_classes == 0:
+        state_dict = {k: v for k, v in state_dict.items() if not k.startswith(f"{classifier}.")}
+    adapted = (pretrained_cfg or {}).get("first_conv", "") or "-"
+    other_classes = pretrained_cfg is not None and model.num_classes != pretrained_cfg.get("num_classes")
+    free = {k for k in (*state_dict, *model.state_dict()) if other_classes and k.startswith(f"{classifier}.")}
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in free}
+    have = {k: tuple(v.shape) for k, v in state_dict.items() if k not in free}
+    wrong = [f"misses {k}" for k in want.keys() - have.keys() if not k.endswith("num_batches_tracked")]
+    wrong += [f"has an unknown {k}" for k in have.keys() - want.keys()]
+    for key in want.keys() & have.keys():
+        shape = want[key][:1] + have[key][1:2] + want[key][2:] if key == f"{adapted}.weight" else want[key]
+        if have[key] != shape:
+            wrong.append(f"has {key} {have[key]}, not {want[key]}")
+    if wrong:
+        some = "; ".join(sorted(wrong)[:3])
+        raise ValueError(f"{type(model).__name__}: not a checkpoint of this model: it {some} ({len(wrong)} in all)")
+    return state_dict
+
+
+def resize_rpb(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """(heads, rows, columns) -> (heads, *size), bicubic: how the authors made 11x11 kernels from 7x7 ones."""
+    if tuple(table.shape[-2:]) == tuple(size):
+        return table
+    return F.interpolate(table[None].float(), size=size, mode="bicubic", align_corners=False)[0].to(table.dtype)

@@ -1,0 +1,150 @@
+"""What timm asks of a backbone, once for every family: a stem, stages that each give a map, a norm, a classifier."""
+
+import torch
+from timm.layers import ClassifierHead, get_device_dtype
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+
+class StagedBackbone(nn.Module):
+    """Base of the families. A subclass builds `stem`, `stages`, `norm`, then calls `finish`.
+
+    Every stage maps a map to a map in the family's layout (`output_fmt`), does its own down-sampling first, and owns
+    `grad_checkpointing`. `norm` acts on the last map only.
+    """
+
+    output_fmt = "NCHW"
+
+    stem: nn.Module
+    stages: nn.ModuleList
+    norm: nn.Module
+    head: ClassifierHead
+
+    def finish(
+        self,
+        dims: tuple[int, ...],
+        reductions: list[int],
+        *,
+        num_classes: int,
+        in_chans: int,
+        global_pool: str,
+        drop_rate: float,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """Set the classifier and the attributes that timm reads.
+
+        Args:
+            dims: channels of each stage's map.
+            reductions: image pixels per token of each stage's map.
+        """
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.grad_checkpointing = False
+        self.feature_info = [
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
+        ]
+        self.head = ClassifierHead(
+            dims[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, device=device, dtype=dtype
+        )
+        self.head_hidden_size = self.head.num_features
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last map after the norm, unpooled."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    # timm's contract
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the last map and the maps of the chosen stages, as (B, C, H, W).
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: the last n stages if an int, those stages if a list, all if None.
+            norm: apply the final norm to the last stage's map too.
+            stop_early: run no stage past the last one asked for.
+            output_fmt: "NCHW".
+            intermediates_only: leave the last map out of the answer.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        stages = self.stages[: max_index + 1] if stop_early else self.stages
+        x = self.stem(x)
+        maps = []
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take:
+                y = self.norm(x) if norm and i == last else x
+                maps.append(y.permute(0, 3, 1, 2) if self.output_fmt == "NHWC" else y)
+        if intermediates_only:
+            return maps
+        return (self.norm(x) if len(stages) == len(self.stages) else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen stages do not need; return their indices."""
+        take, max_index = feature_take_indices(len(self.stages), indices)
+        cut = max_index < len(self.stages) - 1
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        self.stages = self.stages[: max_index + 1]
+        if cut:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return take
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        self.num_classes = num_classes
+        self.head.reset(
+            num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
+        )
+        self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of blocks for the backward pass, and compute the rest again."""
+        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Say which parameters belong to one layer, for layer-wise learning rates."""
+        fine = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99998,)),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()
