@@ -2,9 +2,9 @@
 
 import timm
 
-from . import dinat, nat, nat_isotropic
+from . import dinat, nat, nat_isotropic, van
 
-FAMILIES = (nat, dinat, nat_isotropic)
+FAMILIES = (nat, dinat, nat_isotropic, van)
 
 
 def list_models(pattern: str | list[str] = "") -> list[str]:

@@ -2,8 +2,26 @@
 
 import torch
 from timm.layers import ClassifierHead, get_device_dtype
+from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+
+@register_notrace_function
+def take_image(x: Tensor, in_chans: int, least_px: int, channels_last: bool) -> Tensor:
+    """Return the image batch as the net wants it in memory.
+
+    Raises:
+        ValueError: not (B, in_chans, H, W), or a side is shorter than the net's stride.
+    """
+    if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] < least_px or x.shape[3] < least_px:
+        raise ValueError(
+            f"the image must be (B, {in_chans}, H, W) with sides of at least the net's stride, {least_px} pixels, "
+            f"got {list(x.shape)}"
+        )
+    if channels_last and not x.is_cuda:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 class StagedBackbone(nn.Module):
@@ -14,6 +32,7 @@ class StagedBackbone(nn.Module):
     """
 
     output_fmt = "NCHW"
+    channels_last = False  # whether a convolutional family runs channels-last on a CPU
 
     stem: nn.Module
     stages: nn.ModuleList
@@ -46,6 +65,7 @@ class StagedBackbone(nn.Module):
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
+        self.stride_px = reductions[-1]
         self.head = ClassifierHead(
             dims[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, device=device, dtype=dtype
         )
@@ -53,7 +73,7 @@ class StagedBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last map after the norm, unpooled."""
-        x = self.stem(x)
+        x = self.stem(take_image(x, self.in_chans, self.stride_px, self.channels_last))
         for stage in self.stages:
             x = stage(x)
         return self.norm(x)
@@ -90,7 +110,7 @@ class StagedBackbone(nn.Module):
         take, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         stages = self.stages[: max_index + 1] if stop_early else self.stages
-        x = self.stem(x)
+        x = self.stem(take_image(x, self.in_chans, self.stride_px, self.channels_last))
         maps = []
         for i, stage in enumerate(stages):
             x = stage(x)
@@ -112,6 +132,7 @@ class StagedBackbone(nn.Module):
         self.stages = self.stages[: max_index + 1]
         if cut:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+            self.stride_px = self.feature_info[max_index]["reduction"]
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take

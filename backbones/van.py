@@ -1,0 +1,276 @@
+"""VAN: Visual Attention Network.
+
+Paper      Guo, Lu, Liu, Cheng, Hu 2022, arXiv:2202.09741.
+Official   https://github.com/Visual-Attention-Network/VAN-Classification (Apache-2.0); its checkpoints load as is.
+Layout     channels-last on a CPU, by itself: oneDNN's depthwise convolutions are 1.5 to 60 times faster there.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
+from torch import Tensor, nn
+
+from ..attention_ops import LargeKernelAttention
+from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._staged import StagedBackbone
+
+register_notrace_module(LargeKernelAttention)
+
+
+@dataclass(frozen=True)
+class VanConfig:
+    """What makes one variant differ from another."""
+
+    dims: tuple[int, ...] = (32, 64, 160, 256)  # channels, per stage
+    depths: tuple[int, ...] = (3, 3, 5, 2)  # blocks, per stage
+    mlp_ratios: tuple[float, ...] = (8, 8, 4, 4)  # hidden channels of the MLPs over dims, per stage
+    layer_scale: float = 1e-2  # initial value
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "mlp_ratios"):
+            if len(getattr(self, name)) != len(self.dims):
+                raise ValueError(f"{name} must have one entry per stage, {len(self.dims)}, got {getattr(self, name)}")
+
+    @property
+    def reductions(self) -> list[int]:
+        """Image pixels per token, per stage."""
+        return [4 * 2**i for i in range(len(self.dims))]
+
+
+class OverlapPatchEmbed(nn.Module):
+    """Convolution of overlapping patches, then a BatchNorm."""
+
+    def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.proj = nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x))
+
+
+class VanAttention(nn.Module):
+    """Large kernel attention between two projections, with a shortcut of its own."""
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.proj_1 = nn.Conv2d(dim, dim, 1, **dd)
+        self.activation = nn.GELU()
+        self.spatial_gating_unit = LargeKernelAttention(dim, **dd)
+        self.proj_2 = nn.Conv2d(dim, dim, 1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        return x + self.proj_2(self.spatial_gating_unit(self.activation(self.proj_1(x))))
+
+
+class VanMlp(nn.Module):
+    """1x1 convolution, depthwise 3x3, GELU, 1x1 convolution."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        x = self.drop(self.act(self.dwconv(self.fc1(x))))
+        return self.drop(self.fc2(x))
+
+
+class VanBlock(nn.Module):
+    def __init__(self, dim: int, mlp_ratio: float, layer_scale: float, drop: float, drop_path: float, **dd) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(dim, **dd)
+        self.attn = VanAttention(dim, **dd)
+        self.norm2 = nn.BatchNorm2d(dim, **dd)
+        self.mlp = VanMlp(dim, int(dim * mlp_ratio), drop, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.layer_scale_1 = nn.Parameter(torch.full((dim,), layer_scale, **dd))
+        self.layer_scale_2 = nn.Parameter(torch.full((dim,), layer_scale, **dd))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        x = x + self.drop_path(self.layer_scale_1[:, None, None] * self.attn(self.norm1(x)))
+        return x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
+
+
+class VanStage(nn.Module):
+    """Down-sampling (all stages but the first), blocks, and a LayerNorm that the next stage sees too."""
+
+    def __init__(self, in_dim: int, index: int, config: VanConfig, drop: float, drop_paths: list[float], **dd) -> None:
+        super().__init__()
+        dim = config.dims[index]
+        self.downsample = OverlapPatchEmbed(in_dim, dim, 3, 2, **dd) if index else nn.Identity()
+        self.blocks = nn.Sequential(
+            *(VanBlock(dim, config.mlp_ratios[index], config.layer_scale, drop, rate, **dd) for rate in drop_paths)
+        )
+        self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, H / 2, W / 2)
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+
+class Van(StagedBackbone):
+    """Large kernel attention backbone; maps are (B, C, H, W).
+
+    Args:
+        config: sizes of layers.
+        num_classes, in_chans, global_pool, drop_rate: as in timm; drop_rate acts before the classifier.
+        proj_drop_rate: dropout inside the MLPs, twice.
+        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
+    """
+
+    channels_last = True
+
+    def __init__(
+        self,
+        config: VanConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.stem = OverlapPatchEmbed(in_chans, config.dims[0], 7, 4, **dd)
+        rates = calculate_drop_path_rates(drop_path_rate, sum(config.depths))
+        self.stages = nn.ModuleList()
+        for i, depth in enumerate(config.depths):
+            own, rates = rates[:depth], rates[depth:]
+            self.stages.append(VanStage(config.dims[max(i - 1, 0)], i, config, proj_drop_rate, own, **dd))
+        self.norm = nn.Identity()
+        self.finish(
+            config.dims,
+            config.reductions,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
+        )
+        self.apply(_init_weights)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
+        nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:
+    """Rename the keys of an official VAN checkpoint; ours pass through.
+
+    Raises:
+        ValueError: the weights are another model's.
+    """
+    return check_fits({_our_key(key): value for key, value in unwrap(checkpoint).items()}, model)
+
+
+def _our_key(key: str) -> str:
+    key = re.sub(r"^patch_embed1\.", "stem.", key)
+    key = re.sub(r"^patch_embed(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.", key)
+    key = re.sub(r"^block(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.", key)
+    key = re.sub(r"^norm(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.norm.", key)
+    key = re.sub(r"\.dwconv\.dwconv\.", ".dwconv.", key)
+    return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
+
+
+HALF = (0.5, 0.5, 0.5)
+VAN = {
+    "first_conv": "stem.proj",
+    "crop_pct": 0.9,
+    "mean": HALF,
+    "std": HALF,
+    "license": "apache-2.0",
+    "paper_ids": "arXiv:2202.09741",
+    "paper_name": "Visual Attention Network",
+    "origin_url": "https://github.com/Visual-Attention-Network/VAN-Classification",
+}
+
+
+def _url(name: str, file: str) -> str:
+    return f"https://huggingface.co/Visual-Attention-Network/VAN-{name}-original/resolve/main/{file}.pth.tar"
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "van_b0.in1k": cfg(_url("Tiny", "van_tiny_754"), **VAN),
+        "van_b1.in1k": cfg(_url("Small", "van_small_811"), **VAN),
+        "van_b2.in1k": cfg(_url("Base", "van_base_828"), **VAN),
+        "van_b3.in1k": cfg(_url("Large", "van_large_839"), **VAN),
+        "van_b4.untrained": cfg(**VAN),
+        "van_b5.untrained": cfg(**VAN),
+        "van_b6.untrained": cfg(**VAN),
+    }
+)
+
+B1 = VanConfig(dims=(64, 128, 320, 512), depths=(2, 2, 4, 2))
+
+
+def _create_van(variant: str, config: VanConfig, pretrained: bool, **kwargs) -> Van:
+    return build(Van, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def van_b0(pretrained: bool = False, **kwargs) -> Van:
+    """VAN-B0, 4.1 M parameters, 0.9 GMACs at 224."""
+    return _create_van("van_b0", VanConfig(), pretrained, **kwargs)
+
+
+@register_model
+def van_b1(pretrained: bool = False, **kwargs) -> Van:
+    """VAN-B1, 13.9 M parameters, 2.5 GMACs at 224."""
+    return _create_van("van_b1", B1, pretrained, **kwargs)
+
+
+@register_model
+def van_b2(pretrained: bool = False, **kwargs) -> Van:
+    """VAN-B2, 26.6 M parameters, 5.0 GMACs at 224."""
+    return _create_van("van_b2", replace(B1, depths=(3, 3, 12, 3)), pretrained, **kwargs)
+
+
+@register_model
+def van_b3(pretrained: bool = False, **kwargs) -> Van:
+    """VAN-B3, 44.8 M parameters, 8.9 GMACs at 224."""
+    return _create_van("van_b3", replace(B1, depths=(3, 5, 27, 3)), pretrained, **kwargs)
+
+
+@register_model
+def van_b4(pretrained: bool = False, **kwargs) -> Van:
+    """VAN-B4, 60.3 M parameters, 12.1 GMACs at 224. No ImageNet-1k weights are published."""
+    return _create_van("van_b4", replace(B1, depths=(3, 6, 40, 3)), pretrained, **kwargs)
+
+
+@register_model
+def van_b5(pretrained: bool = False, **kwargs) -> Van:
+    """VAN-B5, 90.0 M parameters, 17.1 GMACs at 224. No ImageNet-1k weights are published."""
+    return _create_van("van_b5", VanConfig(dims=(96, 192, 480, 768), depths=(3, 3, 24, 3)), pretrained, **kwargs)
+
+
+@register_model
+def van_b6(pretrained: bool = False, **kwargs) -> Van:
+    """VAN-B6, 199.8 M parameters, 38.7 GMACs at 224. No ImageNet-1k weights are published."""
+    return _create_van("van_b6", VanConfig(dims=(96, 192, 384, 768), depths=(6, 6, 90, 6)), pretrained, **kwargs)
