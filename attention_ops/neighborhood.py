@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._autocast import cast_for_autocast, no_autocast
 from ._checks import check_at_least, check_qkv, pair
 from ._choice import Impl, choose
 from .neighborhood_tiled import neighborhood_attention_tiled
@@ -94,12 +95,11 @@ def _neighborhood_attention(
 ) -> Tensor:
     _check(q, k, v, rpb, kernel_size, dilation)
     run = choose(OP, impl, why_not_fused(q))
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = cast_for_autocast(q, k, v)
     body = neighborhood_attention_reference if run is Impl.REFERENCE else neighborhood_attention_tiled
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return body(q, k, v, tuple(kernel_size), tuple(dilation), rpb=rpb, is_causal=tuple(is_causal), scale=scale)
+    with no_autocast(q):
+        return body(q, k, v, tuple(kernel_size), tuple(dilation), rpb=rpb, is_causal=tuple(is_causal), scale=scale)
 
 
 def why_not_fused(q: Tensor) -> str | None:
@@ -163,13 +163,12 @@ def neighborhood_attention_reference(
         tuple(t.to(q.device) for t in axis_window(*axis)) for axis in axes
     )
     near = (row[:, None, :, None], col[None, :, None, :])  # index (H, W, kh, kw)
-    with torch.autocast(q.device.type, enabled=False):
-        logits = torch.einsum("bhwnd,bhwijnd->bnhwij", q.to(wide) * scale, k.to(wide)[:, near[0], near[1]])
-        if rpb is not None:
-            logits = logits + rpb.to(wide)[:, row_bias[:, None, :, None], col_bias[None, :, None, :]]
-        seen = row_seen[:, None, :, None] & col_seen[None, :, None, :]
-        probs = logits.masked_fill(~seen, -torch.inf).flatten(-2).softmax(-1).view_as(logits)
-        return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v.to(wide)[:, near[0], near[1]]).to(q.dtype)
+    logits = torch.einsum("bhwnd,bhwijnd->bnhwij", q.to(wide) * scale, k.to(wide)[:, near[0], near[1]])
+    if rpb is not None:
+        logits = logits + rpb.to(wide)[:, row_bias[:, None, :, None], col_bias[None, :, None, :]]
+    seen = row_seen[:, None, :, None] & col_seen[None, :, None, :]
+    probs = logits.masked_fill(~seen, -torch.inf).flatten(-2).softmax(-1).view_as(logits)
+    return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v.to(wide)[:, near[0], near[1]]).to(q.dtype)
 
 
 class NeighborhoodAttention2d(nn.Module):

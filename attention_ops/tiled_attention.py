@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._autocast import no_autocast
 from .tiling import AxisTiling, gather_keys, merge_queries, scatter_keys, split_queries
 
 # Logits alive at once, per thread. On 2 threads of a Xeon (AVX-512), 56x56, 2 heads x 32, kernel 7: chunks of 1, 2 and
@@ -130,7 +131,8 @@ class _TiledAttention(torch.autograd.Function):
         grads = [_empty_map(q), _empty_map(k), _empty_map(v)]
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=additive.dtype)
         for part in _chunks(q, mask):
-            *parts, dlogits = _backward(q[part], k[part], v[part], out[part], grad_out[part], additive, ctx.plan)
+            with no_autocast(q):
+                *parts, dlogits = _backward(q[part], k[part], v[part], out[part], grad_out[part], additive, ctx.plan)
             for grad, value in zip(grads, parts, strict=True):
                 grad[part] = value
             if bias is not None:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 def pieces(length: int, size: int) -> int:
-    """How many pieces of `size` cover `length`; for a symbol of a tracer, one that never divides without a rest.
+    """How many pieces of `size` cover `length`; for a symbol of a tracer at least two, and with some overhang.
 
-    A padding that may be 0 or not would tie an exported graph to one of the two cases.
+    A count that may be 1, or a padding that may be 0, would tie an exported graph to one of the two cases.
     """
-    return -(-length // size) if isinstance(length, int) or size == 1 else length // size + 1
+    return -(-length // size) if isinstance(length, int) or size == 1 else length // size + 2
 
 
 @dataclass(frozen=True)

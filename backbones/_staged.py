@@ -1,5 +1,7 @@
 """What timm asks of a backbone, once for every family: a stem, stages that each give a map, a norm, a classifier."""
 
+from typing import Final
+
 import torch
 from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import register_notrace_function
@@ -32,12 +34,7 @@ class StagedBackbone(nn.Module):
     """
 
     output_fmt = "NCHW"
-    channels_last = False  # whether a convolutional family runs channels-last on a CPU
-
-    stem: nn.Module
-    stages: nn.ModuleList
-    norm: nn.Module
-    head: ClassifierHead
+    channels_last: Final[bool] = False  # whether a convolutional family runs channels-last on a CPU
 
     def finish(
         self,

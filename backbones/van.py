@@ -8,7 +8,7 @@ Layout     channels-last on a CPU, by itself: oneDNN's depthwise convolutions ar
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
@@ -135,7 +135,7 @@ class Van(StagedBackbone):
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
     """
 
-    channels_last = True
+    channels_last: Final[bool] = True
 
     def __init__(
         self,

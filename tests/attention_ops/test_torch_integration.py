@@ -1,0 +1,109 @@
+"""The ops under torch's own machinery: opcheck, compile, export, script, autocast, checkpointing, meta."""
+
+import pytest
+import torch
+from torch.export import Dim
+from torch.utils.checkpoint import checkpoint
+
+from foveate.attention_ops import LargeKernelAttention, NeighborhoodAttention2d, neighborhood_attention
+
+
+def layer(kind: str):
+    torch.manual_seed(0)
+    return NeighborhoodAttention2d(16, 2, 3, 2) if kind == "neighborhood" else LargeKernelAttention(16)
+
+
+def image(*batch_and_size):
+    b, h, w = batch_and_size or (2, 13, 22)
+    return torch.randn(b, h, w, 16, generator=torch.Generator().manual_seed(1))
+
+
+def as_input(kind, x):
+    return x if kind == "neighborhood" else x.permute(0, 3, 1, 2)
+
+
+BOTH = pytest.mark.parametrize("kind", ["neighborhood", "large kernel"])
+
+
+def test_opcheck():
+    q, k, v = (torch.randn(1, 9, 8, 2, 4, requires_grad=True) for _ in range(3))
+    rpb = torch.randn(2, 5, 5, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.foveate.neighborhood_attention.default,
+        (q, k, v, rpb, [3, 3], [1, 2], [False, True], None, "auto"),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+    )
+
+
+@BOTH
+def test_compile_in_one_graph_with_gradients(kind):
+    module = layer(kind)
+    x = as_input(kind, image()).requires_grad_()
+    expected = module(x)
+    grad = torch.autograd.grad(expected.square().sum(), [x, *module.parameters()])
+    torch._dynamo.reset()
+    out = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    compiled = torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
+    torch.testing.assert_close(compiled, grad, rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_export_with_dynamic_batch(kind):
+    module = layer(kind).eval()
+    program = torch.export.export(module, (as_input(kind, image()),), dynamic_shapes=({0: Dim("batch")},))
+    other = as_input(kind, image(5, 13, 22))
+    torch.testing.assert_close(program.module()(other), module(other))
+
+
+def test_export_with_dynamic_size():
+    module = layer("neighborhood").eval()
+    sizes = {0: Dim("batch"), 1: Dim("height", min=6, max=512), 2: Dim("width", min=6, max=512)}
+    program = torch.export.export(
+        module, (image(),), dynamic_shapes=(sizes,), prefer_deferred_runtime_asserts_over_guards=True
+    )
+    for size in [(1, 6, 6), (3, 16, 40), (2, 31, 7)]:
+        torch.testing.assert_close(program.module()(image(*size)), module(image(*size)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@BOTH
+def test_script(kind, tmp_path):
+    module = layer(kind).eval()
+    torch.jit.script(module).save(str(tmp_path / "module.pt"))
+    x = as_input(kind, image(1, 5, 9))  # 5 < kernel * dilation: padding happens inside the script
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "module.pt"))(x), module(x))
+
+
+def test_autocast_runs_in_its_dtype_and_gradients_stay_float32():
+    module = layer("neighborhood")
+    x = image()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+        out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+    torch.testing.assert_close(out.float(), module(x), rtol=0.05, atol=0.01)
+
+
+def test_autocast_casts_the_op_itself():
+    q = torch.randn(1, 9, 8, 2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert neighborhood_attention(q, q, q, 3).dtype == torch.bfloat16
+
+
+@BOTH
+def test_activation_checkpointing_changes_nothing(kind):
+    module = layer(kind)
+    x = as_input(kind, image()).requires_grad_()
+    plain = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
+    again = torch.autograd.grad(checkpoint(module, x, use_reentrant=False).square().sum(), [x, *module.parameters()])
+    torch.testing.assert_close(plain, again)
+
+
+@BOTH
+def test_meta_tensors_give_the_shape(kind):
+    with torch.device("meta"):
+        module = layer(kind)
+        x = torch.empty(as_input(kind, image()).shape)
+    assert module(x).shape == x.shape

@@ -1,0 +1,168 @@
+"""Official files load strictly, in any wrapper; other files are refused."""
+
+import pytest
+import timm
+import torch
+
+import foveate  # noqa: F401  (registers the models)
+
+SMALL_NAT = {"dims": (32, 64), "depths": (1, 2), "kernel_size": 3}
+SMALL_VAN = {"dims": (8, 16), "depths": (1, 1), "mlp_ratios": (2, 2)}
+FAMILIES = {
+    "nat_mini": (SMALL_NAT, "stages.1.downsample.reduction.weight", "levels.0.downsample.reduction.weight"),
+    "van_b0": (SMALL_VAN, "stages.1.downsample.proj.weight", "patch_embed2.proj.weight"),
+}
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def to_official(name, state_dict):
+    """Our keys as the authors wrote them (the filters' inverse, by hand)."""
+    renames = {
+        "nat_mini": [
+            ("stages.1.downsample.", "levels.0.downsample."),
+            ("stages.", "levels."),
+            ("stem.", "patch_embed."),
+            ("head.fc.", "head."),
+        ],
+        "van_b0": [
+            ("stages.1.downsample.", "patch_embed2."),
+            ("stages.0.blocks.", "block1."),
+            ("stages.1.blocks.", "block2."),
+            ("stages.0.norm.", "norm1."),
+            ("stages.1.norm.", "norm2."),
+            (".dwconv.", ".dwconv.dwconv."),
+            ("stem.", "patch_embed1."),
+            ("head.fc.", "head."),
+        ],
+    }
+    out = {}
+    for key, value in state_dict.items():
+        for ours, theirs in renames[name]:
+            key = key.replace(ours, theirs, 1)
+        out[key] = value
+    return out
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that writes an official-looking file of a random small net; returns the net and the path."""
+
+    def make(name, wrap=lambda state: state, **changes):
+        torch.manual_seed(0)
+        model = timm.create_model(name, **{**FAMILIES[name][0], **changes})
+        official = to_official(name, model.state_dict())
+        assert FAMILIES[name][2] in official
+        torch.save(wrap(official), tmp_path / "official.pth")
+        return model.eval(), str(tmp_path / "official.pth")
+
+    return make
+
+
+def load(name, file, overlay=(), **kwargs):
+    overlay = {"file": file, **dict(overlay)}
+    arguments = {**FAMILIES[name][0], **kwargs}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
+
+
+WRAPS = {
+    "bare": lambda s: s,
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3, "arch": "x"},
+    "model": lambda s: {"model": s, "optimizer": {"lr": 0.1}},
+    "DataParallel": lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+    "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+}
+
+
+@every_family
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_every_wrapper_loads(name, wrap, saved):
+    model, file = saved(name, WRAPS[wrap])
+    x = torch.randn(2, 3, 32, 40)
+    assert torch.equal(load(name, file)(x), model(x))
+
+
+@every_family
+def test_another_class_count_keeps_the_backbone(name, saved):
+    model, file = saved(name)
+    other = load(name, file, num_classes=5)
+    key = FAMILIES[name][1]
+    assert torch.equal(other.state_dict()[key], model.state_dict()[key])
+    assert other(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    assert load(name, file, num_classes=0)(torch.randn(1, 3, 32, 32)).shape == (1, other.num_features)
+
+
+@every_family
+def test_input_channels_adapt_as_in_timm(name, saved):
+    model, file = saved(name)
+    grey = load(name, file, in_chans=1)
+    x = torch.randn(1, 1, 32, 32)
+    torch.testing.assert_close(grey(x), model(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_features_load_the_same_weights(name, saved):
+    model, file = saved(name)
+    x = torch.randn(1, 3, 32, 48)
+    ours = load(name, file, features_only=True)(x)
+    for ours_map, expected in zip(ours, model.forward_intermediates(x, intermediates_only=True), strict=True):
+        assert torch.equal(ours_map, expected)
+
+
+@every_family
+@pytest.mark.parametrize("classes", [1000, 7])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda s, key: {k: v for k, v in s.items() if k != key}, "it misses "),
+        (lambda s, key: {**s, "levels.0.strange": s[key]}, "it has an unknown "),
+        (lambda s, key: {**s, key: s[key][:1]}, "it has .*, not "),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
+def test_another_models_weights_are_refused_whatever_the_class_count(name, classes, spoil, words, saved):
+    _, file = saved(name, lambda s: spoil(s, FAMILIES[name][2]))
+    with pytest.raises(ValueError, match=f"not a checkpoint of this model: .*{words}"):
+        load(name, file, num_classes=classes)
+
+
+def test_a_checkpoint_of_another_family_is_refused(saved):
+    _, file = saved("van_b0")
+    with pytest.raises(ValueError, match="Nat: not a checkpoint of this model"):
+        load("nat_mini", file)
+
+
+def test_a_truncated_file_is_refused(saved, tmp_path):
+    _, file = saved("nat_mini")
+    whole = (tmp_path / "official.pth").read_bytes()
+    (tmp_path / "official.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RuntimeError, match="failed"):
+        load("nat_mini", file)
+
+
+def test_a_file_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("ran",)
+
+    torch.save({"state_dict": {}, "extra": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(RuntimeError, match="weights_only"):
+        load("nat_mini", str(tmp_path / "evil.pth"))
+
+
+def test_another_kernel_size_takes_the_bias_resized(saved):
+    model, file = saved("nat_mini")
+    wide = load("nat_mini", file, kernel_size=5)
+    table = model.state_dict()["stages.0.blocks.0.attn.rpb"]
+    resized = wide.state_dict()["stages.0.blocks.0.attn.rpb"]
+    assert resized.shape == (1, 9, 9)
+    torch.testing.assert_close(resized[:, 4, 4], table[:, 2, 2])  # the centre stays the centre
+
+
+def test_a_22k_checkpoint_loads_as_a_backbone_without_its_classifier(tmp_path):
+    small = {"dims": (32, 64), "depths": (1, 2), "dilations": ((1,), (1, 2)), "kernel_size": 3}
+    body = timm.create_model("dinat_large", num_classes=11, **small)
+    torch.save(to_official("nat_mini", body.state_dict()), tmp_path / "22k.pth")
+    overlay = {"file": str(tmp_path / "22k.pth")}
+    model = timm.create_model("dinat_large.in22k", pretrained=True, pretrained_cfg_overlay=overlay, **small)
+    assert model.num_classes == 0
+    assert torch.equal(model.norm.weight, body.norm.weight)

@@ -1,0 +1,194 @@
+"""What timm's own tests do not ask of every model of ours (those run in tests/acceptance)."""
+
+import pytest
+import timm
+import timm.optim
+import torch
+
+import foveate
+
+MODELS = foveate.list_models()
+every_model = pytest.mark.parametrize("name", MODELS)
+SMALL = {
+    "nat_mini": {"dims": (32, 64), "depths": (1, 2), "kernel_size": 3},
+    "dinat_s_tiny": {"dims": (32, 64), "depths": (1, 2), "dilations": ((1,), (1, 2)), "kernel_size": 3},
+    "vitrpb_small": {"dims": (32,) * 3, "depths": (1,) * 3, "kernel_size": 4},
+    "van_b0": {"dims": (8, 16), "depths": (1, 1), "mlp_ratios": (2, 2)},
+}
+every_small = pytest.mark.parametrize("name", SMALL)
+
+
+def small(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL[name], **kwargs})
+
+
+def test_all_models_of_the_families_are_listed():
+    assert len(MODELS) == 7 + 4 + 7 + 5 + 6
+    assert set(MODELS) <= set(timm.list_models())
+    assert foveate.list_models("van_*") == [f"van_b{i}" for i in range(7)]
+
+
+@every_model
+def test_pretrained_cfg_says_where_weights_come_from(name):
+    model = timm.create_model(name, device="meta")
+    cfg = model.pretrained_cfg
+    assert cfg["license"] and cfg["paper_ids"].startswith("arXiv:") and cfg["origin_url"].startswith("https://")
+    assert cfg["tag"] == "untrained" or cfg["url"].startswith("https://")
+    assert cfg["url"].endswith((".pth", ".pth.tar")) or cfg["tag"] == "untrained"
+
+
+PUBLISHED_PARAMS = {
+    "nat_tiny": 27_901_582,
+    "nat_base": 89_769_652,
+    "dinat_small": 50_719_681,
+    "dinat_base": 89_769_652,
+    "dinat_large": 200_943_514,
+    "dinat_large_384": 200_943_514,
+    "dinat_large_384_11x11": 201_144_250,
+    "dinat_s_small": 49_606_258,
+    "dinat_s_base": 87_768_224,
+    "dinat_s_large": 196_532_476,
+    "dinat_s_large_384": 196_532_476,
+    "nat_isotropic_small": 21_999_736,
+    "vitrpb_small": 22_080_376,
+    "van_b2": 26_578_472,
+    "van_b4": 60_283_176,
+    "van_b5": 89_967_688,
+    "van_b6": 199_829_416,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PARAMS)
+def test_parameter_counts_are_the_official_ones(name):
+    model = timm.create_model(name, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED_PARAMS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "dilations"),
+    [
+        ("nat_tiny", [[1] * 3, [1] * 4, [1] * 18, [1] * 5]),
+        ("dinat_tiny", [[1, 8, 1], [1, 4, 1, 4], [1, 2] * 9, [1] * 5]),
+        ("dinat_large_384", [[1, 13, 1], [1, 6, 1, 6], [1, 3] * 9, [1] * 5]),
+        ("dinat_large_384_11x11", [[1, 8, 1], [1, 4, 1, 4], [1, 2] * 9, [1] * 5]),
+        ("dinat_s_large_384", [[1, 13], [1, 6], [1, 3] * 9, [1, 1]]),
+        ("dinat_isotropic_base", [[1], [2]] * 6),
+    ],
+)
+def test_dilations_are_the_official_ones(name, dilations):
+    model = timm.create_model(name, device="meta")
+    ours = [[block.attn.dilation for block in stage.blocks] for stage in model.stages]
+    assert ours == [[[d, d] for d in stage] for stage in dilations]
+
+
+@every_small
+@pytest.mark.parametrize("size", [(32, 32), (45, 71), (16, 100)])
+def test_any_image_size_runs(name, size):
+    least = 16 if name == "vitrpb_small" else 8
+    out = small(name, num_classes=3).eval()(torch.randn(1, 3, *(max(s, least) for s in size)))
+    assert out.shape == (1, 3) and out.isfinite().all()
+
+
+@every_small
+def test_an_image_below_the_stride_or_of_other_channels_is_refused(name):
+    model = small(name)
+    for shape in [(1, 3, 7, 64), (1, 3, 64, 7), (1, 4, 64, 64), (3, 64, 64)]:
+        with pytest.raises(ValueError, match=r"the image must be \(B, 3, H, W\) with sides of at least .* got \["):
+            model(torch.zeros(shape))
+
+
+@every_small
+def test_unknown_keywords_are_a_type_error(name):
+    with pytest.raises(TypeError, match="kernal_size"):
+        small(name, kernal_size=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("nat_mini", {"depths": (1, 2, 3)}, "depths must have one entry per stage, 2"),
+        ("nat_mini", {"dims": (30, 64)}, r"dims must be multiples of head_dim 32, got \[30\]"),
+        ("nat_mini", {"dilations": ((1,),)}, "dilations must have one tuple per stage, 2"),
+        ("nat_mini", {"downsample": "pool"}, "downsample must be .* got 'pool'"),
+        ("van_b0", {"mlp_ratios": (2,)}, "mlp_ratios must have one entry per stage, 2"),
+    ],
+)
+def test_configs_that_contradict_themselves_are_refused(name, changes, words):
+    with pytest.raises(ValueError, match=words):
+        small(name, **changes)
+
+
+@every_small
+def test_every_drop_rate_has_an_effect_in_training(name):
+    x = torch.randn(4, 3, 64, 64)
+    for rate in ("drop_rate", "proj_drop_rate", "drop_path_rate"):
+        # layer scale near zero would hide what happens inside the blocks
+        model = small(name, **{rate: 0.5}, **({"layer_scale": 1.0} if name != "van_b0" else {}))
+        assert not torch.equal(model.train()(x), model(x)), rate
+        assert torch.equal(model.eval()(x), model(x)), rate
+
+
+@every_small
+def test_a_training_step_lowers_the_loss_in_float32_and_bf16(name):
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
+    for dtype in (torch.float32, torch.bfloat16):
+        model = small(name, num_classes=4).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        losses = []
+        for _ in range(8):
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                loss = torch.nn.functional.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+
+
+@every_small
+def test_training_is_deterministic_with_a_seed(name):
+    def step():
+        torch.manual_seed(3)
+        model = small(name, num_classes=4, drop_path_rate=0.3).train()
+        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(step(), step(), strict=True))
+
+
+@every_small
+def test_hub_round_trip_keeps_overrides_and_outputs(name, tmp_path):
+    model = small(name, num_classes=6).eval()
+    timm.models.save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 3, 40, 56)
+    assert torch.equal(again(x), model(x))
+
+
+def test_rpb_is_kept_from_weight_decay_and_layers_get_their_own_rate():
+    model = small("nat_mini")
+    optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
+    group = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    named = dict(model.named_parameters())
+    assert group[id(named["stages.0.blocks.0.attn.rpb"])]["weight_decay"] == 0
+    assert group[id(named["stages.0.blocks.0.attn.qkv.weight"])]["weight_decay"] == 0.05
+    scales = [group[id(named[k])]["lr_scale"] for k in ("stem.proj.0.weight", "stages.1.blocks.1.norm1.weight")]
+    assert scales[0] < scales[1]
+
+
+def test_van_runs_channels_last_on_a_cpu_by_itself():
+    seen = []
+    model = small("van_b0")
+    model.stages[0].blocks[0].mlp.fc1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(torch.randn(2, 3, 64, 64))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and not seen[0].is_contiguous()
+
+
+def test_the_dense_baseline_sees_all_keys_up_to_its_size():
+    model = small("vitrpb_small").eval()
+    attention = model.stages[0].blocks[0].attn
+    for size in [(4, 4), (3, 2)]:
+        x = torch.randn(1, *size, 32, requires_grad=True)
+        attention(x)[0, 0, 0].sum().backward()
+        assert (x.grad.abs().sum(-1) > 0).all()

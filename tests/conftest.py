@@ -1,0 +1,48 @@
+"""What all tests share: two threads, and the official code's outputs."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def det():
+    """The generator of the goldens' weights and inputs."""
+    spec = importlib.util.spec_from_file_location("det", GOLDENS / "det.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """A function from a golden's name to its JSON and its arrays."""
+
+    def load(name: str):
+        arrays = GOLDENS / f"{name}.npz"
+        return json.loads((GOLDENS / f"{name}.json").read_text()), np.load(arrays) if arrays.exists() else None
+
+    return load
+
+
+def samples(array: np.ndarray, count: int) -> np.ndarray:
+    flat = np.ascontiguousarray(array).ravel()
+    return flat if flat.size <= count else flat[np.linspace(0, flat.size - 1, count).astype(int)]
+
+
+@pytest.fixture(scope="session")
+def relative_error():
+    """A function from one of our tensors and a golden's samples of it to max |difference| / max |golden|."""
+
+    def measure(ours: torch.Tensor, theirs: np.ndarray, count: int = 1024) -> float:
+        return float(np.abs(samples(ours.detach().numpy(), count) - theirs).max() / np.abs(theirs).max())
+
+    return measure
