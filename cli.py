@@ -1,10 +1,30 @@
-"""The `foveate` command: one thin sub-command a door; each imports what it needs when it runs."""
+"""The `foveate` command: train, export, demo."""
+
+from typing import Annotated
 
 import typer
 
+from ._version import __version__
+from .demo import demo_command
+from .export.cli import export_command
+from .train.cli import train_command
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app.command("train")(train_command)
+app.command("export")(export_command)
+app.command("demo")(demo_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Efficient-attention vision backbones: train, export, demo."""

@@ -1,0 +1,108 @@
+"""Measure calls side by side in one process: interleaved rounds, medians, memory of one call, and on what machine."""
+
+import ctypes
+import gc
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+REPORT_COLUMNS = 120
+_RESET_PEAK = "5"  # what Linux's /proc/self/clear_refs takes to start the peak anew
+
+
+def interleaved_seconds(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, device: str = "cpu", warmup: int = 1
+) -> dict[str, float]:
+    """Return the median seconds of each call, taken in turns: A B C A B C ..., so that a busy minute hits all alike."""
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warmup + rounds):
+        for name, call in calls.items():
+            elapsed = _seconds(call, device)
+            if turn >= warmup:
+                seconds[name].append(elapsed)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
+    """Return the most memory that one call holds beyond what is held before it (weights, gradients, inputs).
+
+    On CUDA by torch's allocator. On Linux by the process' resident memory, after freed memory went back to the system,
+    so it holds the allocator's slack and is good to some MB. None elsewhere.
+    """
+    call()  # so that libraries have made their buffers and caches
+    gc.collect()
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+    before = _resident_bytes("VmRSS")
+    call()
+    return max(_resident_bytes("VmHWM") - before, 0)
+
+
+def describe_machine(device: str = "cpu") -> str:
+    """Return processor, threads in use, load and versions, in a few lines."""
+    gpu = [f"GPU      {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"] if device.startswith("cuda") else []
+    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("foveate", "torch", "timm"))
+    return "\n".join(
+        [
+            f"CPU      {_cpu_model()}, {cores} logical cores, {torch.get_num_threads()} threads{load}",
+            *gpu,
+            f"Versions {versions}, Python {platform.python_version()}, {platform.system()}",
+        ]
+    )
+
+
+def write_report(table: Table, *, module: str, machine: str, out: Path | None) -> None:
+    """Print the table; write it with command, date and machine to `out` when given."""
+    Console(width=max(Console().width, REPORT_COLUMNS)).print(table)
+    if out is None:
+        return
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    with out.open("w") as file:
+        file.write(f"Command  {command}\nDate     {time.strftime('%Y-%m-%d')}\n{machine}\n\n")
+        Console(file=file, width=REPORT_COLUMNS).print(table)
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()

@@ -1,0 +1,170 @@
+"""Our backbones and timm's, side by side in one process.
+
+    python -m foveate.benchmarks.backbones --models nat_mini van_b0 swin_tiny_patch4_window7_224 --batch 8 --threads 2
+
+What is measured   Median images per second of interleaved rounds, in eager mode, every net in the memory layout that
+                   it takes by itself: nothing is converted to channels-last from outside.
+GMACs              Multiply-adds of one image that the definition needs (see _macs.py), next to the authors' figure at
+                   224 px. GMAC/s is the useful work done in a second: masked logits and padding do not count.
+Share              GMAC/s relative to resnet50's in the same process, which is therefore always measured: how much of
+                   what this machine gives a plain convolutional net the backbone can use.
+Training           Forward and backward of a cross-entropy, without optimizer; its work is taken as 3 forward passes.
+Memory             What one step holds beyond weights, gradients and inputs (see _timing.py).
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from timm.models import is_model, resolve_model_input_args
+from torch import Tensor, nn
+
+from ._macs import count_macs
+from ._timing import describe_machine, interleaved_seconds, peak_bytes, write_report
+
+YARDSTICK = "resnet50"
+PEERS = (YARDSTICK, "convnext_tiny", "swin_tiny_patch4_window7_224", "davit_tiny")
+OURS = ("nat_mini", "nat_tiny", "dinat_tiny", "van_b0", "van_b1", "van_b2")
+PUBLISHED_PX = 224
+PUBLISHED_GMACS = {  # the papers' and repositories' "FLOPs"
+    **{"resnet50": 4.1, "convnext_tiny": 4.5, "swin_tiny_patch4_window7_224": 4.5, "davit_tiny": 4.5},
+    **{"nat_mini": 2.7, "nat_tiny": 4.3, "nat_small": 7.8, "nat_base": 13.7},
+    **{"dinat_mini": 2.7, "dinat_tiny": 4.3, "dinat_small": 7.8, "dinat_base": 13.7, "dinat_large": 30.6},
+    **{"van_b0": 0.9, "van_b1": 2.5, "van_b2": 5.0, "van_b3": 9.0},
+}
+TRAINING_PASSES = 3  # backward: one product for the gradient of the input, one for that of the weight
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the benchmark."""
+
+    models: tuple[str, ...] = PEERS + OURS
+    batch: int = 8
+    img_size: int = PUBLISHED_PX
+    threads: int | None = None  # None: as many as torch takes
+    rounds: int = 5
+    train: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.models if not is_model(name)]:
+            raise ValueError(f"unknown models: {', '.join(unknown)}")
+        sizes = {name: getattr(self, name) for name in ("batch", "img_size", "rounds", "threads")}
+        if small := [f"{name} {size}" for name, size in sizes.items() if size is not None and size < 1]:
+            raise ValueError(f"wanted at least 1, got {', '.join(small)}")
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(f"wanted device cpu, or cuda where torch sees one, got {self.device}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one model."""
+
+    name: str
+    parameters: int
+    macs: int  # of one image, forward
+    seconds: float  # of one step
+    memory_bytes: int | None
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Measure all models of the settings, and the yardstick."""
+    names = list(dict.fromkeys((YARDSTICK, *settings.models)))
+    models = {name: _create(name, settings) for name in names}
+    images = torch.randn(settings.batch, 3, settings.img_size, settings.img_size, device=settings.device)
+    macs = {name: count_macs(model.eval(), images[:1]) for name, model in models.items()}
+    steps = {name: _step(model, images, settings.train) for name, model in models.items()}
+    memory = {name: peak_bytes(step, settings.device) for name, step in steps.items()}
+    seconds = interleaved_seconds(steps, rounds=settings.rounds, device=settings.device)
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    return [Row(name, sizes[name], macs[name], seconds[name], memory[name]) for name in names]
+
+
+def tabulate(rows: list[Row], settings: Settings) -> Table:
+    """Lay the rows out; the first one is the yardstick."""
+    mode = "training step" if settings.train else "inference"
+    size = f"batch {settings.batch}, {settings.img_size} px, float32, {settings.device}"
+    table = Table(title=f"{mode}, {size}, median of {settings.rounds} interleaved rounds")
+    table.add_column("model", no_wrap=True)
+    for name in ("params M", "GMACs", "published", "img/s", "GMAC/s", f"of {YARDSTICK}", "memory MB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    unit = _macs_per_second(rows[0], settings)
+    for row in rows:
+        table.add_row(row.name, *_cells(row, unit, settings))
+    return table
+
+
+def _cells(row: Row, unit: float, settings: Settings) -> list[str]:
+    published = PUBLISHED_GMACS.get(row.name) if settings.img_size == PUBLISHED_PX else None
+    rate = _macs_per_second(row, settings)
+    return [
+        f"{row.parameters / 1e6:.1f}",
+        f"{row.macs / 1e9:.2f}",
+        "-" if published is None else f"{published:.1f}",
+        f"{settings.batch / row.seconds:.1f}",
+        f"{rate / 1e9:.0f}",
+        f"{rate / unit:.0%}",
+        "-" if row.memory_bytes is None else f"{row.memory_bytes / 1e6:.0f}",
+    ]
+
+
+def _macs_per_second(row: Row, settings: Settings) -> float:
+    return row.macs * settings.batch * (TRAINING_PASSES if settings.train else 1) / row.seconds
+
+
+def _create(name: str, settings: Settings) -> nn.Module:
+    model = timm.create_model(**resolve_model_input_args(name, {"img_size": settings.img_size}))
+    return model.to(settings.device)
+
+
+def _step(model: nn.Module, images: Tensor, train: bool) -> Callable[[], object]:
+    model.train(train)
+    if not train:
+        return torch.inference_mode()(lambda: model(images))
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(model(images), labels).backward()
+
+    return step
+
+
+def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path | None]:
+    """Read the command line; a wish that cannot be met ends with one line and exit code 2."""
+    default = Settings()
+    parser = argparse.ArgumentParser(prog="python -m foveate.benchmarks.backbones", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=default.models, metavar="NAME", help="timm model names")
+    parser.add_argument("--batch", type=int, default=default.batch, help="images per step (default %(default)s)")
+    parser.add_argument("--img-size", type=int, default=default.img_size, help="px (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
+    parser.add_argument("--rounds", type=int, default=default.rounds, help="(default %(default)s)")
+    parser.add_argument("--train", action="store_true", help="forward and backward in place of inference")
+    parser.add_argument("--device", default=default.device, help="cpu or cuda (default %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
+    options = vars(parser.parse_args(arguments))
+    out = options.pop("out")
+    if out is not None and not out.absolute().parent.is_dir():
+        parser.error(f"--out {out}: the folder {out.parent} does not exist")
+    try:
+        return Settings(**options | {"models": tuple(options["models"])}), out
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings, out = parse_settings(arguments)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    table = tabulate(measure(settings), settings)
+    write_report(table, module="foveate.benchmarks.backbones", machine=describe_machine(settings.device), out=out)
+
+
+if __name__ == "__main__":
+    main()

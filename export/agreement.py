@@ -1,0 +1,122 @@
+"""Run an exported model beside the PyTorch model on images; refuse a difference that float32 cannot explain."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .errors import DisagreementError, ExportError
+from .graphs import INPUT_NAME, ONNX_SUFFIX, PROGRAM_SUFFIX, evaluating, require_onnx
+
+# Another order of float32 sums moves logits by some 1e-6 to 2e-5 of their standard deviation, layer after layer;
+# a wrong eps, activation or scale moves them by 1e-3 and more. The line is drawn between.
+TOLERANCE = 1e-4
+BATCH_SIZES = (1, 3)  # two, so that a graph that froze the batch is found out; 1, where exporters specialise
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How closely an exported model follows the PyTorch model."""
+
+    largest_absolute: float  # largest |difference| of any output
+    largest_relative: float  # the same in standard deviations of that output
+    top1: float | None  # share of images with the same first class; None where the output is no (B, classes)
+    images: int
+    batch_sizes: tuple[int, ...]
+    tolerance: float  # of largest_relative
+
+
+def verify(
+    model: nn.Module,
+    path: str | Path,
+    images: Tensor,
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    tolerance: float = TOLERANCE,
+) -> Agreement:
+    """Compare the exported file with the model on every batch size in turn.
+
+    Args:
+        model: the PyTorch model the file was made of; runs in eval mode on the CPU.
+        path: .onnx (ONNX Runtime), .pt2 (torch.export), or a folder in timm's hub layout.
+        images: (N, C, H, W), preprocessed, N >= sum(batch_sizes).
+        batch_sizes: consecutive images are cut into batches of these sizes.
+        tolerance: largest difference allowed, in standard deviations of the model's own output.
+
+    Raises:
+        DisagreementError: a larger difference, another shape, or not-a-numbers.
+        ExportError: nothing can be judged: too few images, or an output that is one constant.
+    """
+    if len(images) < sum(batch_sizes):
+        raise ExportError(f"batches of {tuple(batch_sizes)} want {sum(batch_sizes)} images, got {len(images)}")
+    batches = images[: sum(batch_sizes)].split(list(batch_sizes))
+    run = _runner(path := Path(path))
+    with evaluating(model):
+        wanted = [_as_list(model(batch)) for batch in batches]
+        got = [_run_batch(run, batch, path) for batch in batches]
+    agreement = _compare(_join(wanted), _join(got), tuple(batch_sizes), tolerance)
+    if not agreement.largest_relative <= tolerance:  # written so that a NaN fails
+        raise DisagreementError(
+            f"{path.name} differs from the model by {agreement.largest_relative:.2g} standard deviations of its output "
+            f"(absolute {agreement.largest_absolute:.2g}); {tolerance:.2g} is allowed"
+        )
+    return agreement
+
+
+def _runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
+    if path.is_dir():
+        saved = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        return lambda batch: _as_list(saved(batch))
+    if path.suffix == PROGRAM_SUFFIX:
+        program = torch.export.load(path).module()
+        return lambda batch: _as_list(program(batch))
+    if path.suffix == ONNX_SUFFIX:
+        return _onnx_runner(path)
+    raise ExportError(f"{path}: wanted a file that ends in {ONNX_SUFFIX} or {PROGRAM_SUFFIX}, or a folder")
+
+
+def _onnx_runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
+    require_onnx("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda batch: [torch.from_numpy(out) for out in session.run(None, {INPUT_NAME: batch.numpy()})]
+
+
+def _run_batch(run: Callable[[Tensor], list[Tensor]], batch: Tensor, path: Path) -> list[Tensor]:
+    try:
+        return run(batch)
+    except Exception as error:  # each runtime has its own types; that it does not run is the fact
+        raise DisagreementError(f"{path.name} does not run on a batch of {tuple(batch.shape)}: {error}") from error
+
+
+def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def _join(batches: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+def _compare(wanted: list[Tensor], got: list[Tensor], batch_sizes: tuple[int, ...], tolerance: float) -> Agreement:
+    want_shapes, got_shapes = ([tuple(t.shape) for t in outputs] for outputs in (wanted, got))
+    if want_shapes != got_shapes:
+        raise DisagreementError(f"the exported model returns {got_shapes}, the model {want_shapes}")
+    spreads = [want.std().item() for want in wanted]
+    if not all(spread > 0 for spread in spreads):
+        raise ExportError("the model's output is one constant (or not a number): no difference could be judged")
+    absolute = torch.stack([(w - g).abs().max() for w, g in zip(wanted, got, strict=True)])
+    relative = absolute / torch.tensor(spreads)
+    largest = absolute.max().item(), relative.max().item()  # torch's max, unlike Python's, never loses a NaN
+    return Agreement(*largest, _top1(wanted, got), len(wanted[0]), batch_sizes, tolerance)
+
+
+def _top1(wanted: list[Tensor], got: list[Tensor]) -> float | None:
+    if len(wanted) > 1 or wanted[0].ndim != 2:
+        return None
+    return (wanted[0].argmax(1) == got[0].argmax(1)).float().mean().item()

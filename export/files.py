@@ -1,0 +1,39 @@
+"""Write a file or a folder in one step: readers see the old state or the new one, never half of it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .errors import ExportError
+
+
+def check_target(out: Path, suffix: str) -> None:
+    """Refuse a path that cannot become a file with this suffix, before any work is done for it."""
+    if out.suffix != suffix:
+        raise ExportError(f"{out}: wanted a file name that ends in {suffix}")
+    if out.is_dir():
+        raise ExportError(f"{out} is a folder, wanted a file name")
+    _check_parent(out)
+
+
+def check_empty_folder(out: Path) -> None:
+    """Refuse a path that exists and is not an empty folder: what lies there is somebody's."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} exists and is not an empty folder; remove it or choose another name")
+    _check_parent(out)
+
+
+@contextmanager
+def atomic_path(out: Path) -> Iterator[Path]:
+    """Yield a path beside `out`; what the body writes there moves to `out` at the end, or vanishes on an error."""
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        part = Path(folder) / out.name
+        yield part
+        os.replace(part, out)
+
+
+def _check_parent(out: Path) -> None:
+    if not out.absolute().parent.is_dir():
+        raise ExportError(f"{out}: the folder {out.parent} does not exist")

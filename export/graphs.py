@@ -1,0 +1,162 @@
+"""Turn a model into a file that runs without this package: ONNX, or a torch.export program."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import ExportError, MissingExtraError, first_line
+from .files import atomic_path, check_target
+from .inputs import data_config
+
+ONNX_SUFFIX, PROGRAM_SUFFIX = ".onnx", ".pt2"
+INPUT_NAME = "images"
+_ONNX_LIMIT_BYTES = 2**31 - 1  # protobuf's limit for one message
+
+
+def export_onnx(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    example: Tensor | None = None,
+    dynamic_batch: bool = True,
+    opset: int | None = None,
+) -> Path:
+    """Write the model as one ONNX file with the input `images` and the output `logits` (`features_0`, ... for lists).
+
+    The model is exported in eval mode, from the CPU, in float32; its modes are as before afterwards.
+
+    Args:
+        model: made by timm, or any module when `example` is given.
+        out: a name that ends in .onnx; written in one step, an older file stays when the export fails.
+        img_size: height and width of the graph, in pixels; the model's own when None.
+        example: (B, C, H, W), B > 1, in place of the model's own size.
+        dynamic_batch: leave the batch free; else it is fixed to the example's, 1 without one.
+        opset: ONNX operator set; what this torch recommends when None.
+
+    Raises:
+        MissingExtraError: onnx or onnxscript is not installed.
+        ExportError: the path, the size or the model does not fit.
+    """
+    require_onnx("onnx", "onnxscript")
+    example = _prepare(model, out := Path(out), ONNX_SUFFIX, img_size, example, dynamic_batch)
+    _check_onnx_size(model)
+    options = {"dynamo": True, "verbose": False, "external_data": False, "opset_version": opset}
+    shapes = ({0: "batch"},) if dynamic_batch else None
+    with evaluating(model), atomic_path(out) as part:
+        names = _output_names(model, example)
+        _quietly(
+            lambda: torch.onnx.export(
+                model, (example,), part, input_names=[INPUT_NAME], output_names=names, dynamic_shapes=shapes, **options
+            )
+        )
+    return out
+
+
+def export_program(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    example: Tensor | None = None,
+    dynamic_batch: bool = True,
+) -> Path:
+    """Write the model as a torch.export program, for `torch.export.load(out).module()` without timm or this package.
+
+    Arguments and errors are those of `export_onnx`; the name ends in .pt2.
+    """
+    example = _prepare(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic_batch)
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    with evaluating(model), atomic_path(out) as part:
+        _output_names(model, example)
+        with _OursSpelledOut():
+            program = _quietly(lambda: torch.export.export(model, (example,), dynamic_shapes=shapes))
+        torch.export.save(program, part)
+    return out
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold every module in eval mode and record no gradients; give each module its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def require_onnx(*packages: str) -> None:
+    """Refuse with the command that helps when one of the ONNX packages is missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f'ONNX needs {", ".join(missing)}: pip install "foveate[export]"')
+
+
+def _prepare(
+    model: nn.Module,
+    out: Path,
+    suffix: str,
+    img_size: int | tuple[int, int] | None,
+    example: Tensor | None,
+    dynamic_batch: bool,
+) -> Tensor:
+    """Check everything that can be checked before the work, and return the example to trace with."""
+    check_target(out, suffix)
+    kinds = {(p.device.type, p.dtype) for p in model.parameters()}
+    if odd := sorted(f"{dtype} on {device}" for device, dtype in kinds - {("cpu", torch.float32)}):
+        raise ExportError(f"a graph is exported in torch.float32 on cpu, the model is in {', '.join(odd)}")
+    if example is None:
+        return torch.zeros(2 if dynamic_batch else 1, *data_config(model, img_size)["input_size"])
+    if img_size is not None:
+        raise ExportError(f"img_size {img_size} and an example {tuple(example.shape)} are given; one decides the size")
+    if dynamic_batch and len(example) < 2:
+        raise ExportError("a free batch is traced with two images or more, the example holds 1")
+    return example
+
+
+def _check_onnx_size(model: nn.Module) -> None:
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if size > _ONNX_LIMIT_BYTES:
+        raise ExportError(f"one ONNX file holds up to 2.1 GB, the model has {size / 1e9:.1f} GB; export a .pt2 program")
+
+
+def _output_names(model: nn.Module, example: Tensor) -> list[str]:
+    try:
+        outputs = model(example)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        shape = tuple(example.shape)
+        raise ExportError(f"the model does not run on an input of {shape}: {first_line(error)}") from error
+    return ["logits"] if isinstance(outputs, Tensor) else [f"features_{i}" for i in range(len(outputs))]
+
+
+class _OursSpelledOut(TorchFunctionMode):
+    """Trace our ops as the torch ops they consist of: a reader of the file need not have them.
+
+    Afterwards it would be too late: `run_decompositions` turns reshapes into views that hold for one layout of
+    attention's output only, and torch returns another layout when gradients are recorded.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if not str(func).startswith("foveate."):
+            return func(*args, **(kwargs or {}))
+        op = func if isinstance(func, torch._ops.OpOverload) else func.default
+        return op.decompose(*args, **(kwargs or {}))
+
+
+def _quietly(export: Callable):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's exporters warn about their own internals
+            return export()
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(f"torch could not export the model: {first_line(error)}") from error

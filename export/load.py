@@ -1,0 +1,87 @@
+"""Make a model from a name and a checkpoint, or say in one line why not."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import get_arch_pretrained_cfgs, is_model, parse_model_name, split_model_name_tag
+from torch import nn
+
+from .checkpoints import explain_mismatch, read_checkpoint
+from .errors import ExportError, first_line
+
+_FEATURE_ARGS = ("features_only", "out_indices", "feature_cls")
+_NO_OTHER_SOURCE = {"source": None, "url": None, "file": None, "hf_hub_id": None}
+
+
+def load_model(
+    name: str, checkpoint: str | Path | None = None, *, pretrained: bool = False, **kwargs: Any
+) -> nn.Module:
+    """Create a model in eval mode, with all of its weights from one place.
+
+    Args:
+        name: a timm model name (`van_b0`, `van_b0.in1k`); `local-dir:FOLDER` and `hf-hub:ORG/REPO` bring weights.
+        checkpoint: .pth or .safetensors in the official layout or ours; goes through the family's checkpoint filter.
+            Every tensor must find its place: nothing is dropped or left at random.
+        pretrained: take the published weights that timm knows for the name.
+        kwargs: the model's own arguments, such as num_classes.
+
+    Raises:
+        ExportError: unknown model, argument the model does not take, or weights that are not of this model.
+    """
+    source = _check_name(name)
+    if checkpoint is not None and pretrained:
+        raise ExportError(f"weights for {name} from the checkpoint {checkpoint} or pretrained, not both")
+    wants_weights = pretrained or source is not None or checkpoint is not None
+    overlay = None if checkpoint is None else _overlay(name, checkpoint, kwargs)
+    try:
+        model = timm.create_model(name, pretrained=wants_weights, pretrained_cfg_overlay=overlay, **kwargs)
+    except Exception as error:  # a family's checkpoint filter may stumble over a foreign file in any way
+        _check_arguments(name, kwargs)
+        origin = f"checkpoint {checkpoint}" if checkpoint else "the published weights"
+        raise ExportError(f"{origin} cannot be loaded into {name}: {explain_mismatch(error)}") from error
+    model.pretrained_cfg.pop("state_dict", None)  # the model owns the tensors now
+    return model.eval()
+
+
+def _overlay(name: str, checkpoint: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if kwargs.get("features_only"):  # timm loads these leniently: let the whole model take the file first
+        whole = load_model(name, checkpoint, **{k: v for k, v in kwargs.items() if k not in _FEATURE_ARGS})
+        return {**_NO_OTHER_SOURCE, "state_dict": whole.state_dict()}
+    overlay = {**_NO_OTHER_SOURCE, "state_dict": read_checkpoint(checkpoint)}
+    if "num_classes" in kwargs:  # else timm drops the file's classifier and keeps a random one
+        overlay |= {"num_classes": kwargs["num_classes"], "label_offset": None}
+    return overlay
+
+
+def _check_name(name: str) -> str | None:
+    """Return the source that a name is prefixed with (`local-dir`, `hf-hub`), None for a registered model."""
+    try:
+        source, model_id = parse_model_name(name)
+    except ValueError as error:
+        raise ExportError(first_line(error)) from error
+    if source == "local-dir" and not (Path(model_id) / "config.json").is_file():
+        raise ExportError(f"{name}: {model_id} holds no config.json, wanted a folder in timm's hub layout")
+    if source is None:
+        _check_registered(name)
+    return source
+
+
+def _check_registered(name: str) -> None:
+    arch, tag = split_model_name_tag(name)
+    if not is_model(arch):
+        near = get_close_matches(arch, timm.list_models(), n=3)
+        raise ExportError(
+            f"unknown model {arch}; " + (f"close: {', '.join(near)}" if near else "see timm.list_models()")
+        )
+    known = [split_model_name_tag(entry)[1] for entry in get_arch_pretrained_cfgs(arch)]
+    if tag and tag not in known:
+        raise ExportError(f"unknown weights {tag} of {arch}; known: {', '.join(known) or 'none'}")
+
+
+def _check_arguments(name: str, kwargs: dict[str, Any]) -> None:
+    try:
+        timm.create_model(name, **kwargs)
+    except Exception as error:
+        raise ExportError(f"{name} cannot be built with {kwargs}: {first_line(error)}") from error

@@ -1,0 +1,53 @@
+"""The measuring tools, on calls whose cost is known. No test here depends on how fast the machine is."""
+
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from foveate.benchmarks import _timing
+from foveate.benchmarks._timing import describe_machine, interleaved_seconds, peak_bytes, write_report
+
+
+def test_calls_take_turns():
+    seen = []
+    interleaved_seconds({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, rounds=2, warmup=1)
+    assert "".join(seen) == "ababab"
+
+
+def test_the_median_of_the_rounds_is_taken_and_the_warm_up_is_not(monkeypatch):
+    clock = iter([0, 100, 0, 1, 0, 9, 0, 2])  # one warm-up of 100 s, then rounds of 1, 9 and 2 s
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: next(clock))
+    assert interleaved_seconds({"a": lambda: None}, rounds=3) == {"a": 2}
+
+
+def test_no_rounds_are_refused():
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        interleaved_seconds({"a": lambda: None}, rounds=0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+def test_the_peak_is_that_of_one_call():
+    def hold(megabytes: int) -> None:
+        torch.ones(megabytes * 250_000).sum()  # float32
+
+    assert peak_bytes(lambda: hold(100)) == pytest.approx(100e6, rel=0.05)
+    assert peak_bytes(lambda: hold(40)) == pytest.approx(40e6, rel=0.1)  # after a larger one, too
+
+
+def test_the_machine_is_described():
+    words = describe_machine()
+    assert torch.__version__.split("+")[0] in words and f"{torch.get_num_threads()} threads" in words
+
+
+def test_the_report_holds_command_machine_and_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--models", "a b"])
+    table = Table("model")
+    table.add_row("nat_mini")
+    write_report(table, module="foveate.benchmarks.backbones", machine="a laptop", out=tmp_path / "report.txt")
+    report = (tmp_path / "report.txt").read_text()
+    assert "python -m foveate.benchmarks.backbones --models 'a b'" in report
+    assert "a laptop" in report and "nat_mini" in report and "nat_mini" in capsys.readouterr().out
+    assert max(map(len, report.splitlines())) <= max(Console().width, 120)

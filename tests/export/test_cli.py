@@ -1,0 +1,125 @@
+"""`foveate export`: one table on success; one line, its exit code and no file on failure."""
+
+import os
+
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from foveate.export import ExportError
+from foveate.export.cli import export_command, parse_model_args
+
+app = typer.Typer()
+app.command()(export_command)
+SMALL = ["--img-size", "64", "--model-arg", "num_classes=7"]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def export(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_onnx_is_written_and_reported():
+    done = export("test_resnet", "-o", "net.onnx", *SMALL)
+    assert done.exit_code == 0, done.output
+    assert os.listdir() == ["net.onnx"]
+    for fact in ("net.onnx", "MB", "batch x 3 x 64 x 64", "largest difference", "100%", "random: neither"):
+        assert fact in done.stdout
+
+
+def test_a_checkpoint_and_a_folder_of_images_are_used(net):
+    torch.save(net.state_dict(), "weights.pth")
+    os.mkdir("pictures")
+    Image.new("RGB", (40, 50), "red").save("pictures/a.png")
+    done = export(
+        "test_resnet",
+        "-o",
+        "net.pt2",
+        "--format",
+        "torch",
+        "--checkpoint",
+        "weights.pth",
+        "--images",
+        "pictures",
+        *SMALL,
+    )
+    assert done.exit_code == 0, done.output
+    assert "weights.pth" in done.stdout
+    program = torch.export.load("net.pt2").module()
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(program(x), net(x))
+
+
+def test_a_hub_folder_is_written_and_can_be_exported_again():
+    assert export("test_resnet", "-o", "hub", "--format", "hub", *SMALL).exit_code == 0
+    done = export("local-dir:hub", "-o", "net.onnx")
+    assert done.exit_code == 0, done.output
+    assert "batch x 3 x 64 x 64" in done.stdout and "local-dir:hub" in done.stdout
+
+
+def test_a_model_of_fixed_size_is_built_at_the_size_asked_for():
+    done = export("test_vit", "-o", "net.pt2", "--format", "torch", "--img-size", "96")
+    assert done.exit_code == 0, done.output
+    assert "batch x 3 x 96 x 96" in done.stdout
+
+
+def test_a_file_that_differs_is_not_put_in_place():
+    done = export("test_resnet", "-o", "net.onnx", "--tolerance", "0", *SMALL)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("foveate export: net.onnx differs from the model by")
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet5O", "-o", "net.onnx"], "unknown model resnet5O; close:"),
+        (["test_resnet", "-o", "net.pt"], "wanted a file name that ends in .onnx"),
+        (["test_resnet", "-o", "net.onnx", "--checkpoint", "none.pth"], "checkpoint none.pth does not exist"),
+        (["test_resnet", "-o", "net.onnx", "--images", "none"], "no image in none"),
+        (["test_resnet", "-o", "net.onnx", "--model-arg", "depth"], "--model-arg wants key=value, got depth"),
+        (["test_vit", "-o", "net.onnx", "--img-size", "100"], "does not run on an input of (2, 3, 100, 100)"),
+    ],
+)
+def test_a_mistake_prints_one_line_and_writes_nothing(arguments, message):
+    done = export(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert os.listdir() == [] and done.stdout == ""
+
+
+def test_a_full_disk_prints_one_line_and_leaves_nothing(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("foveate.export.files.os.replace", full)
+    done = export("test_resnet", "-o", "hub", "--format", "hub", *SMALL)
+    assert (done.exit_code, done.stderr) == (2, "foveate export: [Errno 28] No space left on device\n")
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("(1, 2)", (1, 2)),
+        ("0.5", 0.5),
+        ("avg", "avg"),
+        ("False", False),
+        ("false", False),
+        ("none", None),
+        ("a=b", "a=b"),
+    ],
+)
+def test_model_arguments_are_literals_or_text(text, value):
+    assert parse_model_args([f"key={text}"]) == {"key": value}
+
+
+def test_a_model_argument_without_a_name_is_refused():
+    with pytest.raises(ExportError, match="wants key=value, got =3"):
+        parse_model_args(["=3"])

@@ -1,0 +1,65 @@
+"""Real images, preprocessed as the model wants them."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from foveate.export import ExportError, real_images
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images, one grey and one below a sub-folder, and a file that is none."""
+    (tmp_path / "below").mkdir()
+    Image.fromarray(np.full((40, 60, 3), (255, 0, 0), np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((40, 60), 128, np.uint8)).save(tmp_path / "below" / "b.JPG")
+    (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_digits_are_ten_different_ones(net):
+    digits = real_images(net, count=10, img_size=32)
+    assert digits.shape == (10, 3, 32, 32)
+    assert len({digit.numpy().tobytes() for digit in digits}) == 10
+
+
+def test_the_models_own_preprocessing_applies(net, folder):
+    red = real_images(net, folder, count=1, img_size=(32, 48))
+    mean, std = (torch.tensor(net.pretrained_cfg[key]) for key in ("mean", "std"))
+    wanted = (torch.tensor([1.0, 0.0, 0.0]) - mean) / std
+    assert red.shape == (1, 3, 32, 48)
+    torch.testing.assert_close(red, wanted[None, :, None, None].expand_as(red))
+
+
+def test_images_are_taken_by_name_and_again_from_the_start(net, folder):
+    first, second, third = real_images(net, folder, count=3, img_size=32)
+    assert torch.equal(first, third) and not torch.equal(first, second)
+
+
+def test_a_model_with_one_channel_gets_grey_images(folder):
+    net = timm.create_model("test_resnet", in_chans=1)
+    assert real_images(net, folder, count=2, img_size=32).shape == (2, 1, 32, 32)
+
+
+def test_a_model_with_five_channels_gets_none(folder):
+    with pytest.raises(ExportError, match="images have 1 or 3 channels, the model takes 5"):
+        real_images(timm.create_model("test_resnet", in_chans=5), folder)
+
+
+def test_an_unreadable_image_is_named(net, folder):
+    (folder / "a.png").write_bytes(b"not an image")
+    with pytest.raises(ExportError, match=r"a\.png is not a readable image"):
+        real_images(net, folder)
+
+
+def test_a_folder_without_images_is_refused(net, tmp_path):
+    with pytest.raises(ExportError, match=f"no image in {tmp_path}"):
+        real_images(net, tmp_path)
+
+
+def test_without_digits_and_folder_the_remedy_is_named(net, monkeypatch):
+    monkeypatch.setattr("foveate.export.inputs.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r'name a folder of images, or pip install "foveate\[demo\]"'):
+        real_images(net)
