@@ -1,0 +1,25 @@
+"""Train and fine-tune from recipes: timm's models, data and optimisers in MMEngine's loop."""
+
+from .checkpoints import export_weights, load_net
+from .errors import MissingPackageError, TrainError
+from .recipe import Recipe
+from .recipe_files import find_recipe, list_recipes, load_recipe
+from .report import DivergedError, read_scalars
+from .runner import EvalResult, TrainResult, evaluate, train
+
+__all__ = [
+    "DivergedError",
+    "EvalResult",
+    "MissingPackageError",
+    "Recipe",
+    "TrainError",
+    "TrainResult",
+    "evaluate",
+    "export_weights",
+    "find_recipe",
+    "list_recipes",
+    "load_net",
+    "load_recipe",
+    "read_scalars",
+    "train",
+]

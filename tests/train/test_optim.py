@@ -1,0 +1,78 @@
+"""Learning rates and parameter groups."""
+
+import pytest
+import timm
+import torch
+from timm.scheduler import CosineLRScheduler
+
+from foveate.train import TrainError, load_recipe
+from foveate.train.optim import build_optim_wrapper, build_optimizer, lr_at
+from foveate.train.recipe import OptimizerRecipe, ScheduleRecipe
+
+COSINE = ScheduleRecipe(epochs=10, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-5, cooldown_epochs=2)
+
+
+def test_cosine_with_warm_up_and_cool_down_is_timms():
+    steps = 7  # an epoch
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    theirs = CosineLRScheduler(
+        optimizer, t_initial=10 * steps, lr_min=1e-5, warmup_t=3 * steps, warmup_lr_init=1e-6, t_in_epochs=False
+    )
+    for update in range(12 * steps):
+        theirs.step_update(update)
+        assert lr_at(update / steps, COSINE, 1e-3) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+
+
+def test_linear_goes_straight_from_the_first_rate_to_the_last():
+    linear = ScheduleRecipe(epochs=10, kind="linear", min_lr=1e-4)
+    rates = [lr_at(epoch, linear, 1e-3) for epoch in (0, 5, 10, 12)]
+    assert rates == pytest.approx([1e-3, 5.5e-4, 1e-4, 1e-4])
+
+
+@pytest.mark.parametrize("name", ["test_vit", "van_b0", "nat_mini"])
+def test_one_dimensional_and_named_parameters_are_not_decayed(name):
+    net = timm.create_model(name)
+    optimizer = build_optimizer(net, OptimizerRecipe(lr=1e-3, weight_decay=0.05))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    named = net.no_weight_decay() if hasattr(net, "no_weight_decay") else set()
+    wrong = [
+        key
+        for key, p in net.named_parameters()
+        if (decay[id(p)] == 0) != (p.ndim <= 1 or key.endswith(".bias") or key in named)
+    ]
+    assert wrong == [] and len(decay) == len(list(net.parameters()))
+
+
+def test_layer_decay_gives_early_layers_a_smaller_scale():
+    optimizer = build_optimizer(timm.create_model("test_vit"), OptimizerRecipe(lr=1e-3, layer_decay=0.5))
+    scales = {group["lr_scale"] for group in optimizer.param_groups}
+    assert max(scales) == 1.0 and min(scales) < 0.1
+
+
+def test_every_optimizer_argument_reaches_the_optimizer():
+    net = timm.create_model("test_resnet")
+    adamw = build_optimizer(net, OptimizerRecipe(lr=1e-3, betas=(0.8, 0.9), eps=1e-6)).defaults
+    assert (adamw["betas"], adamw["eps"]) == ((0.8, 0.9), 1e-6)
+    sgd = build_optimizer(net, OptimizerRecipe(lr=1e-3, opt="sgd", momentum=0.5))
+    assert type(sgd).__name__ == "SGD" and sgd.defaults["momentum"] == 0.5
+
+
+def test_an_optimizer_that_does_not_exist_or_does_not_take_the_argument_is_refused():
+    net = timm.create_model("test_resnet")
+    with pytest.raises(TrainError, match=r"unknown optimiser 'adamv'; did you mean .*adam"):
+        build_optimizer(net, OptimizerRecipe(lr=1e-3, opt="adamv"))
+    with pytest.raises(TrainError, match=r"optimizer.betas: sgd has none, got \(0.9, 0.9\)"):
+        build_optimizer(net, OptimizerRecipe(lr=1e-3, opt="sgd", betas=(0.9, 0.9)))
+
+
+@pytest.mark.parametrize("mode", ["norm", "value"])
+def test_gradients_are_clipped(make_recipe, mode):
+    recipe = load_recipe(make_recipe(optimizer={"clip_grad": 0.1, "clip_mode": mode}))
+    net = torch.nn.Linear(4, 4)
+    wrapper = build_optim_wrapper(net, recipe)
+    wrapper.optimizer.step = lambda: None
+    wrapper.optimizer.zero_grad = lambda: None
+    wrapper.update_params(1000 * net(torch.ones(2, 4)).sum())
+    gradients = torch.cat([p.grad.flatten() for p in net.parameters()])
+    size = gradients.norm() if mode == "norm" else gradients.abs().max()
+    assert size == pytest.approx(0.1, rel=1e-4)

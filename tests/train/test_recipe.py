@@ -1,0 +1,113 @@
+"""A recipe says what it means, or is refused with the key, the wish and the value."""
+
+import pytest
+
+from foveate.train import TrainError, find_recipe, list_recipes, load_recipe
+from foveate.train.recipe import recipe_data
+from foveate.train.recipe_files import parse_options
+
+UNKNOWN = [
+    ("scheduel.epochs", 3, "unknown key scheduel; did you mean schedule?"),
+    ("schedule.epoch", 3, "unknown key schedule.epoch; did you mean schedule.epochs"),
+    ("augment.mix_up", 0.1, "unknown key augment.mix_up; did you mean augment.mixup"),
+    ("checkpoint.interval.x", 1, "unknown key checkpoint.interval.x: checkpoint.interval holds a value, not a section"),
+]
+WRONG = [
+    ("schedule.epochs", 2.5, "schedule.epochs: wanted an integer, got 2.5"),
+    ("schedule.epochs", 0, "schedule.epochs: wanted a number >= 1, got 0"),
+    ("batch_size", True, "batch_size: wanted an integer, got True"),
+    ("optimizer.lr", "fast", "optimizer.lr: wanted a number, got 'fast'"),
+    ("optimizer.lr", float("nan"), "optimizer.lr: wanted a number, got nan"),
+    ("optimizer.betas", (0.9,), r"optimizer.betas: wanted 2 values \(a number\) or None, got \(0.9,\)"),
+    ("precision", "fp8", "precision: wanted one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
+    ("schedule", 3, "schedule: wanted a section of keys, got 3"),
+    ("data.mean", (0.5,), r"data.mean: wanted 3 value\(s\), one a channel"),
+    ("schedule.min_lr", 1.0, "schedule.min_lr: wanted at most optimizer.lr 0.001, got 1"),
+    ("schedule.warmup_epochs", 2, "schedule.warmup_epochs: wanted fewer than 2 epochs, got 2"),
+]
+WITHOUT_EFFECT = [
+    ("augment.ratio", (0.5, 2.0), "augment.scale"),
+    ("augment.erasing_mode", "const", "augment.erasing"),
+    ("augment.mix_prob", 0.5, "augment.mixup or augment.cutmix"),
+    ("augment.switch_prob", 0.5, "augment.mixup and augment.cutmix"),
+    ("optimizer.clip_mode", "value", "optimizer.clip_grad"),
+    ("schedule.warmup_lr", 1e-6, "schedule.warmup_epochs"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), UNKNOWN)
+def test_an_unknown_key_is_refused_with_its_path_and_the_closest_name(make_recipe, key, value, message):
+    with pytest.raises(TrainError, match=message):
+        load_recipe(make_recipe(checkpoint={"interval": 1}), {key: value})
+
+
+def test_an_unknown_key_in_a_recipe_file_is_refused(tmp_path):
+    file = tmp_path / "typo.py"
+    file.write_text("model = dict(name='x')\noptimizer = dict(lr=1.0)\nschedule = {}\ndata = dict(roof='')\n")
+    with pytest.raises(TrainError, match=r"unknown key data.roof; did you mean data.root"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), WRONG)
+def test_a_wrong_value_is_refused_with_the_wish(make_recipe, key, value, message):
+    with pytest.raises(TrainError, match=message):
+        load_recipe(make_recipe(), {key: value})
+
+
+@pytest.mark.parametrize(("key", "value", "switch"), WITHOUT_EFFECT)
+def test_a_key_without_effect_is_refused(make_recipe, key, value, switch):
+    with pytest.raises(TrainError, match=f"{key}: has no effect without {switch}"):
+        load_recipe(make_recipe(), {key: value})
+
+
+def test_color_jitter_is_refused_where_timm_would_drop_it(make_recipe):
+    with pytest.raises(TrainError, match=r"augment.color_jitter: timm leaves it out under augment.randaugment"):
+        load_recipe(make_recipe(augment={"color_jitter": 0.4, "randaugment": "rand-m9"}))
+
+
+def test_mixing_wants_an_even_batch(make_recipe):
+    with pytest.raises(TrainError, match="batch_size: mixup and cutmix pair images, wanted an even number, got 3"):
+        load_recipe(make_recipe(augment={"mixup": 0.2}, batch_size=3))
+
+
+def test_a_missing_key_is_named(make_recipe):
+    recipe = make_recipe()
+    del recipe["optimizer"]["lr"]
+    with pytest.raises(TrainError, match=r"missing key optimizer.lr: wanted a number"):
+        load_recipe(recipe)
+
+
+def test_keywords_beside_the_model_name_reach_the_model_as_tuples(make_recipe):
+    recipe = load_recipe(make_recipe(model={"dims": [32, 64]}), {"model.dilations": ((1,), (2,))})
+    assert recipe.model.keywords == {"dims": (32, 64), "dilations": ((1,), (2,))}
+
+
+def test_plain_data_reads_back_to_the_same_recipe(make_recipe, everything):
+    recipe = load_recipe(make_recipe(**everything, model={"drop_path_rate": 0.1, "layers": [1, 2]}))
+    assert load_recipe(recipe_data(recipe)) == recipe
+
+
+def test_options_are_literals_or_strings():
+    words = ["a.b=1e-3", "c=(32, 64)", "d=rand-m9", "e=true", "f=None", "g=a=b", "h=3"]
+    expected = {"a.b": 1e-3, "c": (32, 64), "d": "rand-m9", "e": True, "f": None, "g": "a=b", "h": 3}
+    assert parse_options(words) == expected
+    with pytest.raises(TrainError, match="wanted key=value, got 'lr'"):
+        parse_options(["lr"])
+
+
+def test_a_recipe_is_found_by_bare_name_and_by_path(tmp_path):
+    path = find_recipe("nat_micro_1xb64_mnist5k")
+    assert find_recipe("nat_micro_1xb64_mnist5k.py") == path == find_recipe(path)
+    with pytest.raises(TrainError, match=r"unknown recipe nat_micro; did you mean .*nat_micro_1xb64_mnist5k"):
+        find_recipe("nat_micro")
+    with pytest.raises(TrainError, match="is not a file"):
+        find_recipe(tmp_path / "nowhere.py")
+    assert "van_b0_8xb128_in1k" in list_recipes()
+
+
+def test_a_recipe_file_that_does_not_run_is_refused_in_one_line(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("model = dict(\n")
+    with pytest.raises(TrainError, match=r"broken.py cannot be read: ") as caught:
+        load_recipe(file)
+    assert "\n" not in str(caught.value)

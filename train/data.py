@@ -1,0 +1,145 @@
+"""From a recipe to loaders of uint8 images (B, C, H, W) and class numbers (B,).
+
+Decoding, cropping, flips, colour and RandAugment happen here, image by image, in worker processes where there are any;
+what can run on the device's whole batch happens there (augment.py).
+"""
+
+import signal
+from collections.abc import Sequence
+from typing import Literal
+
+from mmengine.dataset import DefaultSampler
+from mmengine.dist import get_dist_info
+from PIL import Image
+from timm.data import create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision import transforms
+
+from .errors import TrainError
+from .recipe import DataRecipe, Recipe
+from .sources import class_names, open_split
+
+
+def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoader, DataLoader, list[str] | None]:
+    """Return the training loader, the validation loader, and the class names where the source has any.
+
+    Raises:
+        TrainError: the data cannot be opened, or its classes are not model.num_classes.
+    """
+    train = open_split(recipe.data, recipe.data.train_split, train_transform(recipe), fixed=not _random(recipe))
+    classes = class_names(train)
+    _check_classes(recipe, classes, recipe.data.train_split)
+    val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
+    loader = _loader(recipe, train, _train_sampler(recipe, train), pin_memory, drop_last=True)
+    if not len(loader):
+        raise TrainError(
+            f"data: the training split gives each process {len(loader.sampler)} images, fewer than one "
+            f"batch_size {recipe.batch_size} (a partial batch is dropped)"
+        )
+    return loader, _val_loader(recipe, val, pin_memory), classes
+
+
+def build_val_loader(recipe: Recipe, classes: Sequence[str] | None, *, pin_memory: bool = False) -> DataLoader:
+    """Return the validation loader alone; `classes` are the names a checkpoint was trained with."""
+    val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
+    _check_classes(recipe, class_names(val), recipe.data.val_split)
+    return _val_loader(recipe, val, pin_memory)
+
+
+def train_transform(recipe: Recipe) -> transforms.Compose:
+    """Return PIL image -> (C, H, W) uint8, with the augmentation that works image by image."""
+    data, augment = recipe.data, recipe.augment
+    options = {
+        "scale": augment.scale or (1.0, 1.0),  # all of it: the largest centred part of the input's shape
+        "ratio": (augment.ratio or (3 / 4, 4 / 3)) if augment.scale else _ratio(data),
+        "hflip": augment.hflip,
+        "color_jitter": augment.color_jitter or None,
+        "auto_augment": augment.randaugment,
+        "interpolation": data.train_interpolation or data.interpolation,
+        "mean": data.mean,  # RandAugment fills with it
+    }
+    try:
+        steps = create_transform(data.img_size, is_training=True, normalize=False, **options)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise TrainError(f"augment.randaugment: timm cannot read {augment.randaugment!r}") from error
+    return transforms.Compose([ToMode(recipe.model.in_chans), *steps.transforms])
+
+
+def val_transform(recipe: Recipe) -> transforms.Compose:
+    """Return PIL image -> (C, H, W) uint8: resize the short side to img_size / crop_pct, crop the centre."""
+    data = recipe.data
+    steps = create_transform(data.img_size, interpolation=data.interpolation, crop_pct=data.crop_pct, normalize=False)
+    return transforms.Compose([ToMode(recipe.model.in_chans), *steps.transforms])
+
+
+class ToMode:
+    """Convert to grey (1 channel) or RGB (3); a class, so that worker processes can receive it."""
+
+    def __init__(self, channels: Literal[1, 3]) -> None:
+        self.mode = "L" if channels == 1 else "RGB"
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image if image.mode == self.mode else image.convert(self.mode)
+
+
+class Collate:
+    """Stack samples, and refuse a class number that the model has no output for."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def __call__(self, samples: list | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, targets = samples if isinstance(samples, tuple) else default_collate(samples)
+        if targets.min() < 0 or targets.max() >= self.num_classes:
+            raise TrainError(f"data: class number {int(targets.max())}, but model.num_classes is {self.num_classes}")
+        return images, targets
+
+
+def _random(recipe: Recipe) -> bool:
+    augment = recipe.augment
+    per_image = augment.randaugment or augment.color_jitter or augment.hflip or augment.scale
+    return bool(per_image) or recipe.data.train_interpolation == "random"
+
+
+def _ratio(data: DataRecipe) -> tuple[float, float]:
+    rows, columns = (data.img_size, data.img_size) if isinstance(data.img_size, int) else data.img_size
+    return (columns / rows, columns / rows)
+
+
+def _check_classes(recipe: Recipe, classes: Sequence[str] | None, split: str) -> None:
+    if classes is not None and len(classes) != recipe.model.num_classes:
+        where = recipe.data.root or recipe.data.source
+        raise TrainError(
+            f"data: {where} has {len(classes)} classes in {split!r}, but model.num_classes is "
+            f"{recipe.model.num_classes}"
+        )
+
+
+def _train_sampler(recipe: Recipe, dataset: Dataset) -> Sampler:
+    rank, processes = get_dist_info()
+    if recipe.augment.repeats > 1:
+        return RepeatAugSampler(dataset, processes, rank, num_repeats=recipe.augment.repeats)
+    return DefaultSampler(dataset, shuffle=True, seed=recipe.seed)
+
+
+def _val_loader(recipe: Recipe, dataset: Dataset, pin_memory: bool) -> DataLoader:
+    return _loader(recipe, dataset, DefaultSampler(dataset, shuffle=False), pin_memory, drop_last=False)
+
+
+def _loader(recipe: Recipe, dataset: Dataset, sampler: Sampler, pin_memory: bool, *, drop_last: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=recipe.batch_size,
+        sampler=sampler,
+        drop_last=drop_last,
+        num_workers=recipe.data.workers,
+        collate_fn=Collate(recipe.model.num_classes),
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_ctrl_c_to_the_parent,
+    )
+
+
+def _leave_ctrl_c_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,65 @@
+"""MMEngine's Runner with our device, our checkpoints and a quiet terminal; its detailed log stays a file."""
+
+import logging
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import master_only
+from mmengine.logging import MMLogger
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
+from torch import nn
+
+from .checkpoints import read_checkpoint
+
+_NO_HISTORY = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}  # a message hub's state, empty
+
+
+class RecipeRunner(Runner):
+    def __init__(self, *, device: torch.device, **kwargs: Any) -> None:
+        self.device = device
+        super().__init__(experiment_name=uuid.uuid4().hex[:8], **kwargs)  # MMEngine keeps global objects by this name
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Write to the log file as usual; only errors reach the terminal."""
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.ERROR)
+        return logger
+
+    def build_visualizer(self, visualizer: Any = None) -> Visualizer:
+        """Draw nothing: scalars.jsonl is the record."""
+        return Visualizer(name=self.experiment_name)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Put the model on our device; share buffers from process 0, which is the one that saves them."""
+        model = model.to(self.device)
+        if not self.distributed:
+            return model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return MMDistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=True)
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load one of our checkpoints, every key of it."""
+        checkpoint = read_checkpoint(filename)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        model.load_state_dict(checkpoint["state_dict"])
+        return checkpoint | {"message_hub": _NO_HISTORY}
+
+    @master_only
+    def dump_config(self) -> None:
+        """Leave the whole recipe, overrides included, in work_dir; it can be trained again as it is."""
+        self.cfg.dump(Path(self.work_dir) / "recipe.py")
+
+    def close(self) -> None:
+        """Close the log files, which MMEngine's global logger would keep open."""
+        for handler in self.logger.handlers:
+            handler.close()
+
+    def _log_env(self, env_cfg: dict) -> None:
+        """Skip MMEngine's survey of compilers and drivers: it takes seconds; checkpoints carry the versions."""

@@ -1,0 +1,121 @@
+"""Hooks that make a run repeatable and resumable: seeds, learning rate, EMA, checkpoints.
+
+Every random draw of an epoch follows from (seed, epoch, process), so a run resumed at an epoch's end goes on bit for
+bit as the uninterrupted one: shuffling, augmentation in workers, mixup, drop path and dropout.
+"""
+
+import random
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import all_reduce_params, get_dist_info, master_only
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from .checkpoints import write_best, write_epoch
+from .optim import lr_at
+from .recipe import Recipe, recipe_data
+
+
+class SeedEpoch(Hook):
+    """Seed everything at the start of each epoch; let gradient accumulation start anew there, too."""
+
+    priority = "VERY_HIGH"
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        seed_everything(self.seed, runner.epoch, runner.rank)
+        # counts from 0 to the epoch's length: a last, partial group steps too, and no gradient crosses a checkpoint
+        runner.optim_wrapper.initialize_count_status(runner.model, 0, len(runner.train_dataloader))
+
+
+class LearningRate(Hook):
+    """Set the learning rate before each optimiser step, times the group's lr_scale (layer decay)."""
+
+    priority = "HIGHEST"  # before MMEngine's own hook logs it
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        first = batch_idx - batch_idx % self.recipe.accumulate  # of the batches that share a step
+        epoch = runner.epoch + first / len(runner.train_dataloader)
+        lr = lr_at(epoch, self.recipe.schedule, self.recipe.optimizer.lr)
+        for group in runner.optim_wrapper.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+class Ema(EMAHook):
+    """Average weights and float buffers as timm does: no warm-up, one update an optimiser step."""
+
+    def __init__(self, decay: float, accumulate: int) -> None:
+        super().__init__(momentum=1 - decay, interval=accumulate, update_buffers=True, strict_load=True)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        all_reduce_params(self.ema_model.module.buffers(), op="mean")  # BatchNorm statistics differ between processes
+
+
+class SaveCheckpoints(Hook):
+    """After an epoch's validation write the checkpoint, and the weights alone where top-1 is the best so far."""
+
+    priority = "VERY_LOW"  # EMA has swapped back, the log line is written
+
+    def __init__(self, recipe: Recipe, work_dir: Path, classes: Sequence[str] | None) -> None:
+        self.recipe = recipe
+        self.work_dir = work_dir
+        self.classes = classes
+        self.best: dict[str, float] | None = None
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        self.best = checkpoint["meta"]["best"]
+
+    @master_only
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        improved = self.best is None or metrics["top1"] > self.best["top1"]
+        if improved:
+            self.best = {"epoch": runner.epoch, "top1": metrics["top1"]}
+        due = runner.epoch % self.recipe.checkpoint.interval == 0 or runner.epoch == runner.max_epochs
+        if not (improved or due):
+            return
+        checkpoint = self._snapshot(runner)
+        if improved:
+            write_best(self.work_dir, checkpoint)
+        if due:
+            write_epoch(self.work_dir, checkpoint, self.recipe.checkpoint.keep)
+
+    def _snapshot(self, runner: Runner) -> dict[str, Any]:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        checkpoint = {
+            "meta": self._meta(runner),
+            "state_dict": model.state_dict(),
+            "optimizer": runner.optim_wrapper.state_dict(),
+        }
+        runner.call_hook("before_save_checkpoint", checkpoint=checkpoint)
+        return checkpoint
+
+    def _meta(self, runner: Runner) -> dict[str, Any]:
+        return {
+            "epoch": runner.epoch,
+            "iter": runner.iter,
+            "seed": self.recipe.seed,
+            "recipe": recipe_data(self.recipe),
+            "classes": None if self.classes is None else list(self.classes),
+            "processes": get_dist_info()[1],
+            "best": self.best,
+            "versions": {name: version(name) for name in ("foveate", "torch", "timm", "mmengine")},
+        }
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, NumPy and torch (all devices) from any tuple of numbers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,147 @@
+"""A timm model as MMEngine trains it: loss while training, hits and loss for each image while validating.
+
+Autocast is entered here and not in the optimiser wrapper, so that validation runs at the precision of training.
+"""
+
+import inspect
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import timm
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import is_model, load_state_dict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .augment import BatchTransform
+from .errors import TrainError, did_you_mean, first_line
+from .recipe import AugmentRecipe, ModelRecipe, Precision, Recipe
+
+DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")  # of official files and of timm's
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+class Classifier(BaseModel):
+    def __init__(self, recipe: Recipe, net: nn.Module) -> None:
+        super().__init__(data_preprocessor=BatchTransform(recipe))
+        self.net = net
+        self.loss = choose_loss(recipe.augment)
+        self.autocast_dtype = DTYPES[recipe.precision]
+
+    def forward(self, images: Tensor, targets: Tensor, mode: Literal["tensor", "loss", "predict"] = "tensor") -> Any:
+        """Return logits, {"loss": scalar}, or for each image [top-1 hit, top-5 hit, cross-entropy]."""
+        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            logits = self.net(images)
+        logits = logits.float()
+        if mode == "loss":
+            return {"loss": self.loss(logits, targets)}
+        return judge(logits, targets).tolist() if mode == "predict" else logits
+
+    def init_weights(self) -> None:
+        """Keep the weights that timm gave: MMEngine's own walk would initialise pretrained ones anew."""
+
+
+class TopK(BaseMetric):
+    """Top-1 and top-5 in percent, and the cross-entropy, over the whole split and all processes."""
+
+    def process(self, data_batch: Any, data_samples: list[list[float]]) -> None:
+        self.results.extend(data_samples)
+
+    def compute_metrics(self, results: list[list[float]]) -> dict[str, float]:
+        return summarise(results)
+
+
+def judge(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return (B, 3): top-1 hit, top-5 hit, cross-entropy; float32."""
+    best = logits.topk(min(5, logits.shape[1])).indices
+    hits = (best == targets[:, None]).float()
+    return torch.stack([hits[:, 0], hits.sum(1), F.cross_entropy(logits, targets, reduction="none")], 1)
+
+
+def summarise(rows: list[list[float]]) -> dict[str, float]:
+    """Average `judge`'s rows."""
+    top1, top5, loss = torch.tensor(rows, dtype=torch.float64).sum(0).tolist()
+    return {"top1": 100 * top1 / len(rows), "top5": 100 * top5 / len(rows), "loss": loss / len(rows)}
+
+
+def choose_loss(augment: AugmentRecipe) -> nn.Module:
+    if augment.mixes:
+        return SoftTargetCrossEntropy()  # the mixer smooths the targets
+    return LabelSmoothingCrossEntropy(augment.smoothing) if augment.smoothing else nn.CrossEntropyLoss()
+
+
+def build_net(recipe: Recipe) -> nn.Module:
+    """Create the timm model; its pretrained_cfg says how the recipe prepares images.
+
+    Raises:
+        TrainError: unknown model or keyword, a value that the model refuses, or weights that do not fit.
+    """
+    model = recipe.model
+    if not is_model(model.name):
+        known = timm.list_models()
+        raise TrainError(
+            f"model.name: unknown model {model.name!r}" + did_you_mean(model.name.partition(".")[0], known)
+        )
+    own = {"num_classes": model.num_classes, "in_chans": model.in_chans, "drop_path_rate": model.drop_path_rate}
+    overlay = None if model.checkpoint is None else _from_file(model)
+    try:
+        net = timm.create_model(
+            model.name, model.pretrained or overlay is not None, pretrained_cfg_overlay=overlay, **own, **model.keywords
+        )
+    except Exception as error:  # a model may refuse its arguments, or a file's weights, in any way
+        raise _why_not_built(model, error) from error
+    net.pretrained_cfg = {**(net.pretrained_cfg or {}), **_input_cfg(recipe)}
+    net.default_cfg = net.pretrained_cfg
+    return net
+
+
+def _input_cfg(recipe: Recipe) -> dict[str, Any]:
+    data, size = recipe.data, recipe.data.img_size
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return {
+        "input_size": (recipe.model.in_chans, rows, columns),
+        "num_classes": recipe.model.num_classes,
+        "mean": data.mean,
+        "std": data.std,
+        "interpolation": data.interpolation,
+        "crop_pct": data.crop_pct,
+    }
+
+
+def _from_file(model: ModelRecipe) -> dict[str, Any]:
+    """Point timm's loader at a local file, and tell it the file's class count: another head is then left at random."""
+    path = Path(model.checkpoint)
+    if not path.is_file():
+        raise TrainError(f"model.checkpoint {path} is not a file")
+    try:
+        weights = load_state_dict(str(path), device="cpu")
+    except Exception as error:  # torch and safetensors raise a type for each way to be damaged
+        raise TrainError(f"model.checkpoint {path} cannot be read: {first_line(error)}") from error
+    classes = next((len(weights[name]) for name in _HEADS if name in weights), model.num_classes)
+    nowhere_else = {"source": None, "url": None, "hf_hub_id": None}
+    return {**nowhere_else, "file": str(path), "num_classes": classes, "label_offset": None}
+
+
+def _why_not_built(model: ModelRecipe, error: Exception) -> TrainError:
+    if (unexpected := _UNEXPECTED.search(str(error))) and unexpected[1] in model.keywords | {"drop_path_rate": 0}:
+        name = unexpected[1]
+        known = {f.name for f in fields(ModelRecipe)} - {"keywords"} | _keywords(model.name)
+        near = did_you_mean(f"model.{name}", [f"model.{keyword}" for keyword in known])
+        return TrainError(f"unknown key model.{name}: {model.name} does not take it{near}")
+    return TrainError(f"model: timm cannot build {model.name}: {first_line(error)}")
+
+
+def _keywords(name: str) -> set[str]:
+    """Return the keywords of a model's class, and the fields of its config where it takes one."""
+    with torch.device("meta"):
+        cls = type(timm.create_model(name))
+    names = set(inspect.signature(cls.__init__).parameters) - {"self", "args", "kwargs"}
+    for hint in get_type_hints(cls.__init__).values():
+        names |= {f.name for f in fields(hint)} if is_dataclass(hint) else set()
+    return names

@@ -1,0 +1,59 @@
+"""timm's optimisers and learning-rate schedule, as MMEngine's loop calls them."""
+
+import math
+
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch import nn
+from torch.optim import Optimizer
+
+from .errors import TrainError, did_you_mean, first_line
+from .recipe import OptimizerRecipe, Recipe, ScheduleRecipe
+
+
+def build_optimizer(net: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
+    """Create timm's optimiser over a timm model's parameter groups.
+
+    Raises:
+        TrainError: unknown optimiser, or one that does not take an argument the recipe gives.
+    """
+    if recipe.opt not in list_optimizers():
+        raise TrainError(
+            f"optimizer.opt: unknown optimiser {recipe.opt!r}" + did_you_mean(recipe.opt, list_optimizers())
+        )
+    names = ("betas", "eps", "momentum", "layer_decay")
+    given = {name: value for name in names if (value := getattr(recipe, name)) is not None}
+    info = get_optimizer_info(recipe.opt)
+    for name in ("betas", "eps", "momentum"):
+        if name in given and not getattr(info, f"has_{name}"):  # timm would drop it
+            raise TrainError(f"optimizer.{name}: {recipe.opt} has none, got {given[name]}")
+    try:
+        return create_optimizer_v2(net, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **given)
+    except TypeError as error:
+        raise TrainError(f"optimizer: {recipe.opt} does not take these arguments: {first_line(error)}") from error
+
+
+def build_optim_wrapper(net: nn.Module, recipe: Recipe) -> OptimWrapper:
+    """Wrap the optimiser with clipping, accumulation and, for fp16, loss scaling."""
+    clip, mode = recipe.optimizer.clip_grad, recipe.optimizer.clip_mode or "norm"
+    limit = {"max_norm": clip} if mode == "norm" else {"clip_value": clip}
+    kwargs = {
+        "optimizer": build_optimizer(net, recipe.optimizer),
+        "accumulative_counts": recipe.accumulate,
+        "clip_grad": None if clip is None else {"type": mode, **limit},
+    }
+    return AmpOptimWrapper(dtype="float16", **kwargs) if recipe.precision == "fp16" else OptimWrapper(**kwargs)
+
+
+def lr_at(epoch: float, schedule: ScheduleRecipe, lr: float) -> float:
+    """Return the learning rate after `epoch` epochs, fractions included.
+
+    timm's schedule: the decay runs from epoch 0 to `epochs`, the warm-up replaces its first part (and so ends with a
+    small step down), the cool-down stays at min_lr.
+    """
+    if epoch < schedule.warmup_epochs:
+        start = schedule.warmup_lr or 0.0
+        return start + (lr - start) * epoch / schedule.warmup_epochs
+    done = min(epoch / schedule.epochs, 1.0)
+    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1 - done
+    return schedule.min_lr + (lr - schedule.min_lr) * left

@@ -1,0 +1,191 @@
+"""What a recipe may say, and what every value means. A recipe is data; this file is its whole vocabulary.
+
+A key that would change nothing (a switch probability without a switch) is refused like a key that does not exist.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from .errors import TrainError
+from .schema import limited, read
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """A timm model; a recipe writes the keywords (dims, depths, ...) beside the name."""
+
+    name: str
+    num_classes: int = limited(1000, at_least=2)
+    in_chans: Literal[1, 3] = 3
+    drop_path_rate: float | None = limited(None, at_least=0, below=1)
+    pretrained: bool = False  # the weights that timm knows for the name
+    checkpoint: str | None = None  # a local file to start from instead: official layout or ours
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.pretrained and self.checkpoint:
+            raise TrainError("model.checkpoint: starts from a file, but model.pretrained is True; give one of the two")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where images come from, and how they reach the network's input size without augmentation."""
+
+    source: str = "folder"  # "folder" (class folders or one tar a split), "mnist5k", or a timm scheme: torch/, hfds/
+    root: str | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+    img_size: int | tuple[int, int] = limited(224, at_least=1)  # px; (rows, columns) where not square
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = limited((0.229, 0.224, 0.225), above=0)
+    interpolation: Interpolation = "bicubic"
+    train_interpolation: Interpolation | Literal["random"] | None = None  # None: as for validation
+    crop_pct: float = limited(0.875, above=0, at_most=1)  # share of the resized side that validation keeps
+    workers: int = limited(4, at_least=0)  # loader processes, for each training process
+
+
+@dataclass(frozen=True)
+class AugmentRecipe:
+    """What happens to training images. Everything is off unless said; probabilities are per image."""
+
+    randaugment: str | None = None  # timm's string, such as rand-m9-mstd0.5-mmax9-inc1
+    color_jitter: float = limited(0.0, at_least=0)
+    hflip: float = limited(0.0, at_least=0, at_most=1)
+    scale: tuple[float, float] | None = limited(None, above=0, at_most=1)  # random resized crop: share of the area
+    ratio: tuple[float, float] | None = limited(None, above=0)  # of the random crop; None: 3/4 to 4/3
+    rotate: float = limited(0.0, at_least=0, at_most=180)  # degrees, either way
+    shift: float = limited(0.0, at_least=0, below=1)  # share of the side, either way, rows and columns
+    zoom: float = limited(0.0, at_least=0, below=1)  # 0.1: 0.9 to 1.1 times the size
+    erasing: float = limited(0.0, at_least=0, at_most=1)
+    erasing_mode: Literal["pixel", "rand", "const"] | None = None  # None: pixel
+    mixup: float = limited(0.0, at_least=0)  # alpha of the beta distribution
+    cutmix: float = limited(0.0, at_least=0)
+    mix_prob: float | None = limited(None, above=0, at_most=1)  # of mixing a batch; None: 1
+    switch_prob: float | None = limited(None, above=0, below=1)  # of cutmix where both are on; None: 0.5
+    smoothing: float = limited(0.0, at_least=0, below=1)
+    repeats: int = limited(1, at_least=1)  # views of one image in an epoch of as many views (repeated augmentation)
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    def __post_init__(self) -> None:
+        _needs("augment.ratio", self.ratio, "augment.scale", self.scale)
+        _needs("augment.erasing_mode", self.erasing_mode, "augment.erasing", self.erasing)
+        _needs("augment.mix_prob", self.mix_prob, "augment.mixup or augment.cutmix", self.mixes)
+        _needs("augment.switch_prob", self.switch_prob, "augment.mixup and augment.cutmix", self.mixup * self.cutmix)
+        for name in ("scale", "ratio"):
+            if (pair := getattr(self, name)) and pair[0] > pair[1]:
+                raise TrainError(f"augment.{name}: wanted (low, high), got {pair}")
+        if self.color_jitter and self.randaugment:
+            raise TrainError("augment.color_jitter: timm leaves it out under augment.randaugment; give one of the two")
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """Arguments of timm.optim.create_optimizer_v2; biases, norms and no_weight_decay() names are never decayed."""
+
+    lr: float = limited(above=0)  # for the recipe's global batch, as published; nothing rescales it
+    opt: str = "adamw"
+    weight_decay: float = limited(0.0, at_least=0)
+    betas: tuple[float, float] | None = limited(None, at_least=0, below=1)
+    eps: float | None = limited(None, above=0)
+    momentum: float | None = limited(None, at_least=0, below=1)
+    layer_decay: float | None = limited(None, above=0, at_most=1)
+    clip_grad: float | None = limited(None, above=0)
+    clip_mode: Literal["norm", "value"] | None = None  # None: norm
+
+    def __post_init__(self) -> None:
+        _needs("optimizer.clip_mode", self.clip_mode, "optimizer.clip_grad", self.clip_grad)
+
+
+@dataclass(frozen=True)
+class ScheduleRecipe:
+    """Learning rate per iteration, as timm counts: the decay starts at epoch 0, the warm-up covers its first part."""
+
+    epochs: int = limited(at_least=1)  # of the decay, warm-up included
+    kind: Literal["cosine", "linear"] = "cosine"
+    warmup_epochs: int = limited(0, at_least=0)
+    warmup_lr: float | None = limited(None, at_least=0)  # where the warm-up starts; None: 0
+    min_lr: float = limited(0.0, at_least=0)
+    cooldown_epochs: int = limited(0, at_least=0)  # at min_lr, after the decay
+
+    @property
+    def total_epochs(self) -> int:
+        return self.epochs + self.cooldown_epochs
+
+    def __post_init__(self) -> None:
+        _needs("schedule.warmup_lr", self.warmup_lr, "schedule.warmup_epochs", self.warmup_epochs)
+        if self.warmup_epochs >= self.epochs:
+            raise TrainError(
+                f"schedule.warmup_epochs: wanted fewer than {self.epochs} epochs, got {self.warmup_epochs}"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointRecipe:
+    interval: int = limited(1, at_least=1)  # epochs; the last epoch is always saved
+    keep: int = limited(2, at_least=1)  # newest files that stay; the best one stays besides
+
+
+@dataclass(frozen=True)
+class LogRecipe:
+    interval: int = limited(50, at_least=1)  # iterations between lines of the detailed log
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. `batch_size` is per process; global batch = batch_size x accumulate x processes."""
+
+    model: ModelRecipe
+    data: DataRecipe
+    optimizer: OptimizerRecipe
+    schedule: ScheduleRecipe
+    augment: AugmentRecipe = field(default_factory=AugmentRecipe)
+    batch_size: int = limited(128, at_least=1)
+    accumulate: int = limited(1, at_least=1)
+    precision: Precision = "fp32"
+    ema: float | None = limited(None, above=0, below=1)  # decay per optimizer step
+    seed: int = limited(0, at_least=0)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
+
+    def __post_init__(self) -> None:
+        for key in ("mean", "std"):
+            if len(values := getattr(self.data, key)) != self.model.in_chans:
+                raise TrainError(f"data.{key}: wanted {self.model.in_chans} value(s), one a channel, got {values}")
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise TrainError(
+                f"schedule.min_lr: wanted at most optimizer.lr {self.optimizer.lr:g}, got {self.schedule.min_lr:g}"
+            )
+        if self.augment.mixes and self.batch_size % 2:
+            raise TrainError(f"batch_size: mixup and cutmix pair images, wanted an even number, got {self.batch_size}")
+
+
+def read_recipe(data: dict[str, Any]) -> Recipe:
+    """Check plain data, as a recipe file holds it, and return the recipe."""
+    model = data.get("model")
+    if isinstance(model, dict):
+        own = set(ModelRecipe.__dataclass_fields__)
+        keywords = {k: _as_tuples(v) for k, v in model.items() if k not in own}
+        model = {k: v for k, v in model.items() if k in own and k != "keywords"} | {"keywords": keywords}
+        data = data | {"model": model}
+    return read(Recipe, data)
+
+
+def recipe_data(recipe: Recipe) -> dict[str, Any]:
+    """Return the plain data that `read_recipe` reads back to an equal recipe."""
+    data = asdict(recipe)
+    return data | {"model": {**data["model"].pop("keywords"), **data["model"]}}
+
+
+def _needs(key: str, value: object, other: str, switch: object) -> None:
+    if value is not None and not switch:
+        raise TrainError(f"{key}: has no effect without {other}, got {value!r}")
+
+
+def _as_tuples(value: object) -> object:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,221 @@
+"""Train a recipe, or evaluate a checkpoint: check everything first, then work."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import barrier, broadcast_object_list, get_dist_info
+from mmengine.hooks import Hook, SyncBuffersHook
+from rich.console import Console
+
+from .checkpoints import BEST, find_resumable, from_scratch, list_epochs, net_weights, read_checkpoint, recipe_of
+from .data import build_loaders, build_val_loader
+from .engine import RecipeRunner
+from .errors import TrainError
+from .hooks import Ema, LearningRate, SaveCheckpoints, SeedEpoch, seed_everything
+from .interrupt import CtrlC
+from .launch import Launcher, check_precision, processes
+from .model import Classifier, TopK, build_net, summarise
+from .optim import build_optim_wrapper
+from .recipe import Recipe, recipe_data
+from .recipe_files import load_recipe
+from .report import SCALARS, EpochLog, ProgressBar, read_scalars
+
+_MAY_CHANGE = ("data.root", "data.workers", "checkpoint.interval", "checkpoint.keep", "log.interval")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Top-1 in percent; None where the run had nothing left to train and its log is gone."""
+
+    best_top1: float | None
+    last_top1: float | None
+    epochs: int
+    seconds: float  # of this call
+    work_dir: Path
+    last_checkpoint: Path
+    best_checkpoint: Path
+    log: Path  # scalars.jsonl
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    top1: float  # percent
+    top5: float
+    loss: float
+    images: int
+    seconds: float
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Config | Recipe,
+    *,
+    work_dir: str | Path,
+    data: str | Path | None = None,
+    resume: bool = False,
+    cfg_options: Mapping[str, Any] | None = None,
+    launcher: Launcher = "none",
+    device: str | None = None,
+) -> TrainResult:
+    """Train a recipe.
+
+    Args:
+        recipe: the name of a recipe that comes with the package, a file, or what such a file holds.
+        work_dir: where checkpoints and logs go; made if need be. One that holds a run is only touched by `resume`.
+        data: the folder of the data set, in place of the recipe's data.root.
+        resume: go on from the newest complete checkpoint in work_dir; from scratch where there is none.
+        cfg_options: dotted keys to values, over the recipe's own.
+        launcher, device: see `launch.processes`.
+
+    Raises:
+        TrainError: anything about the wish that cannot be met; before anything is written.
+        DivergedError: the training loss is not finite; checkpoints of earlier epochs stay.
+    """
+    start = time.perf_counter()
+    loaded = _with_data(load_recipe(recipe, cfg_options), data)
+    work_dir = Path(work_dir).absolute()
+    with processes(launcher, device) as place:
+        check_precision(loaded.precision, place)
+        console = Console(quiet=get_dist_info()[0] != 0, soft_wrap=True)
+        checkpoint = _shared(lambda: _starting_point(work_dir, resume, loaded, console.print))
+        _run(loaded, work_dir, checkpoint, place, launcher, console)
+        barrier()
+        return _result(loaded, work_dir, time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    data: str | Path | None = None,
+    cfg_options: Mapping[str, Any] | None = None,
+    device: str | None = None,
+) -> EvalResult:
+    """Measure a checkpoint (EMA weights where EMA was on) on the validation split of its own recipe."""
+    start = time.perf_counter()
+    loaded = read_checkpoint(checkpoint)
+    recipe = _with_data(load_recipe(recipe_of(loaded), cfg_options), data)
+    with processes("none", device) as place:
+        check_precision(recipe.precision, place)
+        loader = build_val_loader(recipe, loaded["meta"]["classes"], pin_memory=place.type == "cuda")
+        net = build_net(from_scratch(recipe))
+        net.load_state_dict(net_weights(loaded))
+        model = Classifier(recipe, net).to(place).eval()
+        rows = [row for batch in loader for row in model.val_step(batch)]
+    return EvalResult(**summarise(rows), images=len(rows), seconds=time.perf_counter() - start)
+
+
+def _run(
+    recipe: Recipe, work_dir: Path, checkpoint: Path | None, place: torch.device, launcher: str, console: Console
+) -> None:
+    seed_everything(recipe.seed)
+    net = build_net(recipe).to(place)
+    optim_wrapper = build_optim_wrapper(net, recipe)
+    train_loader, val_loader, classes = build_loaders(recipe, pin_memory=place.type == "cuda")
+    log, save = EpochLog(work_dir, console), SaveCheckpoints(recipe, work_dir, classes)
+    with CtrlC() as ctrl_c, ProgressBar(console) as bar:
+        runner = RecipeRunner(
+            device=place,
+            model=Classifier(recipe, net),
+            work_dir=str(work_dir),
+            train_dataloader=train_loader,
+            val_dataloader=val_loader,
+            train_cfg={"by_epoch": True, "max_epochs": recipe.schedule.total_epochs},
+            val_cfg={},
+            val_evaluator={"type": TopK},  # built by the runner, whose log then takes MMEngine's remarks
+            optim_wrapper=optim_wrapper,
+            default_hooks={"checkpoint": None, "param_scheduler": None, "logger": _iteration_log(recipe)},
+            custom_hooks=[*_training_hooks(recipe, launcher), log, save, bar, ctrl_c],
+            load_from=None if checkpoint is None else str(checkpoint),
+            resume=checkpoint is not None,
+            launcher=launcher,
+            randomness={"seed": recipe.seed},
+            cfg=Config(recipe_data(recipe)),
+        )
+        with closing(runner):
+            runner.train()
+
+
+def _training_hooks(recipe: Recipe, launcher: str) -> list[Hook]:
+    hooks: list[Hook] = [SeedEpoch(recipe.seed), LearningRate(recipe)]
+    hooks += [Ema(recipe.ema, recipe.accumulate)] if recipe.ema else []
+    return hooks + ([SyncBuffersHook()] if launcher != "none" else [])
+
+
+def _iteration_log(recipe: Recipe) -> dict[str, Any]:
+    return {"type": "LoggerHook", "interval": recipe.log.interval}
+
+
+def _with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
+    return recipe if data is None else load_recipe(recipe, {"data.root": str(data)})
+
+
+def _starting_point(work_dir: Path, resume: bool, recipe: Recipe, say: Callable[[str], None]) -> Path | None:
+    """Check that work_dir can hold the run, and return the checkpoint to go on from, if any."""
+    there = next(path for path in (work_dir, *work_dir.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise TrainError(f"work_dir {work_dir} cannot be written: {there} is not a folder open to us")
+    if not resume:
+        if runs := list_epochs(work_dir):
+            raise TrainError(f"work_dir {work_dir} holds a run ({runs[0].name}): resume it, or use another work_dir")
+        return None
+    path = find_resumable(work_dir, say)
+    if path is None:
+        say(f"nothing to resume in {work_dir}: starting from scratch")
+        return None
+    _check_same_run(read_checkpoint(path)["meta"], recipe, path)
+    say(f"resuming from {path}")
+    return path
+
+
+def _check_same_run(meta: dict[str, Any], recipe: Recipe, path: Path) -> None:
+    then, now = _flat(recipe_data(load_recipe(meta["recipe"]))), _flat(recipe_data(recipe))
+    for key in sorted((then.keys() | now.keys()) - set(_MAY_CHANGE)):
+        if then.get(key) != now.get(key):
+            raise TrainError(
+                f"{path} was trained with {key}={then.get(key)}, the recipe says {now.get(key)}; "
+                "resume with the same recipe, or start in another work_dir"
+            )
+    if meta["processes"] != get_dist_info()[1]:
+        raise TrainError(f"{path} was trained by {meta['processes']} processes, now there are {get_dist_info()[1]}")
+
+
+def _flat(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{where}{key}.") if isinstance(value, Mapping) else {f"{where}{key}": value}
+    return flat
+
+
+def _shared(decide: Callable[[], Path | None]) -> Path | None:
+    """Let process 0 decide, and give its answer, or its refusal, to all."""
+    answer: list[Any] = [None, None]
+    if get_dist_info()[0] == 0:
+        try:
+            answer[0] = decide()
+        except TrainError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise TrainError(answer[1])
+    return answer[0]
+
+
+def _result(recipe: Recipe, work_dir: Path, seconds: float) -> TrainResult:
+    top1 = [record["val_top1"] for record in read_scalars(work_dir / SCALARS)]
+    return TrainResult(
+        best_top1=max(top1, default=None),
+        last_top1=top1[-1] if top1 else None,
+        epochs=recipe.schedule.total_epochs,
+        seconds=seconds,
+        work_dir=work_dir,
+        last_checkpoint=list_epochs(work_dir)[0],
+        best_checkpoint=work_dir / BEST,
+        log=work_dir / SCALARS,
+    )

