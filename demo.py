@@ -126,7 +126,7 @@ def _held_out(net: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _draw(out: Path, scalars: list[dict], net: nn.Module, images: Tensor, targets: Tensor) -> None:
-    """Curves of the run, and 40 held-out digits with the net's answers: all its mistakes first."""
+    """Curves of the run, and 40 held-out digits with the net's answers: mistakes first, then some of every class."""
     from matplotlib.figure import Figure
 
     with torch.inference_mode():
@@ -141,8 +141,7 @@ def _draw(out: Path, scalars: list[dict], net: nn.Module, images: Tensor, target
     left.legend()
     right.plot(epochs, [line["val_top1"] for line in scalars])
     right.set(xlabel="epoch", ylabel="top-1 on held-out images, %")
-    wrong_first = (answers == targets).int().argsort(stable=True)[: DRAWN[0] * DRAWN[1]]
-    for axis, i in zip(digits.subplots(*DRAWN).flat, wrong_first.tolist(), strict=True):
+    for axis, i in zip(digits.subplots(*DRAWN).flat, _worth_drawing(answers == targets), strict=True):
         axis.imshow(images[i, 0], cmap="gray_r")
         right_answer = answers[i] == targets[i]
         title = f"{answers[i]}" if right_answer else f"{answers[i]}, is {targets[i]}"
@@ -150,6 +149,15 @@ def _draw(out: Path, scalars: list[dict], net: nn.Module, images: Tensor, target
         axis.axis("off")
     with atomic_path(out) as part:
         figure.savefig(part, dpi=120)
+
+
+def _worth_drawing(right: Tensor) -> list[int]:
+    """Indices of the first mistakes, and of right answers spread over the classes (which lie in order)."""
+    count = DRAWN[0] * DRAWN[1]
+    mistakes = (~right).nonzero().flatten()[:count]
+    answers = right.nonzero().flatten()
+    spread = torch.linspace(0, len(answers) - 1, count - len(mistakes)).long()
+    return [*mistakes.tolist(), *answers[spread].tolist()]
 
 
 def _summary(result: Demo, seed: int) -> dict:

@@ -1,4 +1,4 @@
-"""A NAT of two stages on mnist5k: 8x8 and 4x4 tokens, 3x3 neighborhoods.
+"""A NAT of two stages on mnist5k: 7x7 and 4x4 tokens, 5x5 neighborhoods.
 
 Command    foveate train nat_micro_1xb64_mnist5k
 Published  -, not a published model
@@ -14,9 +14,9 @@ model = dict(
     name="nat_mini",
     num_classes=10,
     in_chans=1,
-    drop_path_rate=0.05,
-    dims=(32, 64),
-    depths=(2, 2),
+    dims=(48, 96),
+    depths=(2, 1),
     head_dim=16,
-    kernel_size=3,
+    kernel_size=5,
+    mlp_ratio=2.0,
 )

@@ -1,4 +1,4 @@
-"""A VAN of two stages on mnist5k: 8x8 and 4x4 maps.
+"""A VAN of two stages on mnist5k: 7x7 and 4x4 maps.
 
 Command    foveate train van_micro_1xb64_mnist5k
 Published  -, not a published model
@@ -14,8 +14,8 @@ model = dict(
     name="van_b0",
     num_classes=10,
     in_chans=1,
-    drop_path_rate=0.05,
     dims=(32, 64),
-    depths=(2, 2),
+    depths=(2, 1),
     mlp_ratios=(4, 4),
 )
+schedule.update(dict(epochs=16))
