@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..attention_ops import LargeKernelAttention
 from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._layers import MapGELU, by_images
 from ._staged import StagedBackbone
 
 register_notrace_module(LargeKernelAttention)
@@ -62,7 +63,7 @@ class VanAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.proj_1 = nn.Conv2d(dim, dim, 1, **dd)
-        self.activation = nn.GELU()
+        self.activation = MapGELU()
         self.spatial_gating_unit = LargeKernelAttention(dim, **dd)
         self.proj_2 = nn.Conv2d(dim, dim, 1, **dd)
 
@@ -76,13 +77,20 @@ class VanMlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.hidden_dim = hidden_dim
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
-        self.act = nn.GELU()
+        self.act = MapGELU()
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        if torch.jit.is_scripting():
+            return self.mix(x)
+        else:
+            return by_images(self.mix, x, self.hidden_dim * x.shape[2] * x.shape[3])
+
+    def mix(self, x: Tensor) -> Tensor:
         x = self.drop(self.act(self.dwconv(self.fc1(x))))
         return self.drop(self.fc2(x))
 
