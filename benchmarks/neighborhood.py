@@ -65,11 +65,11 @@ def check(calls: dict[str, Callable[[], Tensor]]) -> None:
 
 
 def measure(batch: int, rounds: int) -> Table:
-    table = Table(
-        title=f"neighborhood {KERNEL}x{KERNEL} with bias, batch {batch}, float32, {rounds} interleaved rounds"
-    )
-    table.add_column("map, heads x head_dim, dilation", no_wrap=True)
-    for name in ("pass", "tiled ms", *(f"{peer} ms" for peer in PEERS), *(f"{peer} / tiled" for peer in PEERS)):
+    title = f"{KERNEL}x{KERNEL} with bias, batch {batch}, float32, median ms of {rounds} interleaved rounds"
+    table = Table(title=title)
+    for name in ("map, heads x dim, dilation", "pass"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tiled", *PEERS, *(f"{peer}/tiled" for peer in PEERS)):
         table.add_column(name, justify="right", no_wrap=True)
     for side, heads, dilation in SHAPES:
         torch.manual_seed(0)
