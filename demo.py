@@ -142,7 +142,7 @@ def _draw(out: Path, scalars: list[dict], net: nn.Module, images: Tensor, target
     right.plot(epochs, [line["val_top1"] for line in scalars])
     right.set(xlabel="epoch", ylabel="top-1 on held-out images, %")
     for axis, i in zip(digits.subplots(*DRAWN).flat, _worth_drawing(answers == targets), strict=True):
-        axis.imshow(images[i, 0], cmap="gray_r")
+        axis.imshow(images[i, 0].numpy(), cmap="gray_r")
         right_answer = answers[i] == targets[i]
         title = f"{answers[i]}" if right_answer else f"{answers[i]}, is {targets[i]}"
         axis.set_title(title, fontsize=9, color="black" if right_answer else "tab:red")
