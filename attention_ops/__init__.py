@@ -1,13 +1,38 @@
 """2-D attention as ops: each file holds the promise, the checks, the reference and the choice of body."""
 
 from ._choice import Impl
+from .channel import ChannelAttention, channel_attention
+from .channel_gate import EfficientChannelAttention, channel_gate
+from .halo import HaloAttention2d, halo_attention
+from .hilo import HiLoAttention, hilo_attention
+from .insert import insert_attention
 from .large_kernel import LargeKernelAttention, large_kernel_attention
 from .neighborhood import NeighborhoodAttention2d, neighborhood_attention
+from .routed import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw, bi_level_routes, routed_attention
+from .strip_gate import EfficientLocalAttention, strip_gate
+from .window import WindowAttention2d, window_attention
 
 __all__ = [
+    "BiLevelRoutingAttention",
+    "BiLevelRoutingAttentionNchw",
+    "ChannelAttention",
+    "EfficientChannelAttention",
+    "EfficientLocalAttention",
+    "HaloAttention2d",
+    "HiLoAttention",
     "Impl",
     "LargeKernelAttention",
     "NeighborhoodAttention2d",
+    "WindowAttention2d",
+    "bi_level_routes",
+    "channel_attention",
+    "channel_gate",
+    "halo_attention",
+    "hilo_attention",
+    "insert_attention",
     "large_kernel_attention",
     "neighborhood_attention",
+    "routed_attention",
+    "strip_gate",
+    "window_attention",
 ]

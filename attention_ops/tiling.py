@@ -44,6 +44,35 @@ class AxisTiling:
         return self.tiles * self.tile - self.length
 
 
+@dataclass(frozen=True)
+class WindowTiling(AxisTiling):
+    """Tiles that divide the axis and see nothing but themselves. `tile` must divide `length`."""
+
+    @property
+    def tiles(self) -> int:
+        return self.length // self.tile
+
+    @property
+    def tail(self) -> int:
+        return 0
+
+
+def pad_to_windows(x: Tensor, window: list[int]) -> Tensor:
+    """Add zeros below and right of (..., Y, X, d) until whole windows cover the map, and no more."""
+    rows = (window[0] - x.shape[-3] % window[0]) % window[0]
+    cols = (window[1] - x.shape[-2] % window[1]) % window[1]
+    return F.pad(x, [0, 0, 0, cols, 0, rows]) if rows > 0 or cols > 0 else x
+
+
+def cover_with_windows(x: Tensor, window: list[int]) -> Tensor:
+    """The same for windows that do not see each other: where a size is a symbol of a tracer, whole windows more."""
+    rows = pieces(x.shape[-3], window[0]) * window[0] - x.shape[-3]
+    cols = pieces(x.shape[-2], window[1]) * window[1] - x.shape[-2]
+    if isinstance(rows, int) and isinstance(cols, int) and rows == 0 and cols == 0:  # asking a symbol would fix it
+        return x
+    return F.pad(x, [0, 0, 0, cols, 0, rows])
+
+
 def _pad(x: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
     known_zero = all(isinstance(p, int) and p == 0 for p in (*rows, *cols))  # asking a symbol would fix it
     return x if known_zero else F.pad(x, (0, 0, *cols, *rows))
@@ -61,6 +90,18 @@ def merge_queries(tiles: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
     x = tiles.unflatten(-2, (rows.tile, cols.tile)).unflatten(-4, (rows.tiles, cols.tiles))
     x = x.transpose(-3, -4).flatten(-3, -2).flatten(-4, -3)
     return x[..., : rows.length, : cols.length, :]
+
+
+def split_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """(B, H, W, heads, d) -> (B, heads, windows, tokens of a window, d); a view where one window is the map."""
+    rows, cols = WindowTiling(x.shape[1], window[0]), WindowTiling(x.shape[2], window[1])
+    return split_queries(x.permute(0, 3, 1, 2, 4), rows, cols)
+
+
+def merge_windows(windows: Tensor, size: tuple[int, int], window: tuple[int, int]) -> Tensor:
+    """(B, heads, windows, tokens of a window, d) -> (B, H, W, heads, d): the inverse of `split_windows`."""
+    merged = merge_queries(windows, WindowTiling(size[0], window[0]), WindowTiling(size[1], window[1]))
+    return merged.permute(0, 2, 3, 1, 4)
 
 
 def gather_keys(x: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:

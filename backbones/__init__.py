@@ -2,9 +2,9 @@
 
 import timm
 
-from . import dinat, nat, nat_isotropic, van
+from . import biformer, dinat, eca_net, ela_net, fv_davit, fv_halonet, litv2, nat, nat_isotropic, van
 
-FAMILIES = (nat, dinat, nat_isotropic, van)
+FAMILIES = (nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2)
 
 
 def list_models(pattern: str | list[str] = "") -> list[str]:

@@ -131,7 +131,7 @@ class StagedBackbone(nn.Module):
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
             self.stride_px = self.feature_info[max_index]["reduction"]
         if prune_head or cut:
-            self.reset_classifier(0, "")
+            self.reset_classifier(0, "", reset_other=True)
         return take
 
     @torch.jit.ignore

@@ -18,7 +18,14 @@ def _neighborhood(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_si
     return 2 * q.numel() * kernel_size[0] * kernel_size[1]  # q k^T and probs v, for every channel of every token
 
 
-USEFUL_MACS: dict[str, Callable[..., int]] = {"neighborhood_attention": _neighborhood}
+def _routed(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, region_size: list[int], kv_region_size: list[int], *_
+) -> int:
+    keys = routes.shape[2] * kv_region_size[0] * kv_region_size[1]
+    return q[..., 0].numel() * keys * (q.shape[-1] + v.shape[-1])
+
+
+USEFUL_MACS: dict[str, Callable[..., int]] = {"neighborhood_attention": _neighborhood, "routed_attention": _routed}
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:

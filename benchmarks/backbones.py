@@ -35,6 +35,14 @@ PUBLISHED_GMACS = {  # the papers' and repositories' "FLOPs"
     **{"resnet50": 4.1, "convnext_tiny": 4.5, "swin_tiny_patch4_window7_224": 4.5, "davit_tiny": 4.5},
     **{"nat_mini": 2.7, "nat_tiny": 4.3, "nat_small": 7.8, "nat_base": 13.7},
     **{"dinat_mini": 2.7, "dinat_tiny": 4.3, "dinat_small": 7.8, "dinat_base": 13.7, "dinat_large": 30.6},
+    **{
+        "biformer_tiny": 2.2,
+        "biformer_small": 4.5,
+        "biformer_base": 9.8,
+        "biformer_stl": 4.6,
+        "biformer_stl_nchw": 4.6,
+    },
+    **{"litv2_small": 3.7, "litv2_medium": 7.5, "litv2_base": 13.2},
     **{"van_b0": 0.9, "van_b1": 2.5, "van_b2": 5.0, "van_b3": 9.0},
 }
 TRAINING_PASSES = 3  # backward: one product for the gradient of the input, one for that of the weight

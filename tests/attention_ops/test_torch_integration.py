@@ -5,12 +5,32 @@ import torch
 from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
-from foveate.attention_ops import LargeKernelAttention, NeighborhoodAttention2d, neighborhood_attention
+from foveate.attention_ops import (
+    BiLevelRoutingAttention,
+    BiLevelRoutingAttentionNchw,
+    HiLoAttention,
+    LargeKernelAttention,
+    NeighborhoodAttention2d,
+    WindowAttention2d,
+    hilo_attention,
+    neighborhood_attention,
+    routed_attention,
+    window_attention,
+)
+
+LAYERS = {
+    "neighborhood": lambda: NeighborhoodAttention2d(16, 2, 3, 2),
+    "large kernel": lambda: LargeKernelAttention(16),
+    "window": lambda: WindowAttention2d(16, 2, (3, 5)),
+    "routed": lambda: BiLevelRoutingAttention(16, 2, 3, 2),
+    "routed nchw": lambda: BiLevelRoutingAttentionNchw(16, 2, 3, 2),
+    "hilo": lambda: HiLoAttention(16, 4, 2, 0.5),
+}
 
 
 def layer(kind: str):
     torch.manual_seed(0)
-    return NeighborhoodAttention2d(16, 2, 3, 2) if kind == "neighborhood" else LargeKernelAttention(16)
+    return LAYERS[kind]()
 
 
 def image(*batch_and_size):
@@ -19,10 +39,10 @@ def image(*batch_and_size):
 
 
 def as_input(kind, x):
-    return x if kind == "neighborhood" else x.permute(0, 3, 1, 2)
+    return x.permute(0, 3, 1, 2) if kind in ("large kernel", "routed nchw") else x
 
 
-BOTH = pytest.mark.parametrize("kind", ["neighborhood", "large kernel"])
+every_layer = pytest.mark.parametrize("kind", LAYERS)
 
 
 def test_opcheck():
@@ -35,7 +55,28 @@ def test_opcheck():
     )
 
 
-@BOTH
+def packed(*size, parts=3, heads=2):
+    return torch.randn(*size, parts, heads, 4, requires_grad=True).unbind(-3)
+
+
+CALLS = {  # op: arguments
+    "window_attention": (*packed(1, 6, 8), None, None, [3, 4], None, "auto"),
+    "routed_attention": (*packed(1, 6, 8), torch.arange(4).view(1, 4, 1), [3, 4], [3, 4], None, "auto"),
+    "hilo_attention": (*packed(1, 6, 8), *packed(1, 6, 8, parts=1), *packed(1, 2, 3, parts=2), [3, 4], None, "auto"),
+    "bi_level_routes": (torch.randn(1, 6, 8, 2, 4), torch.randn(1, 6, 8, 2, 4), [3, 4], 2),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_opcheck_of_the_tiled_ops(op):
+    torch.library.opcheck(
+        getattr(torch.ops.foveate, op).default,
+        CALLS[op],
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+    )
+
+
+@every_layer
 def test_compile_in_one_graph_with_gradients(kind):
     module = layer(kind)
     x = as_input(kind, image()).requires_grad_()
@@ -48,7 +89,7 @@ def test_compile_in_one_graph_with_gradients(kind):
     torch.testing.assert_close(compiled, grad, rtol=1e-4, atol=1e-5)
 
 
-@BOTH
+@every_layer
 def test_export_with_dynamic_batch(kind):
     module = layer(kind).eval()
     program = torch.export.export(module, (as_input(kind, image()),), dynamic_shapes=({0: Dim("batch")},))
@@ -56,8 +97,9 @@ def test_export_with_dynamic_batch(kind):
     torch.testing.assert_close(program.module()(other), module(other))
 
 
-def test_export_with_dynamic_size():
-    module = layer("neighborhood").eval()
+@pytest.mark.parametrize("kind", ["neighborhood", "window"])
+def test_export_with_dynamic_size(kind):
+    module = layer(kind).eval()
     sizes = {0: Dim("batch"), 1: Dim("height", min=6, max=512), 2: Dim("width", min=6, max=512)}
     program = torch.export.export(
         module, (image(),), dynamic_shapes=(sizes,), prefer_deferred_runtime_asserts_over_guards=True
@@ -67,7 +109,7 @@ def test_export_with_dynamic_size():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-@BOTH
+@every_layer
 def test_script(kind, tmp_path):
     module = layer(kind).eval()
     torch.jit.script(module).save(str(tmp_path / "module.pt"))
@@ -92,7 +134,19 @@ def test_autocast_casts_the_op_itself():
         assert neighborhood_attention(q, q, q, 3).dtype == torch.bfloat16
 
 
-@BOTH
+def test_autocast_casts_the_tiled_ops_themselves():
+    q, k, v = packed(1, 6, 8)
+    routes = torch.arange(4).view(1, 4, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outs = [
+            window_attention(q, k, v, (3, 4)),
+            routed_attention(q, k, v, routes, region_size=(3, 4)),
+            hilo_attention((q, k, v), (q, k, v), (3, 4)),
+        ]
+    assert [out.dtype for out in outs] == [torch.bfloat16] * 3
+
+
+@every_layer
 def test_activation_checkpointing_changes_nothing(kind):
     module = layer(kind)
     x = as_input(kind, image()).requires_grad_()
@@ -101,7 +155,7 @@ def test_activation_checkpointing_changes_nothing(kind):
     torch.testing.assert_close(plain, again)
 
 
-@BOTH
+@every_layer
 def test_meta_tensors_give_the_shape(kind):
     with torch.device("meta"):
         module = layer(kind)

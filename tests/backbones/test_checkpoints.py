@@ -8,9 +8,14 @@ import foveate  # noqa: F401  (registers the models)
 
 SMALL_NAT = {"dims": (32, 64), "depths": (1, 2), "kernel_size": 3}
 SMALL_VAN = {"dims": (8, 16), "depths": (1, 1), "mlp_ratios": (2, 2)}
+SMALL_BIFORMER = {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "regions": 3}
+SMALL_LITV2 = {"dims": (16, 32), "depths": (1, 1), "windows": (None, 2), "head_dim": 8}
 FAMILIES = {
     "nat_mini": (SMALL_NAT, "stages.1.downsample.reduction.weight", "levels.0.downsample.reduction.weight"),
     "van_b0": (SMALL_VAN, "stages.1.downsample.proj.weight", "patch_embed2.proj.weight"),
+    "biformer_tiny": (SMALL_BIFORMER, "stages.1.blocks.0.mlp.fc2.weight", "stages.1.0.mlp.3.weight"),
+    "biformer_stl_nchw": (SMALL_BIFORMER, "stages.0.blocks.0.attn.qkv.bias", "stages.0.blocks.0.attn.qkv_linear.bias"),
+    "litv2_small": (SMALL_LITV2, "stages.1.downsample.norm.weight", "layers.0.downsample.norm_layer.weight"),
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -32,6 +37,34 @@ def to_official(name, state_dict):
             ("stages.1.norm.", "norm2."),
             (".dwconv.", ".dwconv.dwconv."),
             ("stem.", "patch_embed1."),
+            ("head.fc.", "head."),
+        ],
+        "biformer_tiny": [
+            ("stages.1.downsample.", "downsample_layers.1."),
+            ("stem.", "downsample_layers.0."),
+            ("stages.0.blocks.", "stages.0."),
+            ("stages.1.blocks.", "stages.1."),
+            ("stages.0.0.attn.qkv.", "stages.0.0.attn.qkv.qkv."),
+            ("stages.0.0.attn.proj.", "stages.0.0.attn.wo."),
+            (".mlp.fc1.", ".mlp.0."),
+            (".mlp.fc2.", ".mlp.3."),
+            ("head.fc.", "head."),
+        ],
+        "biformer_stl_nchw": [
+            ("stages.1.downsample.", "downsample_layers.1."),
+            ("stem.", "downsample_layers.0."),
+            ("stages.0.blocks.0.attn.qkv.", "stages.0.blocks.0.attn.qkv_linear."),
+            ("stages.0.blocks.0.attn.proj.", "stages.0.blocks.0.attn.output_linear."),
+            (".mlp.fc1.", ".mlp.0."),
+            (".mlp.fc2.", ".mlp.2."),
+            ("head.fc.", "head."),
+        ],
+        "litv2_small": [
+            ("stages.1.downsample.norm.", "layers.0.downsample.norm_layer."),
+            ("stages.1.downsample.", "layers.0.downsample."),
+            ("stages.", "layers."),
+            (".dwconv.", ".dwconv.dwconv."),
+            ("stem.", "patch_embed."),
             ("head.fc.", "head."),
         ],
     }

@@ -14,7 +14,11 @@ SMALL = {
     "dinat_s_tiny": {"dims": (32, 64), "depths": (1, 2), "dilations": ((1,), (1, 2)), "kernel_size": 3},
     "vitrpb_small": {"dims": (32,) * 3, "depths": (1,) * 3, "kernel_size": 4},
     "van_b0": {"dims": (8, 16), "depths": (1, 1), "mlp_ratios": (2, 2)},
+    "biformer_tiny": {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "regions": 3},
+    "biformer_stl_nchw": {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "regions": 3},
+    "litv2_small": {"dims": (16, 32), "depths": (1, 1), "windows": (None, 2), "head_dim": 8},
 }
+SCALED = ("nat_mini", "dinat_s_tiny", "vitrpb_small")  # whose layer scale starts near zero, or can
 every_small = pytest.mark.parametrize("name", SMALL)
 
 
@@ -24,7 +28,9 @@ def small(name, **kwargs):
 
 
 def test_all_models_of_the_families_are_listed():
-    assert len(MODELS) == 7 + 4 + 7 + 5 + 6
+    sizes = {"van": 7, "nat": 4 + 2, "dinat": 7 + 5 + 2, "vitrpb": 2, "biformer": 5, "litv2": 3}
+    sizes |= {"fv_davit": 8, "fv": 13, "eca": 6, "ela": 24}
+    assert len(MODELS) == sum(sizes.values())
     assert set(MODELS) <= set(timm.list_models())
     assert foveate.list_models("van_*") == [f"van_b{i}" for i in range(7)]
 
@@ -33,9 +39,11 @@ def test_all_models_of_the_families_are_listed():
 def test_pretrained_cfg_says_where_weights_come_from(name):
     model = timm.create_model(name, device="meta")
     cfg = model.pretrained_cfg
-    assert cfg["license"] and cfg["paper_ids"].startswith("arXiv:") and cfg["origin_url"].startswith("https://")
-    assert cfg["tag"] == "untrained" or cfg["url"].startswith("https://")
-    assert cfg["url"].endswith((".pth", ".pth.tar")) or cfg["tag"] == "untrained"
+    assert cfg["tag"] == "untrained" or cfg["license"]
+    assert cfg["paper_ids"].startswith("arXiv:") and cfg["origin_url"].startswith("https://")
+    on_drives = any("drive" in note for note in cfg.get("notes") or ())  # no address that a program could download from
+    assert cfg["tag"] == "untrained" or on_drives or cfg.get("url", "").startswith("https://") or cfg.get("hf_hub_id")
+    assert not cfg.get("url") or cfg["url"].endswith((".pth", ".pth.tar"))
 
 
 PUBLISHED_PARAMS = {
@@ -52,6 +60,10 @@ PUBLISHED_PARAMS = {
     "dinat_s_large_384": 196_532_476,
     "nat_isotropic_small": 21_999_736,
     "vitrpb_small": 22_080_376,
+    "biformer_small": 25_536_232,
+    "biformer_base": 56_804_968,
+    "litv2_medium": 48_830_368,
+    "litv2_base": 86_520_704,
     "van_b2": 26_578_472,
     "van_b4": 60_283_176,
     "van_b5": 89_967_688,
@@ -111,6 +123,13 @@ def test_unknown_keywords_are_a_type_error(name):
         ("nat_mini", {"dims": (30, 64)}, r"dims must be multiples of head_dim 32, got \[30\]"),
         ("nat_mini", {"dilations": ((1,),)}, "dilations must have one tuple per stage, 2"),
         ("nat_mini", {"downsample": "pool"}, "downsample must be .* got 'pool'"),
+        ("biformer_tiny", {"topks": (1,)}, "topks must have one entry per stage, 2"),
+        ("biformer_tiny", {"head_dim": 5}, "dims must be multiples of head_dim 5, got 16"),
+        ("biformer_tiny", {"dense_heads": 5}, "dims must be multiples of dense_heads 5, got 32"),
+        ("biformer_tiny", {"nchw": True}, "nchw goes with swin_layout only"),
+        ("litv2_small", {"windows": (2,)}, "windows must have one entry per stage, 2"),
+        ("litv2_small", {"head_dim": 5}, r"dims must be multiples of head_dim 5, got \[32\]"),
+        ("litv2_small", {"alpha": 1.5}, "alpha must be 0 to 1, got 1.5"),
         ("van_b0", {"mlp_ratios": (2,)}, "mlp_ratios must have one entry per stage, 2"),
     ],
 )
@@ -124,7 +143,7 @@ def test_every_drop_rate_has_an_effect_in_training(name):
     x = torch.randn(4, 3, 64, 64)
     for rate in ("drop_rate", "proj_drop_rate", "drop_path_rate"):
         # layer scale near zero would hide what happens inside the blocks
-        model = small(name, **{rate: 0.5}, **({"layer_scale": 1.0} if name != "van_b0" else {}))
+        model = small(name, **{rate: 0.5}, **({"layer_scale": 1.0} if name in SCALED else {}))
         assert not torch.equal(model.train()(x), model(x)), rate
         assert torch.equal(model.eval()(x), model(x)), rate
 
@@ -192,3 +211,20 @@ def test_the_dense_baseline_sees_all_keys_up_to_its_size():
         x = torch.randn(1, *size, 32, requires_grad=True)
         attention(x)[0, 0, 0].sum().backward()
         assert (x.grad.abs().sum(-1) > 0).all()
+
+
+def test_the_tag_of_litv2_weights_sets_alpha_unless_the_caller_does():
+    def low_heads(name, **kwargs):
+        return timm.create_model(name, device="meta", **kwargs).stages[2].blocks[0].attn.low_heads
+
+    tags = ("in1k", "alpha00_in1k", "alpha04_in1k", "alpha07_in1k", "alpha10_in1k")
+    assert [low_heads(f"litv2_small.{tag}") for tag in tags] == [10, 0, 4, 8, 12]
+    assert low_heads("litv2_small.alpha04_in1k", alpha=1.0) == 12 and low_heads("litv2_small", alpha=0.5) == 6
+
+
+def test_the_tag_survives_the_hub(tmp_path):
+    model = timm.create_model("litv2_small.alpha04_in1k", **SMALL["litv2_small"]).eval()
+    timm.models.save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 3, 40, 56)
+    assert torch.equal(again(x), model(x))

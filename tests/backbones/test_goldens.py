@@ -10,10 +10,16 @@ import torch
 from torch import nn
 
 import foveate  # noqa: F401  (registers the models)
+from foveate.backbones import biformer, litv2
 from foveate.backbones.van import OverlapPatchEmbed, VanAttention, VanBlock, VanMlp
 
 FAST = ["nat__nat_mini", "dinat__dinat_s_tiny", "dinat__dinat_isotropic_small", "van__van_b0"]
-SLOW = ["nat__nat_small", "dinat__dinat_mini", "dinat__dinat_tiny", "van__van_b1", "van__van_b3"]
+FAST += ["davit__official_tiny", "halonet__eca_halonext26ts"]
+FAST += ["ecanet__official_eca_resnet18_k3577", "ecanet__official_eca_mobilenet_v2_ckpt"]
+SLOW = ["nat__nat_small", "dinat__dinat_mini", "dinat__dinat_tiny", "van__van_b1", "van__van_b3", "halonet__halonet26t"]
+FAST += ["biformer__biformer_tiny", "litv2__litv2_small"]
+SLOW += ["biformer__biformer_stl", "biformer__biformer_stl_nchw"]
+SLOW += [f"litv2__litv2_small_alpha{alpha}" for alpha in ("0.4", "0.5", "1.0")]
 every_golden = pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 
 
@@ -23,7 +29,7 @@ def official(det, golden, tmp_path):
 
     def load(name):
         facts, logits = golden(name)
-        weights = det.det_state_dict(facts["state_dict"], facts["mul"])
+        weights = det.det_state_dict(facts["state_dict"], facts["mul"], facts.get("gain", 1.0))
         torch.save(weights, tmp_path / "official.pth")
         overlay = {"file": str(tmp_path / "official.pth")}
         model = timm.create_model(facts["variant"], pretrained=True, pretrained_cfg_overlay=overlay).eval()
@@ -42,14 +48,14 @@ def test_logits_stages_and_gradients_equal_the_official_ones(name, det, official
         x = torch.from_numpy(det.det_input(given["shape"], given["seed"]))
         with torch.no_grad():
             out, maps = model(x), model.forward_intermediates(x, intermediates_only=True)
-        expected = logits[given["name"]]
-        assert np.abs(out.numpy() - expected).max() <= 5e-5 * expected.std(), given["name"]
+        expected, tolerance = logits[given["name"]], 1e-4 if name.startswith("litv2") else 5e-5  # sampling amplifies
+        assert np.abs(out.numpy() - expected).max() <= tolerance * expected.std(), given["name"]
         for i, stage in ((i, given["stages"].get(f"stage{i}")) for i in range(len(maps))):
             if stage is None:  # of the isotropic nets' layers, four are recorded
                 continue
             ours = maps[i] if len(stage["shape"]) == 4 else maps[i].flatten(2).transpose(1, 2)
             assert list(ours.shape) == stage["shape"]
-            assert np.abs(sample(ours, 64) - stage["samples"]).max() <= 5e-5 * stage["std"], (given["name"], i)
+            assert np.abs(sample(ours, 64) - stage["samples"]).max() <= tolerance * stage["std"], (given["name"], i)
     check_gradients(model, facts, official_key, det)
 
 
@@ -59,18 +65,19 @@ def sample(tensor, count):
 
 
 def check_gradients(model, facts, official_key, det):
+    tolerance = facts.get("grad_tolerance", 1e-4)
     first = facts["inputs"][0]
     out = model(torch.from_numpy(det.det_input(first["shape"], first["seed"])))
     (out * torch.from_numpy(det.det_input(out.shape, 7))).mean().backward()
     for key, parameter in model.named_parameters():
         name, grad = official_key[key], parameter.grad
         expected = facts["grads"][name]
-        assert abs(grad.double().norm() - expected["l2"]) <= 1e-4 * expected["l2"], name
+        assert abs(grad.double().norm() - expected["l2"]) <= tolerance * expected["l2"], name
         if "dot" in expected:
             probe = torch.from_numpy(det.det_input(grad.shape, zlib.crc32(f"grad:{name}".encode())))
             assert abs((grad * probe).sum() - expected["dot"]) <= 1e-4 * expected["l2"], name
         else:
-            assert np.abs(sample(grad, 4) - expected["samples"]).max() <= 1e-4 * float(grad.abs().max()), name
+            assert np.abs(sample(grad, 4) - expected["samples"]).max() <= tolerance * float(grad.abs().max()), name
 
 
 def van_key(key):
@@ -107,3 +114,97 @@ def test_van_layers_equal_the_official_ones(det, golden, relative_error):
             assert abs(parameter.grad.norm() - norm) <= 1e-4 * norm, (name, key)
         tried.add(kind)
     assert tried == set(VAN_LAYERS)
+
+
+def check_layer(layer, name, case, arrays, our_key, det, relative_error, forward=None):
+    """One recorded layer: its output, and every parameter's gradient by its norm."""
+    weights = det.det_state_dict(case["state_dict"])
+    layer.load_state_dict({our_key(k): v for k, v in weights.items()})
+    x = torch.from_numpy(det.det_input(case["input_shape"], case["input_seed"]))
+    out = (forward or type(layer).__call__)(layer.eval(), x)
+    assert relative_error(out, arrays[f"{name}__out"]) < 2e-5, name
+    (out * torch.from_numpy(det.det_input(out.shape, 7))).mean().backward()
+    parameters = dict(layer.named_parameters())
+    for key, (norm, _) in case["grads"].items():
+        assert abs(parameters[our_key(key)].grad.norm() - norm) <= 1e-4 * norm, (name, key)
+
+
+BIFORMER_BLOCKS = {
+    "block": {},
+    "block_layer_scale": {"layer_scale": 1.0},
+    "block_full_attn": {"topks": (None,)},
+    "stl_nchw_block": {"swin_layout": True, "nchw": True, "mlp_ratio": 4.0},
+}
+
+
+@pytest.mark.parametrize("name", BIFORMER_BLOCKS)
+def test_biformer_blocks_equal_the_official_ones(name, det, golden, relative_error):
+    cases, arrays = golden("module__biformer")
+    config = biformer.BiFormerConfig(**{"dims": (64,), "depths": (1,), "topks": (4,), **BIFORMER_BLOCKS[name]})
+    block = biformer.BiFormerBlock(64, config.topks[0], config, drop=0.0, drop_path=0.0)
+    prefix = "stages.0.blocks.0."
+    check_layer(
+        block, name, cases[name], arrays, lambda k: biformer._our_key(prefix + k)[len(prefix) :], det, relative_error
+    )
+
+
+LITV2_LAYERS = {  # a layer, and the map that its tokens make
+    "dtm_14": (lambda: litv2.DeformableMerging(32, 64), (14, 14)),
+    "dwmlp": (lambda: litv2.DepthwiseMlp(32, 128, drop=0.0), (14, 14)),
+    "dwmlp_dense_14x28": (lambda: litv2.DepthwiseMlp(32, 128, drop=0.0), (14, 28)),
+    "block": (lambda: litv2.Litv2Block(96, 2, litv2.Litv2Config(head_dim=8), drop=0.0, drop_path=0.0), (14, 14)),
+    "convffn_block": (lambda: litv2.Litv2Block(96, None, litv2.Litv2Config(), drop=0.0, drop_path=0.0), (14, 14)),
+}
+
+
+@pytest.mark.parametrize("name", LITV2_LAYERS)
+def test_litv2_layers_equal_the_official_ones(name, det, golden, relative_error):
+    cases, arrays = golden("module__litv2")
+    make, size = LITV2_LAYERS[name]
+
+    def our_key(key):
+        return key.replace("dwconv.dwconv", "dwconv").replace("norm_layer", "norm")
+
+    def forward(layer, tokens):
+        return layer(tokens.unflatten(1, size)).flatten(1, 2)
+
+    check_layer(make(), name, cases[name], arrays, our_key, det, relative_error, forward)
+
+
+def test_litv2_merging_loses_odd_lines_and_patches_are_padded_as_in_the_dense_code(det, golden, relative_error):
+    cases, arrays = golden("module__litv2")
+    check_layer(
+        litv2.PatchEmbed(3, 48),
+        "patch_embed_dense_30x33",
+        cases["patch_embed_dense_30x33"],
+        arrays,
+        lambda k: k,
+        det,
+        relative_error,
+        lambda layer, x: layer(x).permute(0, 3, 1, 2),
+    )
+    layer = litv2.DeformableMerging(32, 64).eval()
+    weights = det.det_state_dict(cases["dtm_dense_13x15"]["state_dict"])
+    layer.load_state_dict({k.replace("norm_layer", "norm"): v for k, v in weights.items()})
+    x = torch.from_numpy(det.det_input([1, 195, 32], 3)).unflatten(1, (13, 15))
+    assert relative_error(layer(x), arrays["dtm_dense_13x15__out"]) < 2e-5
+
+
+def test_litv2_maps_of_any_size_equal_the_official_dense_backbone(det, golden):
+    facts, arrays = golden("litv2_dense__litv2_small")
+    weights = det.det_state_dict(facts["state_dict"], facts["mul"])
+    norms = {key: weights.pop(key) for key in list(weights) if key.startswith("norm")}
+    model = timm.create_model("litv2_small", num_classes=0).eval()
+    last = {"norm.weight": norms["norm3.weight"], "norm.bias": norms["norm3.bias"]}
+    model.load_state_dict({litv2._our_key(key): value for key, value in weights.items()} | last)
+    for given in facts["inputs"]:
+        x = torch.from_numpy(det.det_input(given["shape"], given["seed"]))
+        with torch.no_grad():
+            maps = model.forward_intermediates(x, intermediates_only=True)
+        for i, ours in enumerate(maps):
+            ours = ours.permute(0, 2, 3, 1)
+            ours = nn.functional.layer_norm(ours, ours.shape[3:], norms[f"norm{i}.weight"], norms[f"norm{i}.bias"])
+            ours, stage = ours.permute(0, 3, 1, 2), given["stages"][f"out{i}"]
+            assert list(ours.shape) == stage["shape"]
+            difference = np.abs(sample(ours, 1024) - arrays[f"{given['name']}/out{i}"]).max()
+            assert difference <= 1e-4 * stage["std"], (given["name"], i)

@@ -1,0 +1,131 @@
+"""Channel attention: the channels of a head attend to each other, over all tokens of the map.
+
+Paper      Ding et al. 2022, arXiv:2204.03645 (DaViT), figure 3b: channels are the tokens, positions their features.
+Roles      here q, k, v mean query, key and value. DaViT's own projections name them otherwise: its slots q, k, v are
+           value, query and key, which `ChannelAttention` sorts out; Florence-2 (arXiv:2311.06242) took the usual order
+           and another scale.
+Tiled      two batched products of head_dim x head_dim logits: linear in the map's tokens. They want every channel's
+           tokens side by side, (B, heads, head_dim, H * W) in memory; `ChannelAttention` projects into that layout and
+           out of it, so that nothing is copied.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ._autocast import cast_for_autocast, no_autocast
+from ._checks import check_qkv
+from ._choice import Impl, choose
+from .tiled_attention import accumulator
+
+OP = "channel_attention"
+
+
+def channel_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: Impl | str = Impl.AUTO
+) -> Tensor:
+    """Attend from every channel of a head to the head's channels: softmax(scale * q^T k) v^T, transposed back.
+
+    Cost: H * W * head_dim ** 2 multiply-adds per head, twice.
+
+    Args:
+        q, k, v: (B, H, W, heads, head_dim), one shape, dtype and device; strided views are fine.
+        scale: multiplies q . k, a sum over H * W tokens; head_dim ** -0.5 when None, as in DaViT.
+        impl: "auto", "fused", "tiled" or "reference".
+
+    Returns:
+        (B, H, W, heads, head_dim), dtype of q (under autocast: the autocast dtype).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
+    """
+    return torch.ops.foveate.channel_attention(q, k, v, scale, Impl(impl).value if isinstance(impl, Impl) else impl)
+
+
+torch.library.define(
+    "foveate::channel_attention", "(Tensor q, Tensor k, Tensor v, float? scale=None, str impl='auto') -> Tensor"
+)
+
+
+@torch.library.impl("foveate::channel_attention", "CompositeImplicitAutograd")
+def _channel_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, impl: str = "auto") -> Tensor:
+    check_qkv(OP, q, k, v)
+    run = choose(OP, impl, why_not_fused(q))
+    q, k, v = cast_for_autocast(q, k, v)
+    body = channel_attention_reference if run is Impl.REFERENCE else channel_attention_tiled
+    with no_autocast(q):
+        return body(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def why_not_fused(q: Tensor) -> str | None:
+    """Return the reason why no fused kernel can run on these tensors, or None."""
+    return "channel attention has no Triton kernel in this version"
+
+
+def channel_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The definition, float32 inside at least."""
+    wide = accumulator(q.dtype)
+    logits = torch.einsum("bhwni,bhwnj->bnij", q.to(wide), k.to(wide)) * scale
+    return torch.einsum("bnij,bhwnj->bhwni", logits.softmax(-1), v.to(wide)).to(q.dtype)
+
+
+def channel_attention_tiled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    size, wide = q.shape[1:3], accumulator(q.dtype)
+    q, k, v = (t.permute(0, 3, 4, 1, 2).flatten(3) for t in (q, k, v))  # (B, heads, d, N)
+    if q.dtype == torch.float16:  # a sum over all tokens must not overflow
+        q, scale = q * scale, 1.0
+    logits = torch.matmul(q, k.mT).to(wide) * scale
+    out = torch.matmul(logits.softmax(-1).to(v.dtype), v)  # (B, heads, d, N)
+    return out.unflatten(-1, size).permute(0, 3, 4, 1, 2)
+
+
+class ChannelAttention(nn.Module):
+    """Channel attention with its projections, on channels-last maps.
+
+    Args:
+        dim: channels; heads must divide it.
+        heads: number of groups of channels.
+        qkv_bias: give the qkv projection a bias.
+        by_tokens: Florence-2's form: slots q, k, v mean what they say and the logits are scaled by tokens ** -0.5.
+            Otherwise DaViT's: the slots hold value, query, key, and the scale is head_dim ** -0.5.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, *, qkv_bias: bool = True, by_tokens: bool = False, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"ChannelAttention: heads must divide dim {dim}, got {heads}")
+        dd = {"device": device, "dtype": dtype}
+        self.heads = heads
+        self.scale = (dim // heads) ** -0.5
+        self.by_tokens = by_tokens
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        size, tokens = x.shape[1:3], x.flatten(1, 2).mT  # (B, C, N)
+        first, second, third = (
+            self._project(tokens, 0, size),
+            self._project(tokens, 1, size),
+            self._project(tokens, 2, size),
+        )
+        if self.by_tokens:
+            first = first * (size[0] * size[1]) ** -0.5  # not as the op's scale: an exported graph knows no size
+            out = torch.ops.foveate.channel_attention(first, second, third, 1.0, "auto")
+        else:
+            out = torch.ops.foveate.channel_attention(second, third, first, self.scale, "auto")
+        return self.proj(out.flatten(3))
+
+    def _project(self, tokens: Tensor, slot: int, size: list[int]) -> Tensor:
+        """Return slot 0, 1 or 2 of the qkv projection as (B, H, W, heads, head_dim), a view of (B, C, N)."""
+        weight = self.qkv.weight.chunk(3)[slot].expand(tokens.shape[0], -1, -1)
+        bias = self.qkv.bias
+        if bias is None:
+            out = torch.bmm(weight, tokens)
+        else:
+            out = torch.baddbmm(bias.chunk(3)[slot][:, None], weight, tokens)
+        return out.unflatten(1, (self.heads, -1)).unflatten(3, size).permute(0, 3, 4, 1, 2)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, by_tokens={self.by_tokens}"

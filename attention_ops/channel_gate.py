@@ -1,0 +1,104 @@
+"""Efficient channel attention: every channel gated by its neighbors in channel order.
+
+Paper      Wang et al. 2020, arXiv:1910.03151 (ECA-Net), figure 2: average pooling, a 1-D convolution, a sigmoid.
+Kernel     equation 12 gives it from the number of channels, |log2(C) / 2 + 1 / 2| to an odd number; the published
+           networks state it stage by stage instead. `adaptive_kernel_size` rounds as timm does, with 3 as the least.
+Tiled      one read of the map for the means, one for the product; the convolution runs on (B, C) numbers.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._choice import Impl, choose
+from .tiled_attention import accumulator
+
+OP = "channel_gate"
+
+
+def channel_gate(x: Tensor, weight: Tensor, *, impl: Impl | str = Impl.AUTO) -> Tensor:
+    """Gate every channel by a convolution over the means of the channels beside it, zero beyond the first and last.
+
+    Cost: H * W * C additions and as many multiplications; C * k multiply-adds.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (1, 1, k), k odd.
+        impl: "auto", "fused", "tiled" or "reference".
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: x is not a map, or weight is not (1, 1, k) with k odd.
+        NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
+    """
+    return torch.ops.foveate.channel_gate(x, weight, Impl(impl).value if isinstance(impl, Impl) else impl)
+
+
+torch.library.define("foveate::channel_gate", "(Tensor x, Tensor weight, str impl='auto') -> Tensor")
+
+
+@torch.library.impl("foveate::channel_gate", "CompositeImplicitAutograd")
+def _channel_gate(x: Tensor, weight: Tensor, impl: str = "auto") -> Tensor:
+    _check(x, weight)
+    run = choose(OP, impl, why_not_fused(x))
+    body = channel_gate_reference if run is Impl.REFERENCE else channel_gate_tiled
+    return body(x, weight)
+
+
+def why_not_fused(x: Tensor) -> str | None:
+    """Return the reason why no fused kernel can run on this tensor, or None."""
+    return "channel gates have no Triton kernel in this version"
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{OP}: x must be (B, C, H, W), got shape {tuple(x.shape)}")
+    shape = tuple(weight.shape)
+    if len(shape) != 3 or shape[:2] != (1, 1) or shape[2] % 2 == 0:
+        raise ValueError(f"{OP}: weight must be (1, 1, k) with k odd, got {shape}")
+
+
+def channel_gate_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """The definition, float32 inside at least."""
+    wide = accumulator(x.dtype)
+    taps = weight.flatten().to(wide)
+    reach = len(taps) // 2
+    means = F.pad(x.to(wide).mean((2, 3)), (reach, reach))
+    gate = (means.unfold(1, len(taps), 1) * taps).sum(-1).sigmoid()  # (B, C)
+    return (x.to(wide) * gate[:, :, None, None]).to(x.dtype)
+
+
+def channel_gate_tiled(x: Tensor, weight: Tensor) -> Tensor:
+    means = x.mean((2, 3))[:, None]  # (B, 1, C)
+    gate = F.conv1d(means, weight.to(means.dtype), padding=weight.shape[-1] // 2).sigmoid()
+    return x * gate.to(x.dtype)[:, 0, :, None, None]
+
+
+def adaptive_kernel_size(channels: int, gamma: float = 2.0, beta: float = 1.0) -> int:
+    """Return the kernel for a number of channels (equation 12), at least 3: 64 -> 3, 128 -> 5, 2048 -> 7."""
+    size = int(abs(math.log2(channels) + beta) / gamma)
+    return max(size if size % 2 else size + 1, 3)
+
+
+class EfficientChannelAttention(nn.Module):
+    """Efficient channel attention with its weights: a drop-in for the attention slots of timm's blocks.
+
+    Args:
+        channels: channels of the map.
+        kernel_size: taps over channels, odd; from the number of channels when None.
+    """
+
+    def __init__(self, channels: int, kernel_size: int | None = None, *, device=None, dtype=None) -> None:
+        super().__init__()
+        kernel_size = adaptive_kernel_size(channels) if kernel_size is None else kernel_size
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"EfficientChannelAttention: kernel_size must be odd and positive, got {kernel_size}")
+        padding = kernel_size // 2
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=padding, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        return torch.ops.foveate.channel_gate(x, self.conv.weight, "auto")

@@ -1,0 +1,337 @@
+"""Halo attention: every block of queries sees its block and a halo of tokens around it.
+
+Paper      Vaswani et al. 2021, arXiv:2103.12731 (HaloNet), figure 1.
+Semantics  those of timm's layer, whose weights load: keys and values outside the map are zeros and are NOT masked, so
+           they take softmax mass; the relative position logits use the unscaled query; a query of a strided layer is
+           placed in the down-sampled block, so query i is i keys from the block's edge, not i * stride.
+We differ  a map need not be a multiple of the block: the last blocks overhang, and what they see outside is zeros.
+           timm's layer refuses such maps; where the block divides the map, results agree.
+Tiled      one gather of key tiles, then scaled_dot_product_attention with the relative logits as its bias.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._autocast import cast_for_autocast, no_autocast
+from ._checks import check_at_least, pair
+from ._choice import Impl, choose
+from .tiled_attention import accumulator
+from .tiling import AxisTiling, gather_keys, merge_queries, split_queries
+
+OP = "halo_attention"
+
+
+def halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int | Sequence[int],
+    halo: int | Sequence[int],
+    *,
+    stride: int = 1,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
+    scale: float | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> Tensor:
+    """Attend from every block of queries to the block and its halo.
+
+    Cost: H * W / stride ** 2 * (bh + 2 * halo_h) * (bw + 2 * halo_w) * head_dim multiply-adds per head, twice.
+
+    Args:
+        q: (B, ceil(H / stride), ceil(W / stride), heads, head_dim).
+        k: (B, H, W, heads, head_dim); v: (B, H, W, heads, value_dim). One dtype and device; strided views are fine.
+        block_size: keys of a block in tokens, an int or (rows, columns); `stride` must divide it.
+        halo: tokens seen past a block's edge, an int or (rows, columns); 0 gives window attention.
+        stride: keys per query on each axis; a block has block_size / stride queries an axis.
+        rel_h, rel_w: (2 * (block + 2 * halo) - 1, head_dim) for rows and columns, both or none. Adds
+            q . (rel_h[i] + rel_w[j]) to the scaled logits, q unscaled, with index = place of the key in the window
+            - place of the query in the block + block + 2 * halo - 1.
+        scale: multiplies q . k; head_dim ** -0.5 when None.
+        impl: "auto", "fused", "tiled" or "reference".
+
+    Returns:
+        (B, ceil(H / stride), ceil(W / stride), heads, value_dim), dtype of q (under autocast: the autocast dtype).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or a size is out of range.
+        NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
+    """
+    return torch.ops.foveate.halo_attention(
+        q,
+        k,
+        v,
+        rel_h,
+        rel_w,
+        pair(OP, "block_size", block_size),
+        pair(OP, "halo", halo),
+        stride,
+        scale,
+        Impl(impl).value if isinstance(impl, Impl) else impl,
+    )
+
+
+torch.library.define(
+    "foveate::halo_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? rel_h, Tensor? rel_w, int[2] block_size, int[2] halo, int stride=1, "
+    "float? scale=None, str impl='auto') -> Tensor",
+)
+
+
+@torch.library.impl("foveate::halo_attention", "CompositeImplicitAutograd")
+def _halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    block_size: list[int],
+    halo: list[int],
+    stride: int = 1,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    _check(q, k, v, rel_h, rel_w, block_size, halo, stride)
+    run = choose(OP, impl, why_not_fused(q))
+    q, k, v = cast_for_autocast(q, k, v)
+    body = halo_attention_reference if run is Impl.REFERENCE else halo_attention_tiled
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with no_autocast(q):
+        return body(q, k, v, tuple(block_size), tuple(halo), stride=stride, rel_h=rel_h, rel_w=rel_w, scale=scale)
+
+
+def why_not_fused(q: Tensor) -> str | None:
+    """Return the reason why no fused kernel can run on these tensors, or None."""
+    return "halo attention has no Triton kernel in this version"
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    block_size: list[int],
+    halo: list[int],
+    stride: int,
+) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 5:
+            raise ValueError(f"{OP}: {name} must be (B, H, W, heads, head_dim), got shape {tuple(t.shape)}")
+        if t.dtype != q.dtype or not t.is_floating_point():
+            raise ValueError(f"{OP}: q, k, v must be floating point of one dtype, got {name} {t.dtype}, q {q.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{OP}: {name} must be on the device of q {q.device}, got {t.device}")
+    check_at_least(OP, "block_size", block_size, 1)
+    check_at_least(OP, "halo", halo, 0)
+    if stride < 1 or block_size[0] % stride or block_size[1] % stride:
+        raise ValueError(f"{OP}: stride must divide block_size {tuple(block_size)}, got {stride}")
+    if v.shape[:4] != k.shape[:4]:
+        raise ValueError(f"{OP}: v must be {(*k.shape[:4], 'value_dim')} as k, got {tuple(v.shape)}")
+    queries = (k.shape[0], (k.shape[1] + stride - 1) // stride, (k.shape[2] + stride - 1) // stride, *k.shape[3:])
+    if tuple(q.shape) != queries:
+        raise ValueError(f"{OP}: q must be {queries} for k {tuple(k.shape)} and stride {stride}, got {tuple(q.shape)}")
+    if (rel_h is None) != (rel_w is None):
+        raise ValueError(f"{OP}: rel_h and rel_w must both be given, or none")
+    for name, table, block, reach in zip(("rel_h", "rel_w"), (rel_h, rel_w), block_size, halo, strict=True):
+        shape = (2 * (block + 2 * reach) - 1, q.shape[-1])
+        if table is not None and tuple(table.shape) != shape:
+            raise ValueError(
+                f"{OP}: {name} must be (2 * (block_size + 2 * halo) - 1, head_dim) = {shape}, got {tuple(table.shape)}"
+            )
+
+
+def axis_window(queries: int, keys: int, block: int, halo: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Say what every query of one axis sees; the window is block + 2 * halo keys.
+
+    Returns:
+        keys: (queries, window) positions of the keys, clamped to the map.
+        inside: (queries, window) bool, False where the key is outside the map: a zero.
+        rel: (queries, window) cells of the relative position table.
+    """
+    window = block + 2 * halo
+    index, place = torch.arange(queries)[:, None], torch.arange(window)
+    per_block = block // stride
+    position = index // per_block * block - halo + place
+    inside = (position >= 0) & (position < keys)
+    return position.clamp(0, keys - 1), inside, place - index % per_block + window - 1
+
+
+def halo_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: tuple[int, int],
+    halo: tuple[int, int],
+    *,
+    stride: int = 1,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
+    scale: float,
+) -> Tensor:
+    """The definition: gather every query's own keys, window ** 2 copies of k and v. float32 inside at least."""
+    wide = accumulator(q.dtype)
+    (row, row_in, row_rel), (col, col_in, col_rel) = (
+        tuple(t.to(q.device) for t in axis_window(q.shape[1 + i], k.shape[1 + i], block_size[i], halo[i], stride))
+        for i in (0, 1)
+    )
+    near = (row[:, None, :, None], col[None, :, None, :])  # index (Hq, Wq, wh, ww)
+    inside = (row_in[:, None, :, None] & col_in[None, :, None, :])[..., None, None]
+    k, v = (t.to(wide)[:, near[0], near[1]] * inside for t in (k, v))  # (B, Hq, Wq, wh, ww, heads, d)
+    wide_q = q.to(wide)
+    logits = torch.einsum("bhwnd,bhwijnd->bnhwij", wide_q, k) * scale
+    if rel_h is not None and rel_w is not None:
+        logits = logits + torch.einsum("bhwnd,hid->bnhwi", wide_q, rel_h.to(wide)[row_rel])[..., :, None]
+        logits = logits + torch.einsum("bhwnd,wjd->bnhwj", wide_q, rel_w.to(wide)[col_rel])[..., None, :]
+    probs = logits.flatten(-2).softmax(-1).view_as(logits)
+    return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v).to(q.dtype)
+
+
+@dataclass(frozen=True)
+class _QueryTiling(AxisTiling):
+    """Queries cut into as many tiles as the keys, whose number may be a symbol."""
+
+    count: int = 0
+
+    @property
+    def tiles(self) -> int:
+        return self.count
+
+
+def halo_attention_tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: tuple[int, int],
+    halo: tuple[int, int],
+    *,
+    stride: int = 1,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
+    scale: float,
+) -> Tensor:
+    keys = [AxisTiling(k.shape[1 + i], block_size[i], halo[i], halo[i]) for i in (0, 1)]
+    queries = [_QueryTiling(q.shape[1 + i], block_size[i] // stride, count=keys[i].tiles) for i in (0, 1)]
+    q, k, v = (t.permute(0, 3, 1, 2, 4) for t in (q, k, v))  # (B, heads, Y, X, d)
+    q = split_queries(q, *queries)  # (B, heads, tiles, T, d)
+    k, v = (gather_keys(t, *keys) for t in (k, v))  # (B, heads, tiles, K, d)
+    bias = None if rel_h is None or rel_w is None else _relative_logits(q, rel_h, rel_w, queries)
+    flat = (t.flatten(0, 1) for t in (q, k, v))
+    mask = None if bias is None else bias.flatten(0, 1)
+    out = F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=scale)
+    return merge_queries(out.unflatten(0, q.shape[:2]), *queries).permute(0, 2, 3, 1, 4)
+
+
+def _relative_logits(q: Tensor, rel_h: Tensor, rel_w: Tensor, queries: list[_QueryTiling]) -> Tensor:
+    """(B, heads, tiles, T, d) -> (B, heads, tiles, T, K): logits by the key's row plus those by its column."""
+    q = q.unflatten(-2, (queries[0].tile, queries[1].tile))  # (B, heads, tiles, qy, qx, d)
+    rows, cols = (_by_place(table.to(q.dtype), axis.tile) for table, axis in zip((rel_h, rel_w), queries, strict=True))
+    by_row = torch.matmul(q, rows.mT)  # (.., qy, qx, ky): one matrix per row of queries
+    by_col = torch.matmul(q.transpose(-2, -3), cols.mT).transpose(-2, -3)  # (.., qy, qx, kx)
+    return (by_row[..., :, None] + by_col[..., None, :]).flatten(-2).flatten(-3, -2)
+
+
+def _by_place(table: Tensor, queries: int) -> Tensor:
+    """(2 * window - 1, d) -> (queries, window, d): the cells that a query at each place of the block uses."""
+    window = (table.shape[0] + 1) // 2
+    place = torch.arange(window, device=table.device)
+    query = torch.arange(queries, device=table.device)[:, None]
+    return table[place - query + window - 1]
+
+
+class RelativePosition(nn.Module):
+    """The relative position tables of a window of tokens, for rows and for columns."""
+
+    def __init__(self, window: int, head_dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.height_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim, device=device, dtype=dtype))
+        self.width_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim, device=device, dtype=dtype))
+
+
+class HaloAttention2d(nn.Module):
+    """Multi-head halo attention with its projections, on (B, C, H, W) maps, without an output projection.
+
+    The names of the parameters and the order of their channels are timm's (`kv` holds [key | value] head by head).
+
+    Args:
+        dim: channels of the map; dim_out: of the output, as dim when None; heads must divide it.
+        stride: 1 or 2; a strided layer has strided queries, or an average pool after it where `avg_down` or the stride
+            does not divide the block. An odd map gives ceil(H / 2) rows.
+        heads: number of heads.
+        head_dim: of queries and keys; from dim_out * qk_ratio, rounded to a multiple of 8, when None.
+        block_size, halo: in tokens.
+        qk_ratio: channels of queries and keys over dim_out.
+        qkv_bias: give the projections a bias. Keys outside the map are zeros all the same.
+        avg_down: down-sample after attention.
+        scale_rel: scale the relative logits too (other code bases do; timm's default and ours is not to).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int | None = None,
+        stride: int = 1,
+        heads: int = 8,
+        *,
+        head_dim: int | None = None,
+        block_size: int = 8,
+        halo: int = 3,
+        qk_ratio: float = 1.0,
+        qkv_bias: bool = False,
+        avg_down: bool = False,
+        scale_rel: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dim_out = dim if dim_out is None else dim_out
+        if heads < 1 or dim_out % heads:
+            raise ValueError(f"HaloAttention2d: heads must divide dim_out {dim_out}, got {heads}")
+        if stride not in (1, 2):
+            raise ValueError(f"HaloAttention2d: stride must be 1 or 2, got {stride}")
+        dd = {"device": device, "dtype": dtype}
+        pooled = stride == 2 and (avg_down or block_size % 2 == 1)
+        self.heads = heads
+        self.head_dim = _round_to_8(dim_out * qk_ratio) // heads if head_dim is None else head_dim
+        self.value_dim = dim_out // heads
+        self.block_size = [block_size, block_size]
+        self.halo = [halo, halo]
+        self.stride = 1 if pooled else stride
+        self.scale = self.head_dim**-0.5
+        self.rel_scale = self.scale if scale_rel else 1.0
+        self.q = nn.Conv2d(dim, heads * self.head_dim, 1, self.stride, bias=qkv_bias, **dd)
+        self.kv = nn.Conv2d(dim, heads * (self.head_dim + self.value_dim), 1, bias=qkv_bias, **dd)
+        self.pos_embed = RelativePosition(block_size + 2 * halo, self.head_dim, **dd)
+        self.pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False) if pooled else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for conv in (self.q, self.kv):
+            nn.init.trunc_normal_(conv.weight, std=conv.in_channels**-0.5)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+        for table in self.pos_embed.parameters():
+            nn.init.trunc_normal_(table, std=self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, dim_out, ceil(H / stride), ceil(W / stride))
+        q = self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.heads, self.head_dim))
+        kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.heads, self.head_dim + self.value_dim))
+        k, v = kv[..., : self.head_dim], kv[..., self.head_dim :]
+        rel_h, rel_w = self.pos_embed.height_rel * self.rel_scale, self.pos_embed.width_rel * self.rel_scale
+        out = torch.ops.foveate.halo_attention(
+            q, k, v, rel_h, rel_w, self.block_size, self.halo, self.stride, self.scale, "auto"
+        )
+        return self.pool(out.flatten(3).permute(0, 3, 1, 2))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, block_size={self.block_size[0]}, halo={self.halo[0]}, stride={self.stride}"
+
+
+def _round_to_8(channels: float) -> int:
+    """The nearest multiple of 8, not more than a tenth below (how timm rounds channels)."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded

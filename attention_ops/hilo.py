@@ -1,0 +1,220 @@
+"""HiLo attention: some heads see their window, the others see the whole map through pooled tokens.
+
+Paper      Pan, Cai, Zhuang 2022, arXiv:2205.13213 (LITv2), section 3.3.
+Semantics  those of the authors' code: int(heads * alpha) heads are low-frequency; tokens are pooled BEFORE they are
+           projected to keys and values; windows of one token leave nothing to the high branch, so all heads are low.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._autocast import cast_for_autocast, no_autocast
+from ._checks import check_at_least, check_qkv, pair
+from ._choice import Impl, choose
+from .tiled_attention import accumulator
+from .tiling import pad_to_windows
+from .window import window_attention_reference, window_attention_tiled
+
+OP = "hilo_attention"
+
+
+def hilo_attention(
+    high: Sequence[Tensor],
+    low: Sequence[Tensor],
+    window_size: int | Sequence[int],
+    *,
+    scale: float | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> Tensor:
+    """Attend inside windows with the heads of `high`, and to pooled tokens with the heads of `low`.
+
+    Cost per head: H * W * (tokens of a window) * head_dim multiply-adds for a high one and H * W * h * w * head_dim for
+    a low one, twice.
+
+    Args:
+        high: q, k, v, each (B, H, W, high heads, head_dim). Either branch may have no heads.
+        low: q (B, H, W, low heads, head_dim), and k, v (B, h, w, low heads, head_dim) of the pooled map.
+        window_size: tokens, an int or (rows, columns); must divide (H, W).
+        scale: multiplies q . k; head_dim ** -0.5 when None.
+        impl: "auto", "fused", "tiled" or "reference".
+
+    Returns:
+        (B, H, W, high heads + low heads, head_dim), high heads first; dtype of q (under autocast: the autocast dtype).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or window_size does not divide the map.
+        NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
+    """
+    impl = Impl(impl).value if isinstance(impl, Impl) else impl
+    return torch.ops.foveate.hilo_attention(*high, *low, pair(OP, "window_size", window_size), scale, impl)
+
+
+torch.library.define(
+    "foveate::hilo_attention",
+    "(Tensor high_q, Tensor high_k, Tensor high_v, Tensor low_q, Tensor low_k, Tensor low_v, SymInt[2] window_size, "
+    "float? scale=None, str impl='auto') -> Tensor",
+)
+
+
+# CompositeImplicitAutograd: tracers see through to torch ops on a CPU, so backward, export and ONNX need nothing more.
+@torch.library.impl("foveate::hilo_attention", "CompositeImplicitAutograd")
+def _hilo_attention(
+    high_q: Tensor,
+    high_k: Tensor,
+    high_v: Tensor,
+    low_q: Tensor,
+    low_k: Tensor,
+    low_v: Tensor,
+    window_size: list[int],
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    high, low = (high_q, high_k, high_v), (low_q, low_k, low_v)
+    _check(high, low, window_size)
+    run = choose(OP, impl, why_not_fused(high_q))
+    high, low = cast_for_autocast(*high), cast_for_autocast(*low)
+    scale = high_q.shape[-1] ** -0.5 if scale is None else scale
+    reference = run is Impl.REFERENCE
+    in_windows = window_attention_reference if reference else window_attention_tiled
+    with no_autocast(high_q):
+        if high_q.shape[3] == 0:
+            return _attend_pooled(*low, scale, reference)
+        out = in_windows(*high, tuple(window_size), scale=scale)
+        return out if low_q.shape[3] == 0 else torch.cat([out, _attend_pooled(*low, scale, reference)], dim=3)
+
+
+def why_not_fused(q: Tensor) -> str | None:
+    """Return the reason why no fused kernel can run on these tensors, or None."""
+    return "HiLo attention has no Triton kernel in this version"
+
+
+def _check(high: tuple[Tensor, ...], low: tuple[Tensor, ...], window_size: list[int]) -> None:
+    for name, (q, k, v) in (("high", high), ("low", low)):
+        if q.dim() != 5 or k.dim() != 5:
+            shapes = tuple(q.shape), tuple(k.shape)
+            raise ValueError(f"{OP}: {name} must hold (B, H, W, heads, head_dim) tensors, got shapes {shapes}")
+        if q.shape[3]:
+            check_qkv(OP, k, k, v)
+            check_qkv(OP, q, q if name == "low" else k, q if name == "low" else v)
+    q, k = low[:2]
+    if (q.shape[0], *q.shape[3:]) != (k.shape[0], *k.shape[3:]) or q.dtype != k.dtype or q.device != k.device:
+        words = "must have the batch, heads, head_dim, dtype and device of its q"
+        raise ValueError(f"{OP}: the k of low {words} {tuple(q.shape)}, got {tuple(k.shape)}, {k.dtype}, {k.device}")
+    if (*high[0].shape[:3], high[0].shape[4], high[0].dtype) != (*q.shape[:3], q.shape[4], q.dtype):
+        raise ValueError(
+            f"{OP}: high and low must have one batch, map, head_dim and dtype, "
+            f"got {tuple(high[0].shape)} {high[0].dtype} and {tuple(q.shape)} {q.dtype}"
+        )
+    if high[0].shape[3] + q.shape[3] == 0:
+        raise ValueError(f"{OP}: one of high and low must have heads, got none")
+    check_at_least(OP, "window_size", window_size, 1)
+    if q.shape[1] % window_size[0] or q.shape[2] % window_size[1]:
+        raise ValueError(f"{OP}: window_size {tuple(window_size)} must divide the map {tuple(q.shape[1:3])}")
+
+
+def _attend_pooled(q: Tensor, k: Tensor, v: Tensor, scale: float, reference: bool) -> Tensor:
+    """Every token of q sees all tokens of k: (B, H, W, heads, d)."""
+    q_tokens, k_tokens, v_tokens = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, d)
+    if reference:
+        wide = accumulator(q.dtype)
+        probs = torch.matmul(q_tokens.to(wide) * scale, k_tokens.to(wide).mT).softmax(-1)
+        out = torch.matmul(probs, v_tokens.to(wide)).to(q.dtype)
+    else:
+        out = F.scaled_dot_product_attention(q_tokens, k_tokens, v_tokens, scale=scale)
+    return out.transpose(1, 2).unflatten(1, (q.shape[1], q.shape[2]))
+
+
+class HiLoAttention(nn.Module):
+    """HiLo attention with its projections, on channels-last maps; the names of the layers are those of the authors.
+
+    A branch without heads has no parameters. A map that windows do not cover exactly is padded right and bottom with
+    zeros before all projections, as in the authors' dense backbones: padded tokens are pooled and attended like any
+    other; the output is cropped.
+
+    Args:
+        dim: channels; heads must divide it.
+        heads: number of heads, both branches together.
+        window_size: side of the windows of the high branch and of the pooling of the low one, in tokens.
+        alpha: share of low-frequency heads, 0 to 1; int(heads * alpha) of them. All, where window_size is 1.
+        qkv_bias: give the projections to q, k and v a bias.
+        scale: multiplies the logits; (dim // heads) ** -0.5 when None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window_size: int = 2,
+        alpha: float = 0.5,
+        *,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"HiLoAttention: heads must divide dim {dim}, got {heads}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"HiLoAttention: alpha must be 0 to 1, got {alpha}")
+        check_at_least("HiLoAttention", "window_size", [window_size], 1)
+        dd = {"device": device, "dtype": dtype}
+        self.window_size = window_size
+        self.head_dim = dim // heads
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.low_heads = heads if window_size == 1 else int(heads * alpha)
+        self.high_heads = heads - self.low_heads
+        low_dim, high_dim = self.low_heads * self.head_dim, self.high_heads * self.head_dim
+        self.l_q = nn.Linear(dim, low_dim, bias=qkv_bias, **dd) if low_dim else None
+        self.l_kv = nn.Linear(dim, 2 * low_dim, bias=qkv_bias, **dd) if low_dim else None
+        self.l_proj = nn.Linear(low_dim, low_dim, **dd) if low_dim else None
+        self.h_qkv = nn.Linear(dim, 3 * high_dim, bias=qkv_bias, **dd) if high_dim else None
+        self.h_proj = nn.Linear(high_dim, high_dim, **dd) if high_dim else None
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        height, width = x.shape[1], x.shape[2]
+        x = pad_to_windows(x, [self.window_size, self.window_size])
+        nothing = x.new_empty([x.shape[0], x.shape[1], x.shape[2], 0, self.head_dim])
+        high = [nothing, nothing, nothing]
+        if self.h_qkv is not None:
+            high = self.h_qkv(x).unflatten(-1, (3, self.high_heads, self.head_dim)).unbind(3)
+            nothing = high[0][:, :, :, :0]
+        low = [nothing, nothing, nothing]
+        if self.l_q is not None and self.l_kv is not None:
+            q = self.l_q(x).unflatten(-1, (self.low_heads, self.head_dim))
+            kv = self.l_kv(self.pool(x)).unflatten(-1, (2, self.low_heads, self.head_dim))
+            low = [q, kv[:, :, :, 0], kv[:, :, :, 1]]
+            if self.h_qkv is None:
+                high = [q[:, :, :, :0], q[:, :, :, :0], q[:, :, :, :0]]
+        out = torch.ops.foveate.hilo_attention(
+            high[0],
+            high[1],
+            high[2],
+            low[0],
+            low[1],
+            low[2],
+            [self.window_size, self.window_size],
+            self.scale,
+            "auto",
+        )
+        return self.project(out)[:, :height, :width]
+
+    def pool(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H / window, W / window, C)
+        if self.window_size == 1:
+            return x
+        return F.avg_pool2d(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
+
+    def project(self, x: Tensor) -> Tensor:  # (B, H, W, heads, head_dim) -> (B, H, W, C)
+        high, low = x[:, :, :, : self.high_heads].flatten(3), x[:, :, :, self.high_heads :].flatten(3)
+        if self.h_proj is None:
+            assert self.l_proj is not None
+            return self.l_proj(low)
+        if self.l_proj is None:
+            return self.h_proj(high)
+        return torch.cat([self.h_proj(high), self.l_proj(low)], dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"high_heads={self.high_heads}, low_heads={self.low_heads}, window_size={self.window_size}"

@@ -1,0 +1,57 @@
+"""Put a gate into every residual block of a network that somebody else built.
+
+The blocks of timm's ResNets, RegNets, MobileNets and EfficientNets share one habit: an attribute `se` where channel
+attention sits, None or an identity where there is none. The gate goes there.
+"""
+
+from typing import Literal
+
+from torch import nn
+
+from .channel_gate import EfficientChannelAttention
+from .strip_gate import EfficientLocalAttention
+
+GATES = {"eca": EfficientChannelAttention, "ela": EfficientLocalAttention}
+
+
+def insert_attention(model: nn.Module, kind: Literal["eca", "ela"], **kwargs) -> nn.Module:
+    """Put one gate into the `se` slot of every residual block of `model`, in place; attention that is there goes.
+
+    In timm's ResNets the slot is after the last norm of the branch, before the shortcut is added; in RegNets,
+    MobileNets and EfficientNets it is before the last 1x1 convolution.
+
+    Args:
+        model: any network whose blocks have a slot `se`.
+        kind: "eca" or "ela".
+        kwargs: of the gate's module: `kernel_size`; `variant`, `residual`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no such kind, or no block of the model has the slot.
+    """
+    if kind not in GATES:
+        raise ValueError(f"insert_attention: kind must be one of {list(GATES)}, got {kind!r}")
+    blocks = [block for block in model.modules() if hasattr(block, "se") and _channels(block)]
+    if not blocks:
+        raise ValueError(f"insert_attention: no block of {type(model).__name__} has a slot named 'se'")
+    for block in blocks:
+        like = next(block.parameters())
+        gate = GATES[kind](_channels(block), device=like.device, dtype=like.dtype, **kwargs)
+        block.se = gate.train(block.training)
+    return model
+
+
+def _channels(block: nn.Module) -> int | None:
+    """Channels where the block's slot is: what goes into its last 1x1 convolution, or comes out of its last norm."""
+    if hasattr(block, "conv_pwl"):  # MobileNet, EfficientNet: inverted residual, edge residual
+        return block.conv_pwl.in_channels
+    if hasattr(block, "conv_pw"):  # their depthwise separable block
+        return block.conv_pw.in_channels
+    if hasattr(block, "conv3") and hasattr(block.conv3, "conv"):  # RegNet
+        return block.conv3.conv.in_channels
+    for norm in ("bn3", "bn2"):  # ResNet
+        if hasattr(block, norm):
+            return getattr(block, norm).num_features
+    return None

@@ -1,0 +1,172 @@
+"""Efficient local attention: a gate for every row and a gate for every column.
+
+Paper      Xu and Wan 2024, arXiv:2403.01123 (ELA).
+Semantics  those of the authors' code: rows and columns share one convolution and one GroupNorm. The paper's variants
+           are sizes of the two, see `ElaVariant`.
+We differ  where the groups do not divide the channels (the T variant's GroupNorm of 32 in MobileNetV2's 144 channels)
+           the largest smaller number that does is taken; the authors' code fails there.
+Tiled      two reads of the map for the means; the product of the gates is made once, then multiplied in one pass.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._choice import Impl, choose
+from .tiled_attention import accumulator
+
+OP = "strip_gate"
+ElaVariant = Literal["t", "b", "s", "l"]
+# kernel size, channels of a convolution group, groups of the GroupNorm
+VARIANTS = {"t": (5, 1, 32), "b": (7, 1, 16), "s": (5, 8, 16), "l": (7, 8, 16)}
+
+
+def strip_gate(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_groups: int,
+    eps: float = 1e-5,
+    *,
+    impl: Impl | str = Impl.AUTO,
+) -> Tensor:
+    """Gate every row and every column of a map: x * gate(means of rows) * gate(means of columns).
+
+    A gate is a convolution along the strip, GroupNorm over it, and a sigmoid.
+
+    Cost: 2 * H * W * C additions and as many multiplications; (H + W) * C * k * (channels of a group) multiply-adds.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C, C / groups, k), k odd; zero padding keeps a strip's length.
+        norm_weight, norm_bias: (C,).
+        norm_groups: groups of the GroupNorm; must divide C.
+        eps: of the GroupNorm.
+        impl: "auto", "fused", "tiled" or "reference".
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: a weight does not fit x, k is even, or norm_groups does not divide C.
+        NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
+    """
+    impl = Impl(impl).value if isinstance(impl, Impl) else impl
+    return torch.ops.foveate.strip_gate(x, weight, norm_weight, norm_bias, norm_groups, eps, impl)
+
+
+torch.library.define(
+    "foveate::strip_gate",
+    "(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, int norm_groups, float eps=1e-5, "
+    "str impl='auto') -> Tensor",
+)
+
+
+@torch.library.impl("foveate::strip_gate", "CompositeImplicitAutograd")
+def _strip_gate(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_groups: int,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    _check(x, weight, norm_weight, norm_bias, norm_groups)
+    run = choose(OP, impl, why_not_fused(x))
+    body = strip_gate_reference if run is Impl.REFERENCE else strip_gate_tiled
+    return body(x, weight, norm_weight, norm_bias, norm_groups, eps)
+
+
+def why_not_fused(x: Tensor) -> str | None:
+    """Return the reason why no fused kernel can run on this tensor, or None."""
+    return "strip gates have no Triton kernel in this version"
+
+
+def _check(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{OP}: x must be (B, C, H, W), got shape {tuple(x.shape)}")
+    channels, shape = x.shape[1], tuple(weight.shape)
+    if len(shape) != 3 or shape[0] != channels or shape[1] < 1 or channels % shape[1] or shape[2] % 2 == 0:
+        raise ValueError(f"{OP}: weight must be (C = {channels}, C / groups, k) with k odd, got {shape}")
+    for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if tuple(t.shape) != (channels,):
+            raise ValueError(f"{OP}: {name} must be (C = {channels},), got {tuple(t.shape)}")
+    if norm_groups < 1 or channels % norm_groups:
+        raise ValueError(f"{OP}: norm_groups must divide C = {channels}, got {norm_groups}")
+
+
+def strip_gate_reference(
+    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float
+) -> Tensor:
+    """The definition, spelled out with float32 inside at least."""
+    wide = accumulator(x.dtype)
+    taps = weight.to(wide).unflatten(0, (-1, weight.shape[1]))  # (groups, out, in, k)
+
+    def gate(strip: Tensor) -> Tensor:  # (B, C, L)
+        reach = weight.shape[-1] // 2
+        near = F.pad(strip, (reach, reach)).unfold(-1, weight.shape[-1], 1).unflatten(1, (-1, weight.shape[1]))
+        y = torch.einsum("bgilk,goik->bgol", near, taps).flatten(1, 2).unflatten(1, (norm_groups, -1))
+        y = y - y.mean((2, 3), keepdim=True)
+        y = (y / (y.square().mean((2, 3), keepdim=True) + eps).sqrt()).flatten(1, 2)
+        return (y * norm_weight.to(wide)[:, None] + norm_bias.to(wide)[:, None]).sigmoid()
+
+    rows, cols = gate(x.to(wide).mean(3)), gate(x.to(wide).mean(2))
+    return (x.to(wide) * rows[:, :, :, None] * cols[:, :, None, :]).to(x.dtype)
+
+
+def strip_gate_tiled(
+    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float
+) -> Tensor:
+    rows, cols = (_gate(x.mean(axis), weight, norm_weight, norm_bias, norm_groups, eps).to(x.dtype) for axis in (3, 2))
+    return x * (rows[:, :, :, None] * cols[:, :, None, :])
+
+
+def _gate(
+    strip: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float
+) -> Tensor:  # (B, C, L) -> (B, C, L)
+    groups = weight.shape[0] // weight.shape[1]
+    y = F.conv1d(strip, weight.to(strip.dtype), padding=weight.shape[-1] // 2, groups=groups)
+    return F.group_norm(y, norm_groups, norm_weight.to(y.dtype), norm_bias.to(y.dtype), eps).sigmoid()
+
+
+def largest_divisor(of: int, up_to: int) -> int:
+    """Return the largest divisor of `of` that is not above `up_to`."""
+    return next(n for n in range(min(max(up_to, 1), of), 0, -1) if of % n == 0)
+
+
+class EfficientLocalAttention(nn.Module):
+    """Efficient local attention with its weights: a drop-in for the attention slots of timm's blocks.
+
+    The variants of the paper, by `variant`: kernel 5 ("t", "s") or 7 ("b", "l"); one channel a convolution group ("t",
+    "b") or eight ("s", "l"); a GroupNorm of 32 groups ("t") or 16.
+
+    Args:
+        channels: channels of the map.
+        variant: "t", "b", "s" or "l".
+        residual: return x + gated x, as the authors' segmentation backbones do, instead of gated x.
+    """
+
+    def __init__(
+        self, channels: int, variant: ElaVariant = "b", *, residual: bool = False, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"EfficientLocalAttention: variant must be one of {list(VARIANTS)}, got {variant!r}")
+        dd = {"device": device, "dtype": dtype}
+        kernel_size, group_channels, norm_groups = VARIANTS[variant]
+        groups = largest_divisor(channels, channels // group_channels)
+        self.residual = residual
+        self.conv = nn.Conv1d(
+            channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False, **dd
+        )
+        self.norm = nn.GroupNorm(largest_divisor(channels, norm_groups), channels, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        gated = torch.ops.foveate.strip_gate(
+            x, self.conv.weight, self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps, "auto"
+        )
+        return x + gated if self.residual else gated

@@ -1,0 +1,212 @@
+"""Window attention: every token sees exactly the tokens of its tile.
+
+Paper      Liu et al. 2021, arXiv:2103.14030 (Swin); the windows of DaViT (arXiv:2204.03645) and of LITv2's high
+           branch (arXiv:2205.13213) are the same without a bias.
+Tiled      without bias and mask this is SDPA on windows, a view where one window is the map; with them it shares the
+           body of neighborhood attention (no logits are kept for the backward pass).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._autocast import cast_for_autocast, no_autocast
+from ._checks import check_at_least, check_qkv, pair
+from ._choice import Impl, choose
+from .tiled_attention import TilePlan, accumulator, tiled_attention
+from .tiling import WindowTiling, cover_with_windows, merge_windows, split_windows
+
+OP = "window_attention"
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int | Sequence[int],
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> Tensor:
+    """Attend from every token to the tokens of its window.
+
+    Cost: H * W * window_rows * window_cols * head_dim multiply-adds per head, twice.
+
+    Args:
+        q, k, v: (B, H, W, heads, head_dim), one shape, dtype and device; strided views are fine.
+        window_size: tokens, an int or (rows, columns); must divide (H, W). Callers pad; `cover_with_windows`
+            in tiling.py does it.
+        bias: (heads, T, T) with T = window_rows * window_cols, added to the scaled logits of every window.
+        mask: (windows, T, T) bool, True where a query sees a key, windows and tokens row-major; shifted windows need
+            one. No row may be empty.
+        scale: multiplies q . k; head_dim ** -0.5 when None.
+        impl: "auto", "fused", "tiled" or "reference".
+
+    Returns:
+        (B, H, W, heads, head_dim), dtype of q (under autocast: the autocast dtype).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or window_size does not divide the map.
+        NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
+    """
+    impl = Impl(impl).value if isinstance(impl, Impl) else impl
+    return torch.ops.foveate.window_attention(q, k, v, bias, mask, pair(OP, "window_size", window_size), scale, impl)
+
+
+torch.library.define(
+    "foveate::window_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt[2] window_size, float? scale=None, "
+    "str impl='auto') -> Tensor",
+)
+
+
+# CompositeImplicitAutograd: tracers see through to torch ops on a CPU, so backward, export and ONNX need nothing more.
+@torch.library.impl("foveate::window_attention", "CompositeImplicitAutograd")
+def _window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    window_size: list[int],
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    _check(q, k, v, bias, mask, window_size)
+    run = choose(OP, impl, why_not_fused(q))
+    q, k, v = cast_for_autocast(q, k, v)
+    body = window_attention_reference if run is Impl.REFERENCE else window_attention_tiled
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with no_autocast(q):
+        return body(q, k, v, tuple(window_size), bias=bias, mask=mask, scale=scale)
+
+
+def why_not_fused(q: Tensor) -> str | None:
+    """Return the reason why no fused kernel can run on these tensors, or None."""
+    return "window attention has no Triton kernel in this version"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, window_size: list[int]) -> None:
+    check_qkv(OP, q, k, v)
+    check_at_least(OP, "window_size", window_size, 1)
+    (height, width), (rows, cols) = q.shape[1:3], window_size
+    if height % rows or width % cols:
+        raise ValueError(f"{OP}: window_size {(rows, cols)} must divide the map {(height, width)}")
+    tokens, windows = rows * cols, (height // rows) * (width // cols)
+    for name, t, shape, words in (
+        ("bias", bias, (q.shape[3], tokens, tokens), "(heads, window tokens, window tokens)"),
+        ("mask", mask, (windows, tokens, tokens), "(windows, window tokens, window tokens)"),
+    ):
+        if t is not None and tuple(t.shape) != shape:
+            raise ValueError(f"{OP}: {name} must be {words} = {shape}, got {tuple(t.shape)}")
+        if t is not None and t.device != q.device:
+            raise ValueError(f"{OP}: {name} must be on the device of q {q.device}, got {t.device}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"{OP}: mask must be bool, got {mask.dtype}")
+
+
+def window_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int],
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float,
+) -> Tensor:
+    """The definition: every logit of every window at once, float32 inside at least."""
+    wide = accumulator(q.dtype)
+    windows = [split_windows(x.to(wide), window_size) for x in (q, k, v)]  # (B, heads, windows, T, d)
+    logits = torch.matmul(windows[0] * scale, windows[1].mT)
+    if bias is not None:
+        logits = logits + bias.to(wide)[:, None]
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    out = torch.matmul(logits.softmax(-1), windows[2])
+    return merge_windows(out, (q.shape[1], q.shape[2]), window_size).to(q.dtype)
+
+
+def window_attention_tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int],
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float,
+) -> Tensor:
+    """SDPA on windows; with a bias or a mask the body that local patterns share."""
+    if bias is None and mask is None:
+        windows = [split_windows(x, window_size).flatten(1, 2) for x in (q, k, v)]  # (B, heads * windows, T, d)
+        out = F.scaled_dot_product_attention(*windows, scale=scale)
+        return merge_windows(out.unflatten(1, (q.shape[3], -1)), (q.shape[1], q.shape[2]), window_size)
+    rows, cols = WindowTiling(q.shape[1], window_size[0]), WindowTiling(q.shape[2], window_size[1])
+    if mask is None:
+        tokens = rows.tile * cols.tile
+        mask = torch.ones((), dtype=torch.bool, device=q.device).expand(rows.tiles * cols.tiles, tokens, tokens)
+    maps = (x.permute(0, 3, 1, 2, 4)[:, :, None, None] for x in (q, k, v))
+    out = tiled_attention(*maps, mask, bias, TilePlan(rows, cols, scale))
+    return out[:, :, 0, 0].permute(0, 2, 3, 1, 4)
+
+
+class WindowAttention2d(nn.Module):
+    """Multi-head window attention with its projections, on channels-last maps.
+
+    A map that windows do not cover exactly is padded right and bottom with zeros BEFORE the qkv projection: padded
+    tokens carry the qkv bias and are attended like any other; the output is cropped.
+
+    Args:
+        dim: channels; heads must divide it.
+        heads: number of heads.
+        window_size: tokens, an int or (rows, columns).
+        qkv_bias: give the qkv projection a bias.
+        scale: multiplies the logits; (dim // heads) ** -0.5 when None.
+        proj_drop: dropout after the output projection.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window_size: int | Sequence[int] = 7,
+        *,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"WindowAttention2d: heads must divide dim {dim}, got {heads}")
+        dd = {"device": device, "dtype": dtype}
+        self.heads = heads
+        self.window_size = pair("WindowAttention2d", "window_size", window_size)
+        check_at_least("WindowAttention2d", "window_size", self.window_size, 1)
+        self.scale = (dim // heads) ** -0.5 if scale is None else scale
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in (self.qkv, self.proj):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        height, width = x.shape[1], x.shape[2]
+        x = cover_with_windows(x, self.window_size)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
+        out = torch.ops.foveate.window_attention(q, k, v, None, None, self.window_size, self.scale, "auto")
+        return self.proj_drop(self.proj(out.flatten(3))[:, :height, :width])
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, window_size={self.window_size}"

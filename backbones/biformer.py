@@ -1,0 +1,306 @@
+"""BiFormer: vision transformer with bi-level routing attention.
+
+Paper      Zhu, Wang, Ke, Zhang, Lau 2023, arXiv:2303.08810.
+Official   https://github.com/rayleizhu/BiFormer (MIT); its checkpoints load as they are. The published accuracy is that
+           of their `model` entry. Files that hold `model_ema` too: timm prefers it where a file is given by path, so
+           hand over {"model": ...} alone.
+We differ  any image size runs: maps are padded as the authors' `auto_pad` does, which their registered models leave off
+           (they take multiples of 112 pixels only, on which nothing is padded).
+Layout     channels-last on a CPU, by itself.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
+from torch import Tensor, nn
+
+from ..attention_ops import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw
+from ..attention_ops.routed import lepe
+from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._layers import MapGELU
+from ._staged import StagedBackbone
+
+register_notrace_module(BiLevelRoutingAttention)  # they cut maps by their size
+register_notrace_module(BiLevelRoutingAttentionNchw)
+
+
+@dataclass(frozen=True)
+class BiFormerConfig:
+    """What makes one variant differ from another."""
+
+    dims: tuple[int, ...] = (64, 128, 256, 512)  # channels, per stage
+    depths: tuple[int, ...] = (2, 2, 8, 2)  # blocks, per stage
+    topks: tuple[int | None, ...] = (1, 4, 16, None)  # regions that a region sees; None: every token sees all tokens
+    regions: int = 7  # a side of the map
+    head_dim: int = 32  # of routed attention
+    dense_heads: int = 8  # of the stages where every token sees all
+    mlp_ratio: float = 3.0
+    layer_scale: float | None = None  # initial value; None: no layer scale
+    swin_layout: bool = False  # 4x4 patches, 2x2 down-sampling, no positional convolutions (the authors' "STL")
+    nchw: bool = False  # the authors' later code, which pads maps in another way
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "topks"):
+            if len(getattr(self, name)) != len(self.dims):
+                raise ValueError(f"{name} must have one entry per stage, {len(self.dims)}, got {getattr(self, name)}")
+        for dim, topk in zip(self.dims, self.topks, strict=True):
+            size = self.dense_heads if topk is None else self.head_dim
+            if dim % size:
+                name = "dense_heads" if topk is None else "head_dim"
+                raise ValueError(f"dims must be multiples of {name} {size}, got {dim}")
+        if self.nchw and not self.swin_layout:
+            raise ValueError("nchw goes with swin_layout only, as in the authors' code")
+
+    @property
+    def reductions(self) -> list[int]:
+        """Image pixels per token, per stage."""
+        return [4 * 2**i for i in range(len(self.dims))]
+
+
+@register_notrace_module
+class DenseLepeAttention(nn.Module):
+    """Attention of all tokens to all tokens, and a 5x5 depthwise convolution of the input; channels-last maps."""
+
+    def __init__(self, dim: int, heads: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.heads = heads
+        self.scale = (dim // heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.lepe = lepe(dim, 5, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
+        size = [x.shape[1], x.shape[2]]
+        out = torch.ops.foveate.window_attention(q, k, v, None, None, size, self.scale, "auto")
+        return self.proj(out.flatten(3) + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+@register_notrace_module
+class DenseLepeAttentionNchw(nn.Module):
+    """The same on (B, C, H, W) maps, where the convolution sees v in place of the input."""
+
+    def __init__(self, dim: int, heads: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.heads = heads
+        self.scale = (dim // heads) ** -0.5
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False, **dd)
+        self.lepe = lepe(dim, 5, **dd)
+        self.proj = nn.Conv2d(dim, dim, 1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        q, k, v = self.qkv(x).permute(0, 2, 3, 1).unflatten(-1, (3, self.heads, -1)).unbind(3)
+        size = [x.shape[2], x.shape[3]]
+        out = torch.ops.foveate.window_attention(q, k, v, None, None, size, self.scale, "auto")
+        return self.proj((out.flatten(3)).permute(0, 3, 1, 2) + self.lepe(v.flatten(3).permute(0, 3, 1, 2)))
+
+
+def _attention(dim: int, topk: int | None, config: BiFormerConfig, **dd) -> nn.Module:
+    if topk is None:
+        return (DenseLepeAttentionNchw if config.nchw else DenseLepeAttention)(dim, config.dense_heads, **dd)
+    kind = BiLevelRoutingAttentionNchw if config.nchw else BiLevelRoutingAttention
+    return kind(dim, dim // config.head_dim, config.regions, topk, **dd)
+
+
+class BiFormerBlock(nn.Module):
+    """A positional convolution (where the variant has one), attention and MLP; norms before each of the two."""
+
+    channels_first: Final[bool]  # what the norms, the attention and the MLP take
+
+    def __init__(self, dim: int, topk: int | None, config: BiFormerConfig, drop: float, drop_path: float, **dd) -> None:
+        super().__init__()
+        self.channels_first = config.nchw
+        norm = LayerNorm2d if config.nchw else nn.LayerNorm
+        act = MapGELU if config.nchw else nn.GELU
+        self.pos_embed = None if config.swin_layout else nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.norm1 = norm(dim, eps=1e-6, **dd)
+        self.attn = _attention(dim, topk, config, **dd)
+        self.norm2 = norm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), act_layer=act, drop=drop, use_conv=config.nchw, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        scaled, shape = config.layer_scale is not None, (dim, 1, 1) if config.nchw else (dim,)
+        self.gamma1 = nn.Parameter(torch.full(shape, config.layer_scale, **dd)) if scaled else None
+        self.gamma2 = nn.Parameter(torch.full(shape, config.layer_scale, **dd)) if scaled else None
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(x)
+        if not self.channels_first:
+            x = x.permute(0, 2, 3, 1)
+        x = x + self.drop_path(_scaled(self.attn(self.norm1(x)), self.gamma1))
+        x = x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2))
+        return x if self.channels_first else x.permute(0, 3, 1, 2)
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else x * gamma
+
+
+def _stem(in_chans: int, dim: int, config: BiFormerConfig, **dd) -> nn.Sequential:
+    if config.swin_layout:
+        return nn.Sequential(nn.Conv2d(in_chans, dim, 4, 4, **dd), nn.BatchNorm2d(dim, **dd))
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **dd),
+        nn.BatchNorm2d(dim // 2, **dd),
+        MapGELU(),
+        nn.Conv2d(dim // 2, dim, 3, 2, 1, **dd),
+        nn.BatchNorm2d(dim, **dd),
+    )
+
+
+def _downsample(dim: int, out_dim: int, config: BiFormerConfig, **dd) -> nn.Sequential:
+    if config.swin_layout:
+        return nn.Sequential(nn.BatchNorm2d(dim, **dd), nn.Conv2d(dim, out_dim, 2, 2, **dd))
+    return nn.Sequential(nn.Conv2d(dim, out_dim, 3, 2, 1, **dd), nn.BatchNorm2d(out_dim, **dd))
+
+
+class BiFormerStage(nn.Module):
+    """Down-sampling (all stages but the first) and blocks."""
+
+    def __init__(self, index: int, config: BiFormerConfig, drop: float, drop_paths: list[float], **dd) -> None:
+        super().__init__()
+        dim = config.dims[index]
+        self.downsample = _downsample(config.dims[index - 1], dim, config, **dd) if index else nn.Identity()
+        self.blocks = nn.Sequential(
+            *(BiFormerBlock(dim, config.topks[index], config, drop, rate, **dd) for rate in drop_paths)
+        )
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, H / 2, W / 2)
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class BiFormer(StagedBackbone):
+    """Bi-level routing attention backbone; maps are (B, C, H, W).
+
+    Args:
+        config: sizes of layers.
+        num_classes, in_chans, global_pool, drop_rate: as in timm; drop_rate acts before the classifier.
+        proj_drop_rate: dropout inside the MLPs, twice.
+        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
+    """
+
+    channels_last: Final[bool] = True
+
+    def __init__(
+        self,
+        config: BiFormerConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.stem = _stem(in_chans, config.dims[0], config, **dd)
+        rates = calculate_drop_path_rates(drop_path_rate, sum(config.depths))
+        self.stages = nn.ModuleList()
+        for i, depth in enumerate(config.depths):
+            own, rates = rates[:depth], rates[depth:]
+            self.stages.append(BiFormerStage(i, config, proj_drop_rate, own, **dd))
+        self.norm = nn.BatchNorm2d(config.dims[-1], **dd)
+        self.finish(
+            config.dims,
+            config.reductions,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
+        )
+        self.apply(_init_weights)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:
+    """Rename the keys of an official BiFormer checkpoint; ours pass through.
+
+    Raises:
+        ValueError: the weights are another model's.
+    """
+    return check_fits({_our_key(key): value for key, value in unwrap(checkpoint).items()}, model)
+
+
+def _our_key(key: str) -> str:
+    key = re.sub(r"^downsample_layers\.0\.", "stem.", key)
+    key = re.sub(r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample.", key)
+    key = re.sub(r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2.", key)
+    key = re.sub(r"\.attn\.(qkv\.qkv|qkv_linear)\.", ".attn.qkv.", key)
+    key = re.sub(r"\.attn\.(wo|output_linear)\.", ".attn.proj.", key)
+    key = re.sub(r"\.mlp\.0\.", ".mlp.fc1.", key)
+    key = re.sub(r"\.mlp\.[23]\.", ".mlp.fc2.", key)
+    return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
+
+
+BIFORMER = {
+    "first_conv": "stem.0",
+    "license": "mit",
+    "paper_ids": "arXiv:2303.08810",
+    "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
+    "origin_url": "https://github.com/rayleizhu/BiFormer",
+    "notes": (
+        "The authors' links to their ImageNet-1k files are reported dead. Whoever has a file loads it with "
+        "pretrained=True, pretrained_cfg_overlay=dict(file=...).",
+    ),
+}
+
+default_cfgs = generate_default_cfgs(
+    {f"biformer_{size}.untrained": cfg(**BIFORMER) for size in ("tiny", "small", "base", "stl", "stl_nchw")}
+)
+
+STL = BiFormerConfig(dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), mlp_ratio=4.0, swin_layout=True)
+
+
+def _create_biformer(variant: str, config: BiFormerConfig, pretrained: bool, **kwargs) -> BiFormer:
+    return build(BiFormer, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def biformer_tiny(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer-T, 13.1 M parameters, 2.2 GMACs at 224."""
+    return _create_biformer("biformer_tiny", BiFormerConfig(), pretrained, **kwargs)
+
+
+@register_model
+def biformer_small(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer-S, 25.5 M parameters, 4.5 GMACs at 224."""
+    return _create_biformer("biformer_small", BiFormerConfig(depths=(4, 4, 18, 4)), pretrained, **kwargs)
+
+
+@register_model
+def biformer_base(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer-B, 56.8 M parameters, 9.8 GMACs at 224."""
+    config = BiFormerConfig(dims=(96, 192, 384, 768), depths=(4, 4, 18, 4))
+    return _create_biformer("biformer_base", config, pretrained, **kwargs)
+
+
+@register_model
+def biformer_stl(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer in Swin-T's layout, 28.4 M parameters, 4.6 GMACs at 224."""
+    return _create_biformer("biformer_stl", STL, pretrained, **kwargs)
+
+
+@register_model
+def biformer_stl_nchw(pretrained: bool = False, **kwargs) -> BiFormer:
+    """The same in the authors' later code: another padding, and v under the last stage's positional convolution."""
+    return _create_biformer("biformer_stl_nchw", replace(STL, nchw=True), pretrained, **kwargs)
