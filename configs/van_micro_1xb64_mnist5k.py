@@ -2,7 +2,7 @@
 
 Command    foveate train van_micro_1xb64_mnist5k
 Published  -, not a published model
-Ours       98.4, 98.4, 98.2 top-1 with seeds 0, 1, 2; 45 to 48 s on 2 threads of a Xeon with AVX-512
+Ours       98.4, 98.4, 98.2 top-1 with seeds 0, 1, 2; 46 to 50 s on 2 threads of a Xeon with AVX-512
 """
 
 from mmengine.config import read_base
