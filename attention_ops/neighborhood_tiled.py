@@ -68,9 +68,9 @@ def _axis_tiling(length: int, kernel: int, dilation: int, tile: int) -> AxisTili
 
 
 TILES = (4, 7, 8)  # besides the whole axis
-# A key costs as much to copy as 30 logits to compute (head_dim 32, float32, 2 threads of a Xeon with AVX-512: 4x4, 4x7,
+# A key costs as much to copy as 45 logits to compute (head_dim 32, float32, 2 threads of a Xeon with AVX-512: 4x4, 4x7,
 # 7x7, 14x14 tiles and the whole 56x56 map took 13.8, 14.0, 18.3, 23.3 and 139 ms at batch 8, 2 heads, kernel 7).
-LOGITS_PER_KEY = 30
+LOGITS_PER_KEY = 45
 
 
 def plan_tiles(
