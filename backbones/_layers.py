@@ -7,6 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    """Layer scale, where there is one."""
+    return x if gamma is None else x * gamma
+
+
 class MapGELU(nn.Module):
     """Exact GELU of a (B, C, H, W) map that lies channels-last in memory.
 

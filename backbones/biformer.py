@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..attention_ops import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw
 from ..attention_ops.routed import lepe
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import MapGELU
+from ._layers import MapGELU, scaled
 from ._staged import StagedBackbone
 
 register_notrace_module(BiLevelRoutingAttention)  # they cut maps by their size
@@ -125,22 +125,18 @@ class BiFormerBlock(nn.Module):
         self.norm2 = norm(dim, eps=1e-6, **dd)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), act_layer=act, drop=drop, use_conv=config.nchw, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        scaled, shape = config.layer_scale is not None, (dim, 1, 1) if config.nchw else (dim,)
-        self.gamma1 = nn.Parameter(torch.full(shape, config.layer_scale, **dd)) if scaled else None
-        self.gamma2 = nn.Parameter(torch.full(shape, config.layer_scale, **dd)) if scaled else None
+        has_scale, shape = config.layer_scale is not None, (dim, 1, 1) if config.nchw else (dim,)
+        self.gamma1 = nn.Parameter(torch.full(shape, config.layer_scale, **dd)) if has_scale else None
+        self.gamma2 = nn.Parameter(torch.full(shape, config.layer_scale, **dd)) if has_scale else None
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
         if self.pos_embed is not None:
             x = x + self.pos_embed(x)
         if not self.channels_first:
             x = x.permute(0, 2, 3, 1)
-        x = x + self.drop_path(_scaled(self.attn(self.norm1(x)), self.gamma1))
-        x = x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2))
+        x = x + self.drop_path(scaled(self.attn(self.norm1(x)), self.gamma1))
+        x = x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
         return x if self.channels_first else x.permute(0, 3, 1, 2)
-
-
-def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else x * gamma
 
 
 def _stem(in_chans: int, dim: int, config: BiFormerConfig, **dd) -> nn.Sequential:
@@ -207,10 +203,9 @@ class BiFormer(StagedBackbone):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.stem = _stem(in_chans, config.dims[0], config, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, sum(config.depths))
+        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
         self.stages = nn.ModuleList()
-        for i, depth in enumerate(config.depths):
-            own, rates = rates[:depth], rates[depth:]
+        for i, own in enumerate(rates):
             self.stages.append(BiFormerStage(i, config, proj_drop_rate, own, **dd))
         self.norm = nn.BatchNorm2d(config.dims[-1], **dd)
         self.finish(

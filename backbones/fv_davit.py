@@ -200,10 +200,9 @@ class Davit(StagedBackbone):
         dd = {"device": device, "dtype": dtype}
         dims = config.dims
         self.stem = DavitStem(in_chans, dims[0], **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, sum(config.depths))
+        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
         self.stages = nn.ModuleList()
-        for i, depth in enumerate(config.depths):
-            own, rates = rates[:depth], rates[depth:]
+        for i, own in enumerate(rates):
             self.stages.append(DavitStage(dims[max(i - 1, 0)], i, config, proj_drop_rate, own, **dd))
         self.norm = nn.Identity()
         self.finish(

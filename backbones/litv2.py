@@ -189,10 +189,9 @@ class Litv2(StagedBackbone):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.stem = PatchEmbed(in_chans, config.dims[0], **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, sum(config.depths))
+        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
         self.stages = nn.ModuleList()
-        for i, depth in enumerate(config.depths):
-            own, rates = rates[:depth], rates[depth:]
+        for i, own in enumerate(rates):
             self.stages.append(Litv2Stage(i, config, proj_drop_rate, own, **dd))
         self.norm = nn.LayerNorm(config.dims[-1], **dd)
         self.finish(

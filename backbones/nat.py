@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..attention_ops import NeighborhoodAttention2d
 from ._build import StateDict, build, cfg, check_fits, resize_rpb, unwrap
-from ._layers import by_images
+from ._layers import by_images, scaled
 from ._staged import StagedBackbone
 
 register_notrace_module(NeighborhoodAttention2d)  # it pads by the size of the map
@@ -179,17 +179,13 @@ class NatBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = NatMlp(dim, int(dim * config.mlp_ratio), drop=drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        scaled = config.layer_scale is not None
-        self.gamma1 = nn.Parameter(torch.full((dim,), config.layer_scale, **dd)) if scaled else None
-        self.gamma2 = nn.Parameter(torch.full((dim,), config.layer_scale, **dd)) if scaled else None
+        has_scale = config.layer_scale is not None
+        self.gamma1 = nn.Parameter(torch.full((dim,), config.layer_scale, **dd)) if has_scale else None
+        self.gamma2 = nn.Parameter(torch.full((dim,), config.layer_scale, **dd)) if has_scale else None
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        x = x + self.drop_path(_scaled(self.attn(self.norm1(x)), self.gamma1))
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2))
-
-
-def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else x * gamma
+        x = x + self.drop_path(scaled(self.attn(self.norm1(x)), self.gamma1))
+        return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
 
 
 class NatStage(nn.Module):
@@ -243,10 +239,9 @@ class Nat(StagedBackbone):
             self.stem = ConvStem(in_chans, dims[0], **dd)
         else:
             self.stem = PatchStem(in_chans, dims[0], config.patch_size, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, sum(config.depths))
+        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
         self.stages = nn.ModuleList()
-        for i, depth in enumerate(config.depths):
-            own, rates = rates[:depth], rates[depth:]
+        for i, own in enumerate(rates):
             self.stages.append(NatStage(dims[max(i - 1, 0)], i, config, proj_drop_rate, own, **dd))
         self.norm = nn.LayerNorm(dims[-1], **dd)
         self.finish(

@@ -160,10 +160,9 @@ class Van(StagedBackbone):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.stem = OverlapPatchEmbed(in_chans, config.dims[0], 7, 4, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, sum(config.depths))
+        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
         self.stages = nn.ModuleList()
-        for i, depth in enumerate(config.depths):
-            own, rates = rates[:depth], rates[depth:]
+        for i, own in enumerate(rates):
             self.stages.append(VanStage(config.dims[max(i - 1, 0)], i, config, proj_drop_rate, own, **dd))
         self.norm = nn.Identity()
         self.finish(
