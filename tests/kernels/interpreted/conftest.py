@@ -1,0 +1,78 @@
+"""Triton's interpreter, with bfloat16 made right and integer overflow checks (half of its time) switched off.
+
+Without the remedies tl.dot multiplies the bit patterns of bfloat16 tiles, and casts to bfloat16 truncate.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["test_*.py"]
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bit patterns (uint16) to float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(x: np.ndarray) -> np.ndarray:
+    """float32 to bfloat16 bit patterns (uint16), to nearest, ties to even."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter():
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, TensorHandle, interpreter_builder
+
+    plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast(self, src, dst_type):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target == tl.float32:
+            return TensorHandle(widen(src.data), target)
+        if source == tl.float32 and target == tl.bfloat16:
+            return TensorHandle(narrow(src.data), target)
+        return plain_cast(self, src, dst_type)
+
+    def dot(self, a, b, d, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (TensorHandle(widen(x.data), tl.float32) for x in (a, b))
+        return plain_dot(self, a, b, d, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "cast_impl", cast)
+        patch.setattr(InterpreterBuilder, "create_dot", dot)
+        patch.setattr(interpreter_builder, "options", InterpreterOptions(sanitize_overflow=False))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def empty_memory_is_nan():
+    """Fill what torch.empty returns with NaN, so that a result that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fenced():
+    """A function that moves a tensor into a buffer of NaN, and one that says whether the fence still stands."""
+    buffers = []
+
+    def fence(x: torch.Tensor, margin: int = 512) -> torch.Tensor:
+        buffer = x.new_full((x.numel() + 2 * margin,), torch.nan)
+        inner = buffer[margin : margin + x.numel()].view(x.shape)
+        inner.copy_(x)
+        buffers.append((buffer, margin))
+        return inner
+
+    yield fence
+    for buffer, margin in buffers:
+        assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all(), "a kernel wrote outside a tensor"
