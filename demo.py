@@ -22,9 +22,10 @@ from rich.text import Text
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from ._files import atomic_path
 from ._version import __version__
 from .export import Agreement, ExportError, export_onnx, save_hub, verify
-from .export.files import atomic_path, check_empty_folder
+from .export.files import check_empty_folder
 from .train import DivergedError, TrainError, TrainResult, evaluate, load_net, read_scalars, train
 from .train.mnist5k import load_digits
 

@@ -11,7 +11,8 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor
 
-from .errors import ExportError, first_line
+from .._errors import first_line
+from .errors import ExportError
 
 _SHAPE_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)")
 _NAMES_SHOWN = 3

@@ -13,9 +13,10 @@ from rich.text import Text
 from timm.models import get_model_traits
 from torch import nn
 
+from .._files import atomic_path
 from .agreement import BATCH_SIZES, TOLERANCE, Agreement, verify
 from .errors import DisagreementError, ExportError
-from .files import atomic_path, check_empty_folder, check_target
+from .files import check_empty_folder, check_target
 from .graphs import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program
 from .hub import save_hub
 from .inputs import real_images

@@ -11,9 +11,3 @@ class MissingExtraError(ExportError, ImportError):
 
 class DisagreementError(ExportError):
     """The exported model does not compute what the PyTorch model computes."""
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line that says something, or the error's type where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

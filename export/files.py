@@ -1,16 +1,12 @@
-"""Write a file or a folder in one step: readers see the old state or the new one, never half of it."""
+"""Refuse a path that cannot be written to, before any work is done for it."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from .errors import ExportError
 
 
 def check_target(out: Path, suffix: str) -> None:
-    """Refuse a path that cannot become a file with this suffix, before any work is done for it."""
+    """Refuse a path that cannot become a file with this suffix."""
     if out.suffix != suffix:
         raise ExportError(f"{out}: wanted a file name that ends in {suffix}")
     if out.is_dir():
@@ -23,15 +19,6 @@ def check_empty_folder(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; remove it or choose another name")
     _check_parent(out)
-
-
-@contextmanager
-def atomic_path(out: Path) -> Iterator[Path]:
-    """Yield a path beside `out`; what the body writes there moves to `out` at the end, or vanishes on an error."""
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        part = Path(folder) / out.name
-        yield part
-        os.replace(part, out)
 
 
 def _check_parent(out: Path) -> None:

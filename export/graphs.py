@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import ExportError, MissingExtraError, first_line
-from .files import atomic_path, check_target
+from .._errors import first_line
+from .._files import atomic_path
+from .errors import ExportError, MissingExtraError
+from .files import check_target
 from .inputs import data_config
 
 ONNX_SUFFIX, PROGRAM_SUFFIX = ".onnx", ".pt2"

@@ -10,8 +10,10 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from .errors import ExportError, first_line
-from .files import atomic_path, check_empty_folder
+from .._errors import first_line
+from .._files import atomic_path
+from .errors import ExportError
+from .files import check_empty_folder
 from .inputs import data_config
 
 

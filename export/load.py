@@ -8,8 +8,9 @@ import timm
 from timm.models import get_arch_pretrained_cfgs, is_model, parse_model_name, split_model_name_tag
 from torch import nn
 
+from .._errors import first_line
 from .checkpoints import explain_mismatch, read_checkpoint
-from .errors import ExportError, first_line
+from .errors import ExportError
 
 _FEATURE_ARGS = ("features_only", "out_indices", "feature_cls")
 _NO_OTHER_SOURCE = {"source": None, "url": None, "file": None, "hf_hub_id": None}

@@ -5,18 +5,20 @@ last_checkpoint (the name of the newest). Keys: meta, state_dict (EMA weights wh
 ema_state_dict (then the raw weights and the EMA's step count).
 """
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import TrainError, first_line
+from .._errors import first_line
+from .._files import PART, atomic_path
+from .errors import TrainError
 from .model import build_net
 from .recipe import Recipe, read_recipe
 
@@ -26,24 +28,13 @@ _EPOCH = re.compile(r"epoch_(\d+)\.pth")
 _NET = "net."  # Classifier's attribute
 
 
-def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, force it to the disk, and only then give it its name."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        _sync(part)
-        os.replace(part, path)
-        _sync(path.parent)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def write_epoch(work_dir: Path, checkpoint: dict[str, Any], keep: int) -> Path:
     """Write epoch_N.pth, point last_checkpoint at it, then remove all but the newest `keep`."""
     path = work_dir / f"epoch_{checkpoint['meta']['epoch']}.pth"
-    save_atomically(path, lambda part: torch.save(checkpoint, part))
-    save_atomically(work_dir / POINTER, lambda part: part.write_text(f"{path.name}\n"))
+    with atomic_path(path) as part:
+        torch.save(checkpoint, part)
+    with atomic_path(work_dir / POINTER) as part:
+        part.write_text(f"{path.name}\n")
     for old in list_epochs(work_dir)[keep:]:
         old.unlink()
     return path
@@ -52,7 +43,8 @@ def write_epoch(work_dir: Path, checkpoint: dict[str, Any], keep: int) -> Path:
 def write_best(work_dir: Path, checkpoint: dict[str, Any]) -> Path:
     path = work_dir / BEST
     weights = {key: checkpoint[key] for key in ("meta", "state_dict")}
-    save_atomically(path, lambda part: torch.save(weights, part))
+    with atomic_path(path) as part:
+        torch.save(weights, part)
     return path
 
 
@@ -82,8 +74,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def find_resumable(work_dir: Path, say: Callable[[str], None]) -> Path | None:
     """Return the newest complete checkpoint, None where there is none; say which ones had to be passed over."""
-    for part in work_dir.glob(".*.part"):  # what a killed process was writing
-        part.unlink()
+    for part in work_dir.glob(f".*{PART}"):  # what a killed process was writing
+        rmtree(part)
     candidates = list_epochs(work_dir)
     for path in candidates:
         try:
@@ -129,16 +121,9 @@ def export_weights(checkpoint: str | Path, out: str | Path) -> Path:
     loaded = read_checkpoint(checkpoint)
     weights = {name: tensor.contiguous() for name, tensor in net_weights(loaded).items()}
     architecture = {"format": "pt", "architecture": recipe_of(loaded).model.name}
-    if out.suffix == ".pth":
-        save_atomically(out, lambda part: torch.save(weights, part))
-    else:
-        save_atomically(out, lambda part: save_file(weights, part, metadata=architecture))
+    with atomic_path(out) as part:
+        if out.suffix == ".pth":
+            torch.save(weights, part)
+        else:
+            save_file(weights, part, metadata=architecture)
     return out
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

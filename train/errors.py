@@ -1,8 +1,5 @@
 """What a user can get wrong before or while training; every message is one line that names the wish and the fact."""
 
-from collections.abc import Iterable
-from difflib import get_close_matches
-
 
 class TrainError(ValueError):
     """A wish that cannot be met: a recipe, a data set, a device, a folder or a checkpoint that does not fit."""
@@ -10,18 +7,3 @@ class TrainError(ValueError):
 
 class MissingPackageError(TrainError, ImportError):
     """An optional package that a data source needs is not installed."""
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return what to append to "unknown NAME": the close names, or all of them where none is close."""
-    known = sorted(known)
-    close = get_close_matches(name, known, n=3, cutoff=0.6) or [k for k in known if k.startswith(name)][:3]
-    if close:
-        return f"; did you mean {' or '.join(close)}?"
-    return f"; known: {', '.join(known)}" if len(known) <= 30 else ""
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line that says something, or the error's type where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -18,8 +18,9 @@ from timm.models import is_model, load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._errors import did_you_mean, first_line
 from .augment import BatchTransform
-from .errors import TrainError, did_you_mean, first_line
+from .errors import TrainError
 from .recipe import AugmentRecipe, ModelRecipe, Precision, Recipe
 
 DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

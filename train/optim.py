@@ -7,7 +7,8 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
 
-from .errors import TrainError, did_you_mean, first_line
+from .._errors import did_you_mean, first_line
+from .errors import TrainError
 from .recipe import OptimizerRecipe, Recipe, ScheduleRecipe
 
 

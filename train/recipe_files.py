@@ -7,7 +7,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-from .errors import TrainError, did_you_mean, first_line
+from .._errors import did_you_mean, first_line
+from .errors import TrainError
 from .recipe import Recipe, read_recipe, recipe_data
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

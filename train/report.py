@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .checkpoints import save_atomically
+from .._files import atomic_path
 
 SCALARS = "scalars.jsonl"
 
@@ -39,7 +39,8 @@ class EpochLog(Hook):
     def before_train(self, runner: Runner) -> None:
         """Keep the lines of the epochs that a resumed run builds on; later ones will be written again."""
         lines = [json.dumps(record) for record in read_scalars(self.path) if record["epoch"] <= runner.epoch]
-        save_atomically(self.path, lambda part: part.write_text("".join(f"{line}\n" for line in lines)))
+        with atomic_path(self.path) as part:
+            part.write_text("".join(f"{line}\n" for line in lines))
 
     def before_train_epoch(self, runner: Runner) -> None:
         self.start = time.perf_counter()

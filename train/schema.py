@@ -10,7 +10,8 @@ from dataclasses import MISSING, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import TrainError, did_you_mean
+from .._errors import did_you_mean
+from .errors import TrainError
 
 T = TypeVar("T")
 

@@ -14,7 +14,8 @@ from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from .errors import MissingPackageError, TrainError, did_you_mean, first_line
+from .._errors import did_you_mean, first_line
+from .errors import MissingPackageError, TrainError
 from .mnist5k import load_digits
 from .recipe import DataRecipe
 

@@ -98,7 +98,7 @@ def test_a_full_disk_prints_one_line_and_leaves_nothing(monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("foveate.export.files.os.replace", full)
+    monkeypatch.setattr("foveate._files.os.replace", full)
     done = export("test_resnet", "-o", "hub", "--format", "hub", *SMALL)
     assert (done.exit_code, done.stderr) == (2, "foveate export: [Errno 28] No space left on device\n")
     assert os.listdir() == []

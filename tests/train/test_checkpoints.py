@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from foveate.train import TrainError, export_weights, load_net, load_recipe
 from foveate.train import checkpoints as module
-from foveate.train.checkpoints import find_resumable, list_epochs, read_checkpoint, save_atomically, write_epoch
+from foveate.train.checkpoints import find_resumable, list_epochs, read_checkpoint, write_epoch
 from foveate.train.model import Classifier, build_net
 from foveate.train.recipe import recipe_data
 
@@ -41,20 +41,23 @@ def test_a_kill_while_writing_leaves_the_complete_checkpoint(tmp_path):
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.glob(".*.part")] == [".epoch_2.pth.part"]
+    (part,) = tmp_path.glob(".epoch_2.pth.*")
+    assert (part / "epoch_2.pth").read_bytes() == b"PK\x03\x04 half a checkpoint"
     assert find_resumable(tmp_path, print) == tmp_path / "epoch_1.pth"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_1.pth", "last_checkpoint"]
 
 
-def test_an_error_while_writing_leaves_the_old_file_and_no_part(tmp_path):
+def test_an_error_while_writing_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
     fill(tmp_path, 1)
 
-    def full_disk(part: Path) -> None:
+    def full_disk(obj, part: Path) -> None:
         part.write_bytes(b"half")
         raise OSError("No space left on device")
 
+    monkeypatch.setattr(module.torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_atomically(tmp_path / "epoch_1.pth", full_disk)
+        write_epoch(tmp_path, checkpoint(1), keep=1)
+    monkeypatch.undo()
     assert read_checkpoint(tmp_path / "epoch_1.pth")["meta"]["epoch"] == 1
     assert not list(tmp_path.glob(".*"))
 
@@ -63,9 +66,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path, monkeyp
     fill(tmp_path, 1, keep=1)
     seen = []
     replace = os.replace
-    monkeypatch.setattr(
-        module.os, "replace", lambda a, b: (seen.append((tmp_path / "epoch_1.pth").exists()), replace(a, b))
-    )
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append((tmp_path / "epoch_1.pth").exists()), replace(a, b)))
     write_epoch(tmp_path, checkpoint(2), keep=1)
     assert seen == [True, True] and [path.name for path in list_epochs(tmp_path)] == ["epoch_2.pth"]
 

