@@ -1,14 +1,16 @@
 """2-D attention as ops: each file holds the promise, the checks, the reference and the choice of body."""
 
 from ._choice import Impl
+from .bi_level_routing import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw, RegionPool
 from .channel import ChannelAttention, channel_attention
 from .channel_gate import EfficientChannelAttention, channel_gate
+from .circle import circle_attention
 from .halo import HaloAttention2d, halo_attention
 from .hilo import HiLoAttention, hilo_attention
 from .insert import insert_attention
 from .large_kernel import LargeKernelAttention, large_kernel_attention
 from .neighborhood import NeighborhoodAttention2d, neighborhood_attention
-from .routed import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw, bi_level_routes, routed_attention
+from .routed import bi_level_routes, routed_attention
 from .strip_gate import EfficientLocalAttention, strip_gate
 from .window import WindowAttention2d, window_attention
 
@@ -23,10 +25,12 @@ __all__ = [
     "Impl",
     "LargeKernelAttention",
     "NeighborhoodAttention2d",
+    "RegionPool",
     "WindowAttention2d",
     "bi_level_routes",
     "channel_attention",
     "channel_gate",
+    "circle_attention",
     "halo_attention",
     "hilo_attention",
     "insert_attention",

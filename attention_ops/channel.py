@@ -4,9 +4,7 @@ Paper      Ding et al. 2022, arXiv:2204.03645 (DaViT), figure 3b: channels are t
 Roles      here q, k, v mean query, key and value. DaViT's own projections name them otherwise: its slots q, k, v are
            value, query and key, which `ChannelAttention` sorts out; Florence-2 (arXiv:2311.06242) took the usual order
            and another scale.
-Tiled      two batched products of head_dim x head_dim logits: linear in the map's tokens. They want every channel's
-           tokens side by side, (B, heads, head_dim, H * W) in memory; `ChannelAttention` projects into that layout and
-           out of it, so that nothing is copied.
+Tiled      two batched products of head_dim x head_dim logits, linear in the map's tokens.
 """
 
 import torch
@@ -15,9 +13,11 @@ from torch import Tensor, nn
 from ._autocast import cast_for_autocast, no_autocast
 from ._checks import check_qkv
 from ._choice import Impl, choose
+from ._fused import why_no_kernel
 from .tiled_attention import accumulator
 
 OP = "channel_attention"
+MOST_HEAD_DIM = 128  # of the kernel
 
 
 def channel_attention(
@@ -50,16 +50,22 @@ torch.library.define(
 @torch.library.impl("foveate::channel_attention", "CompositeImplicitAutograd")
 def _channel_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, impl: str = "auto") -> Tensor:
     check_qkv(OP, q, k, v)
-    run = choose(OP, impl, why_not_fused(q))
     q, k, v = cast_for_autocast(q, k, v)
-    body = channel_attention_reference if run is Impl.REFERENCE else channel_attention_tiled
+    run = choose(OP, impl, why_not_fused(q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     with no_autocast(q):
-        return body(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        if run is Impl.FUSED:
+            from ..kernels.channel import channel_attention_forward  # here, so that CPU users need no Triton
+
+            return channel_attention_forward(q, k, v, scale)[0]
+        return (channel_attention_reference if run is Impl.REFERENCE else channel_attention_tiled)(q, k, v, scale)
 
 
-def why_not_fused(q: Tensor) -> str | None:
+def why_not_fused(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Return the reason why no fused kernel can run on these tensors, or None."""
-    return "channel attention has no Triton kernel in this version"
+    if q.shape[-1] > MOST_HEAD_DIM:
+        return f"the kernel takes a head_dim of at most {MOST_HEAD_DIM}, got {q.shape[-1]}"
+    return why_no_kernel(q, k, v)
 
 
 def channel_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -71,12 +77,12 @@ def channel_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -
 
 def channel_attention_tiled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     size, wide = q.shape[1:3], accumulator(q.dtype)
-    q, k, v = (t.permute(0, 3, 4, 1, 2).flatten(3) for t in (q, k, v))  # (B, heads, d, N)
+    q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, d)
     if q.dtype == torch.float16:  # a sum over all tokens must not overflow
         q, scale = q * scale, 1.0
-    logits = torch.matmul(q, k.mT).to(wide) * scale
-    out = torch.matmul(logits.softmax(-1).to(v.dtype), v)  # (B, heads, d, N)
-    return out.unflatten(-1, size).permute(0, 3, 4, 1, 2)
+    logits = torch.matmul(q.mT, k).to(wide) * scale
+    out = torch.matmul(v, logits.softmax(-1).to(v.dtype).mT)  # (B, heads, N, d)
+    return out.transpose(1, 2).unflatten(1, size)
 
 
 class ChannelAttention(nn.Module):
@@ -104,28 +110,13 @@ class ChannelAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        size, tokens = x.shape[1:3], x.flatten(1, 2).mT  # (B, C, N)
-        first, second, third = (
-            self._project(tokens, 0, size),
-            self._project(tokens, 1, size),
-            self._project(tokens, 2, size),
-        )
+        first, second, third = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         if self.by_tokens:
-            first = first * (size[0] * size[1]) ** -0.5  # not as the op's scale: an exported graph knows no size
+            first = first * (x.shape[1] * x.shape[2]) ** -0.5  # not as the op's scale: an exported graph knows no size
             out = torch.ops.foveate.channel_attention(first, second, third, 1.0, "auto")
         else:
             out = torch.ops.foveate.channel_attention(second, third, first, self.scale, "auto")
         return self.proj(out.flatten(3))
-
-    def _project(self, tokens: Tensor, slot: int, size: list[int]) -> Tensor:
-        """Return slot 0, 1 or 2 of the qkv projection as (B, H, W, heads, head_dim), a view of (B, C, N)."""
-        weight = self.qkv.weight.chunk(3)[slot].expand(tokens.shape[0], -1, -1)
-        bias = self.qkv.bias
-        if bias is None:
-            out = torch.bmm(weight, tokens)
-        else:
-            out = torch.baddbmm(bias.chunk(3)[slot][:, None], weight, tokens)
-        return out.unflatten(1, (self.heads, -1)).unflatten(3, size).permute(0, 3, 4, 1, 2)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, by_tokens={self.by_tokens}"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._choice import Impl, choose
+from ._fused import why_no_kernel
 from .tiled_attention import accumulator
 
 OP = "channel_gate"
@@ -45,13 +46,17 @@ torch.library.define("foveate::channel_gate", "(Tensor x, Tensor weight, str imp
 def _channel_gate(x: Tensor, weight: Tensor, impl: str = "auto") -> Tensor:
     _check(x, weight)
     run = choose(OP, impl, why_not_fused(x))
+    if run is Impl.FUSED:
+        from ..kernels.gates_channel import channel_gate_forward  # here, so that CPU users need no Triton
+
+        return channel_gate_forward(x, weight)[0]
     body = channel_gate_reference if run is Impl.REFERENCE else channel_gate_tiled
     return body(x, weight)
 
 
 def why_not_fused(x: Tensor) -> str | None:
     """Return the reason why no fused kernel can run on this tensor, or None."""
-    return "channel gates have no Triton kernel in this version"
+    return why_no_kernel(x)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

@@ -11,6 +11,7 @@ Tiled      one gather of key tiles, then scaled_dot_product_attention with the r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from ._autocast import cast_for_autocast, no_autocast
 from ._checks import check_at_least, pair
 from ._choice import Impl, choose
-from .tiled_attention import accumulator
+from ._fused import why_no_local_kernel
+from .tiled_attention import CHUNK_LOGITS, accumulator
 from .tiling import AxisTiling, gather_keys, merge_queries, split_queries
 
 OP = "halo_attention"
@@ -96,17 +98,23 @@ def _halo_attention(
     impl: str = "auto",
 ) -> Tensor:
     _check(q, k, v, rel_h, rel_w, block_size, halo, stride)
-    run = choose(OP, impl, why_not_fused(q))
+    run = choose(OP, impl, why_not_fused(q, k, v, scale))
     q, k, v = cast_for_autocast(q, k, v)
-    body = halo_attention_reference if run is Impl.REFERENCE else halo_attention_tiled
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if run is Impl.FUSED:
+        from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
+
+        tables = None if rel_h is None or rel_w is None else (rel_h, rel_w)
+        pattern = Pattern("block", tuple(block_size), tuple(halo), stride)
+        return local_attention(q, k, v, pattern, tables=tables, scale=scale)
+    body = halo_attention_reference if run is Impl.REFERENCE else halo_attention_tiled
     with no_autocast(q):
         return body(q, k, v, tuple(block_size), tuple(halo), stride=stride, rel_h=rel_h, rel_w=rel_w, scale=scale)
 
 
-def why_not_fused(q: Tensor) -> str | None:
+def why_not_fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str | None:
     """Return the reason why no fused kernel can run on these tensors, or None."""
-    return "halo attention has no Triton kernel in this version"
+    return why_no_local_kernel(q, k, v, scale)
 
 
 def _check(
@@ -212,6 +220,35 @@ def halo_attention_tiled(
     stride: int = 1,
     rel_h: Tensor | None = None,
     rel_w: Tensor | None = None,
+    scale: float,
+) -> Tensor:
+    """SDPA on tiles; CPU inference takes few images and heads at a time, so that their logits stay in the cache."""
+    attend = partial(
+        _attend_tiles, block_size=block_size, halo=halo, stride=stride, rel_h=rel_h, rel_w=rel_w, scale=scale
+    )
+    if type(q) is not Tensor or q.is_cuda or torch.is_grad_enabled() or torch.jit.is_tracing():
+        return attend(q, k, v)
+    per_head = q.shape[1] * q.shape[2] * (block_size[0] + 2 * halo[0]) * (block_size[1] + 2 * halo[1])
+    at_once = max(1, torch.get_num_threads() * CHUNK_LOGITS // max(per_head, 1))
+    images, heads = max(1, at_once // q.shape[3]), min(at_once, q.shape[3])
+    out = q.new_empty(*q.shape[:4], v.shape[-1])
+    for b in range(0, q.shape[0], images):
+        for h in range(0, q.shape[3], heads):
+            part = (slice(b, b + images), slice(None), slice(None), slice(h, h + heads))
+            out[part] = attend(q[part], k[part], v[part])
+    return out
+
+
+def _attend_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: tuple[int, int],
+    halo: tuple[int, int],
+    *,
+    stride: int,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
     scale: float,
 ) -> Tensor:
     keys = [AxisTiling(k.shape[1 + i], block_size[i], halo[i], halo[i]) for i in (0, 1)]

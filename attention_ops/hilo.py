@@ -16,7 +16,7 @@ from ._checks import check_at_least, check_qkv, pair
 from ._choice import Impl, choose
 from .tiled_attention import accumulator
 from .tiling import pad_to_windows
-from .window import window_attention_reference, window_attention_tiled
+from .window import why_not_fused as why_no_window_kernel
 
 OP = "hilo_attention"
 
@@ -74,21 +74,24 @@ def _hilo_attention(
 ) -> Tensor:
     high, low = (high_q, high_k, high_v), (low_q, low_k, low_v)
     _check(high, low, window_size)
-    run = choose(OP, impl, why_not_fused(high_q))
     high, low = cast_for_autocast(*high), cast_for_autocast(*low)
     scale = high_q.shape[-1] ** -0.5 if scale is None else scale
-    reference = run is Impl.REFERENCE
-    in_windows = window_attention_reference if reference else window_attention_tiled
+    run = choose(OP, impl, why_not_fused(*high, scale))
     with no_autocast(high_q):
+        pooled = _attend_pooled(*low, scale, run is Impl.REFERENCE) if low_q.shape[3] else None
         if high_q.shape[3] == 0:
-            return _attend_pooled(*low, scale, reference)
-        out = in_windows(*high, tuple(window_size), scale=scale)
-        return out if low_q.shape[3] == 0 else torch.cat([out, _attend_pooled(*low, scale, reference)], dim=3)
+            assert pooled is not None
+            return pooled
+        # By name, so that the high branch runs as the whole op does.
+        out = torch.ops.foveate.window_attention(*high, None, None, window_size, scale, run.value)
+        return out if pooled is None else torch.cat([out, pooled], dim=3)
 
 
-def why_not_fused(q: Tensor) -> str | None:
-    """Return the reason why no fused kernel can run on these tensors, or None."""
-    return "HiLo attention has no Triton kernel in this version"
+def why_not_fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """Return the reason why no fused kernel can run on these tensors of the high branch, or None."""
+    if q.shape[3] == 0:
+        return "only the high branch has a kernel, and it has no heads"
+    return why_no_window_kernel(q, k, v, None, scale)
 
 
 def _check(high: tuple[Tensor, ...], low: tuple[Tensor, ...], window_size: list[int]) -> None:

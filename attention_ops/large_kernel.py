@@ -4,15 +4,19 @@ Paper      Guo et al. 2022, arXiv:2202.09741 (VAN), figure 2: depthwise 5x5, dep
 Tiled      a dilated depthwise convolution is the plain one on every dilation group. oneDNN has a fast kernel for the
            plain one only: 8 x 64 channels, 56x56, 7x7 dilation 3 took 13.8 ms dilated and 2.1 ms by groups, to the same
            bits (2 threads of a Xeon with AVX-512, torch 2.15). Exporters see the plain dilated convolution.
+Fused      for inference, see kernels/large_kernel.py. Its map is channels last.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._autocast import cast_for_autocast, no_autocast
 from ._choice import Impl, choose
+from ._fused import why_no_kernel
 
 OP = "large_kernel_attention"
+MOST_CHANNELS = 1024  # of the kernel
 
 
 def large_kernel_attention(
@@ -72,7 +76,10 @@ def _large_kernel_attention(
     impl: str = "auto",
 ) -> Tensor:
     _check(x, local_weight, dilated_weight, point_weight, dilation)
-    run = choose(OP, impl, why_not_fused(x))
+    weights = [local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias]
+    run = choose(OP, impl, why_not_fused(x, weights))
+    if run is Impl.FUSED:
+        return _fused(x, weights, dilation)
     # A tracer wants the plain graph; a GPU's convolutions do not need the detour.
     by_groups = run is Impl.TILED and type(x) is Tensor and not x.is_cuda
     gate = depthwise(x, local_weight, local_bias)
@@ -80,9 +87,21 @@ def _large_kernel_attention(
     return x * F.conv2d(gate, point_weight, point_bias)
 
 
-def why_not_fused(x: Tensor) -> str | None:
-    """Return the reason why no fused kernel can run on this tensor, or None."""
-    return "large kernel attention has no Triton kernel in this version"
+def _fused(x: Tensor, weights: list[Tensor | None], dilation: int) -> Tensor:
+    from ..kernels.large_kernel import large_kernel_attention  # here, so that CPU users need no Triton
+
+    low, *weights = (None if t is None else cast_for_autocast(t)[0] for t in (x, *weights))
+    with no_autocast(x):
+        return large_kernel_attention(low, *weights, dilation).to(x.dtype)
+
+
+def why_not_fused(x: Tensor, weights: list[Tensor | None]) -> str | None:
+    """Return the reason why no fused kernel can run on these tensors, or None."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+        return "the kernel has no gradient; training takes the convolutions of cuDNN"
+    if x.shape[1] > MOST_CHANNELS:
+        return f"the kernel takes at most {MOST_CHANNELS} channels, got {x.shape[1]}"
+    return why_no_kernel(x)
 
 
 def _check(x: Tensor, local_weight: Tensor, dilated_weight: Tensor, point_weight: Tensor, dilation: int) -> None:

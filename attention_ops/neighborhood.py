@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ._autocast import cast_for_autocast, no_autocast
 from ._checks import check_at_least, check_qkv, pair
 from ._choice import Impl, choose
+from ._fused import why_no_local_kernel
 from .neighborhood_tiled import neighborhood_attention_tiled
 from .tiled_attention import accumulator
 
@@ -39,8 +40,9 @@ def neighborhood_attention(
     On one axis, tokens with the same remainder modulo `dilation` form a group; a query of rank p in a group of L tokens
     sees ranks [s, s + kernel) with s = clamp(p - kernel // 2, 0, L - kernel).
 
-    Cost: H * W * kernel_rows * kernel_cols * head_dim multiply-adds per head, twice. The tiled body computes 2.5 to 3.5
-    times as many in exchange for dense products, and keeps no logits for the backward pass.
+    Cost: H * W * kernel_rows * kernel_cols * head_dim multiply-adds per head, twice. The tiled and the fused body
+    compute 2.5 to 5 times as many in exchange for dense products, and keep no logits for the backward pass. The fused
+    body has no double backward.
 
     Args:
         q, k, v: (B, H, W, heads, head_dim), one shape, dtype and device; strided views are fine.
@@ -94,17 +96,22 @@ def _neighborhood_attention(
     impl: str = "auto",
 ) -> Tensor:
     _check(q, k, v, rpb, kernel_size, dilation)
-    run = choose(OP, impl, why_not_fused(q))
+    run = choose(OP, impl, why_not_fused(q, k, v, scale))
     q, k, v = cast_for_autocast(q, k, v)
-    body = neighborhood_attention_reference if run is Impl.REFERENCE else neighborhood_attention_tiled
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if run is Impl.FUSED:
+        from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
+
+        pattern = Pattern("neighborhood", tuple(kernel_size), dilation=tuple(dilation), causal=tuple(is_causal))
+        return local_attention(q, k, v, pattern, bias=rpb, scale=scale)
+    body = neighborhood_attention_reference if run is Impl.REFERENCE else neighborhood_attention_tiled
     with no_autocast(q):
         return body(q, k, v, tuple(kernel_size), tuple(dilation), rpb=rpb, is_causal=tuple(is_causal), scale=scale)
 
 
-def why_not_fused(q: Tensor) -> str | None:
+def why_not_fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str | None:
     """Return the reason why no fused kernel can run on these tensors, or None."""
-    return "neighborhood attention has no Triton kernel in this version"
+    return why_no_local_kernel(q, k, v, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: list[int], dilation: list[int]) -> None:

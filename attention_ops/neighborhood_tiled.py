@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiled_attention import TilePlan, tiled_attention
+from .tiled_attention import TILES, TilePlan, cheapest_tiles, tiled_attention
 from .tiling import AxisTiling, pieces
 
 
@@ -67,12 +67,6 @@ def _axis_tiling(length: int, kernel: int, dilation: int, tile: int) -> AxisTili
     return AxisTiling(longest, tile, before, after)
 
 
-TILES = (4, 7, 8)  # besides the whole axis
-# A key costs as much to copy as 45 logits to compute (head_dim 32, float32, 2 threads of a Xeon with AVX-512: 4x4, 4x7,
-# 7x7, 14x14 tiles and the whole 56x56 map took 13.8, 14.0, 18.3, 23.3 and 139 ms at batch 8, 2 heads, kernel 7).
-LOGITS_PER_KEY = 45
-
-
 def plan_tiles(
     size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[AxisTiling, AxisTiling]:
@@ -92,17 +86,12 @@ def plan_tiles(
 def _cheapest_tiles(
     size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[AxisTiling, AxisTiling]:
-    options = [
-        {_axis_tiling(length, kernel, step, tile) for tile in (*TILES, length)}
-        for length, kernel, step in zip(size, kernel_size, dilation, strict=True)
-    ]
-
-    def work(rows: AxisTiling, cols: AxisTiling) -> int:
-        queries, keys = rows.tile * cols.tile, rows.keys * cols.keys
-        return rows.tiles * cols.tiles * keys * (queries + LOGITS_PER_KEY)
-
-    pairs = [(rows, cols) for rows in options[0] for cols in options[1]]
-    return min(pairs, key=lambda p: (work(*p), p[0].tile, p[1].tile))
+    return cheapest_tiles(
+        *(
+            {_axis_tiling(length, kernel, step, tile) for tile in (*TILES, length)}
+            for length, kernel, step in zip(size, kernel_size, dilation, strict=True)
+        )
+    )
 
 
 def _axis_mask(length: int, kernel: int, dilation: int, causal: bool, axis: AxisTiling, device: torch.device) -> Tensor:

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import tiled_attention as tiles
 from ._autocast import cast_for_autocast, no_autocast
 from ._checks import check_at_least, pair
 from ._choice import Impl, choose
+from ._fused import why_no_kernel
 from .tiling import merge_windows, pad_to_windows, split_windows
 
 OP = "routed_attention"
+MOST_HEAD_DIM = 128  # of the kernel
 
 
 def bi_level_routes(q: Tensor, k: Tensor, *, region_size: int | Sequence[int], topk: int) -> Tensor:
@@ -56,17 +58,23 @@ def _bi_level_routes(q: Tensor, k: Tensor, region_size: list[int], topk: int) ->
     check_at_least("bi_level_routes", "region_size", region_size, 1)
     check_at_least("bi_level_routes", "topk", [topk], 1)
     with torch.no_grad(), no_autocast(q):
-        means_q, means_k = (_region_means(x.detach().flatten(3), region_size) for x in (q, k))
+        means_q, means_k = (region_means(x.detach().flatten(3), region_size) for x in (q, k))
         if topk > means_q.shape[1]:
             raise ValueError(f"bi_level_routes: topk must be at most the {means_q.shape[1]} regions, got {topk}")
         return torch.matmul(means_q, means_k.mT).topk(topk).indices
 
 
-def _region_means(x: Tensor, region_size: list[int]) -> Tensor:
-    """(B, H, W, C) -> (B, regions, C), float32 at least."""
-    # One pass over a channels-last map: 5 to 10 times as fast as a mean over two axes of the cut map.
-    x = x.to(tiles.accumulator(x.dtype)).permute(0, 3, 1, 2)
-    return F.avg_pool2d(x, region_size, region_size, ceil_mode=True, count_include_pad=False).flatten(2).mT
+def region_means(x: Tensor, region_size: Sequence[int]) -> Tensor:
+    """(B, H, W, C) -> (B, regions, C): means over the tokens that exist, float32 at least; differentiable."""
+    counts = []
+    for length, size in zip(x.shape[1:3], region_size, strict=True):
+        starts = torch.arange(0, length, size, device=x.device)
+        counts.append((length - starts).clamp(max=size))
+    x = pad_to_windows(x, list(region_size))
+    # One axis after the other: a third of the time of both at once, and no copy where x is a slice of a packed qkv.
+    sums = x.unflatten(2, (-1, region_size[1])).sum(3, dtype=tiles.accumulator(x.dtype))
+    sums = sums.unflatten(1, (-1, region_size[0])).sum(2)
+    return (sums / (counts[0][:, None] * counts[1])[..., None]).flatten(1, 2)
 
 
 def routed_attention(
@@ -131,17 +139,24 @@ def _routed_attention(
     impl: str = "auto",
 ) -> Tensor:
     _check(q, k, v, routes, region_size, kv_region_size)
-    run = choose(OP, impl, why_not_fused(q))
     q, k, v = cast_for_autocast(q, k, v)
-    body = routed_attention_reference if run is Impl.REFERENCE else routed_attention_tiled
+    run = choose(OP, impl, why_not_fused(q, k, v))
     plan = RegionPlan(tuple(region_size), tuple(kv_region_size), q.shape[-1] ** -0.5 if scale is None else scale)
     with no_autocast(q):
+        if run is Impl.FUSED:
+            from ..kernels.routed import routed_attention_forward  # here, so that CPU users need no Triton
+
+            grid = [q.shape[1] // region_size[0], q.shape[2] // region_size[1]]
+            return routed_attention_forward(q, k, v, routes, grid, region_size, kv_region_size, plan.scale)[0]
+        body = routed_attention_reference if run is Impl.REFERENCE else routed_attention_tiled
         return body(q, k, v, routes, plan)
 
 
-def why_not_fused(q: Tensor) -> str | None:
+def why_not_fused(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Return the reason why no fused kernel can run on these tensors, or None."""
-    return "routed attention has no Triton kernel in this version"
+    if max(q.shape[-1], v.shape[-1]) > MOST_HEAD_DIM:
+        return f"the kernel takes a head_dim of at most {MOST_HEAD_DIM}, got {max(q.shape[-1], v.shape[-1])}"
+    return why_no_kernel(q, k, v)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, region_size: list[int], kv_region_size: list[int]) -> None:
@@ -207,7 +222,7 @@ def routed_attention_reference(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, 
 def routed_attention_tiled(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
     """SDPA over copies of the routed keys, or over all keys with a mask, whichever is cheaper; images in chunks."""
     if type(q) is not Tensor:  # a compiler or exporter is tracing: give it plain differentiable ops
-        return _attend(q, k, v, routes, plan)
+        return _attend(q, k, v, routes, plan).reshape(*q.shape[:4], v.shape[-1])
     return _RoutedAttention.apply(q, k, v, routes, plan)
 
 
@@ -221,211 +236,144 @@ def masking_is_cheaper(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -
     return queries * k.shape[1] * k.shape[2] <= routes.shape[2] * keys * (queries + LOGITS_PER_KEY)
 
 
+def _by_region(x: Tensor, plan: RegionPlan) -> Tensor:
+    """(B, H, W, heads, d) -> (B, region rows, rows, region columns, columns, heads, d), always a view."""
+    return x.unflatten(2, (-1, plan.region[1])).unflatten(1, (-1, plan.region[0]))
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
-    attend = _attend_masked if masking_is_cheaper(q, k, routes, plan) else _attend_copied
-    return attend(q, k, v, routes, plan)
+    """Return the output seen as by `_by_region`, not yet copied there: the caller does so once, into its own map."""
+    if masking_is_cheaper(q, k, routes, plan):
+        return _attend_masked(q, k, v, routes, plan)
+    tokens = _routed_tokens(k, routes, plan)
+    return _attend_copies(q, _copies(k, tokens), _copies(v, tokens), plan)
 
 
-def _attend_copied(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
-    batch, height, width, heads, _ = q.shape
-    regions = routes.shape[1]
-    first = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1) * regions
-    index = (routes[:, None] + first).flatten()
-    queries = split_windows(q, plan.region).flatten(1, 2)  # (B, heads * regions, T, d)
-    keys, values = (
-        split_windows(x, plan.kv_region)
-        .reshape(batch * heads * regions, -1)
-        .index_select(0, index)
-        .view(batch, heads * regions, -1, x.shape[-1])
-        for x in (k, v)
-    )
-    out = F.scaled_dot_product_attention(queries, keys, values, scale=plan.scale)
-    return merge_windows(out.unflatten(1, (heads, regions)), (height, width), plan.region)
+def _copies(x: Tensor, tokens: Tensor) -> Tensor:
+    """(B, Hk, Wk, heads, d) -> (B * regions, topk * Tk, heads, d)."""
+    return x.flatten(0, 2).flatten(1).index_select(0, tokens.flatten()).view(*tokens.shape, *x.shape[3:])
+
+
+def _add_copies(total: Tensor, copies: Tensor, tokens: Tensor) -> None:
+    """Add what belongs to copies of keys to (B, Hk, Wk, heads, d), contiguous: the adjoint of `_copies`."""
+    rows = total.view(-1, total.shape[3] * total.shape[4])
+    rows.scatter_add_(0, tokens.flatten()[:, None].expand(-1, rows.shape[1]), copies.reshape(-1, rows.shape[1]))
+
+
+def _attend_copies(q: Tensor, keys: Tensor, values: Tensor, plan: RegionPlan) -> Tensor:
+    by_region = _by_region(q, plan).transpose(2, 3)  # (B, region rows, region columns, rows, columns, heads, d)
+    queries = by_region.flatten(3, 4).flatten(0, 2)  # (B * regions, T, heads, d)
+    parts = (x.transpose(1, 2) for x in (queries, keys, values))
+    out = F.scaled_dot_product_attention(*parts, scale=plan.scale).transpose(1, 2)
+    return out.unflatten(1, plan.region).unflatten(0, by_region.shape[:3]).transpose(2, 3)
+
+
+def _routed_tokens(k: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
+    """(B * regions, topk * Tk): the keys that every region sees, as rows of k seen as (B * Hk * Wk, ...)."""
+    (batch, height, width), (rows, cols) = k.shape[:3], plan.kv_region
+    row = (routes // (width // cols) * rows)[..., None, None] + torch.arange(rows, device=k.device)[:, None]
+    col = (routes % (width // cols) * cols)[..., None, None] + torch.arange(cols, device=k.device)
+    image = torch.arange(batch, device=k.device).view(-1, 1, 1, 1, 1) * (height * width)
+    return (image + row * width + col).flatten(2).flatten(0, 1)
 
 
 def _attend_masked(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
-    height, width = q.shape[1:3]
-    mask = _token_mask(q, routes, plan)
+    mask = _token_mask(q, k, routes, plan)
     maps = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, d), views
     out = F.scaled_dot_product_attention(*maps, attn_mask=mask, scale=plan.scale)
-    return out.transpose(1, 2).unflatten(1, (height, width))
+    return _by_region(out.transpose(1, 2).unflatten(1, q.shape[1:3]), plan)
 
 
-def _token_mask(q: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
+def _token_mask(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
     """(B, 1, query tokens, key tokens), 0 where a query sees a key and -inf elsewhere; tokens in the maps' order."""
     batch, regions, _ = routes.shape
     (rows, cols), (kv_rows, kv_cols) = plan.region, plan.kv_region
-    grid = (q.shape[1] // rows, q.shape[2] // cols)
-    mask = torch.full((batch, regions, regions), -torch.inf, dtype=tiles.accumulator(q.dtype), device=q.device)
-    mask = mask.scatter(2, routes, 0.0).view(batch, grid[0], 1, grid[1], 1, grid[0], 1, grid[1], 1)
+    grid, kv_grid = (q.shape[1] // rows, q.shape[2] // cols), (k.shape[1] // kv_rows, k.shape[2] // kv_cols)
+    seen = (batch, regions, kv_grid[0] * kv_grid[1])
+    mask = torch.full(seen, -torch.inf, dtype=tiles.accumulator(q.dtype), device=q.device).scatter(2, routes, 0.0)
+    mask = mask.view(batch, grid[0], 1, grid[1], 1, kv_grid[0], 1, kv_grid[1], 1)
     mask = mask.expand(-1, -1, rows, -1, cols, -1, kv_rows, -1, kv_cols)
-    return mask.reshape(batch, 1, regions * rows * cols, regions * kv_rows * kv_cols)
+    return mask.reshape(batch, 1, q.shape[1] * q.shape[2], k.shape[1] * k.shape[2])
 
 
-def _chunks(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -> Iterator[slice]:
-    """Cut the batch so that one chunk's logits fit the tiled body's budget a thread."""
-    keys = routes.shape[2] * plan.kv_region[0] * plan.kv_region[1]
+@dataclass(frozen=True)
+class _Part:
+    """Some images, all their queries; or one image, the queries of some rows of regions. All keys in both cases."""
+
+    images: slice
+    bands: slice  # rows of regions
+
+    def queries(self, x: Tensor, plan: RegionPlan) -> Tensor:
+        return _by_region(x, plan)[self.images, self.bands].flatten(3, 4).flatten(1, 2)
+
+    def routes(self, routes: Tensor, bands: int) -> Tensor:
+        return routes.unflatten(1, (bands, -1))[self.images, self.bands].flatten(1, 2)
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Iterator[_Part]:
+    """Cut images, and large ones into rows of regions, so that one part's scratch fits the tiled body's budget."""
+    bands = q.shape[1] // plan.region[0]
+    per_token = routes.shape[2] * plan.kv_region[0] * plan.kv_region[1] * q.shape[3]  # logits
+    per_key = (q.shape[4] + v.shape[4]) / (plan.region[0] * plan.region[1])  # a query's share of the copies
+    scratch = max(1, per_key) * per_token
     if masking_is_cheaper(q, k, routes, plan):
-        keys = k.shape[1] * k.shape[2]
-    per_image = q.shape[1] * q.shape[2] * q.shape[3] * keys
-    step = max(1, torch.get_num_threads() * tiles.CHUNK_LOGITS // per_image)
-    for start in range(0, q.shape[0], step):
-        yield slice(start, start + step)
+        scratch = k.shape[1] * k.shape[2]
+    budget = torch.get_num_threads() * tiles.CHUNK_LOGITS
+    per_band = q.shape[1] * q.shape[2] * scratch / bands
+    images = max(1, int(budget / (bands * per_band)))
+    step = bands if bands * per_band <= budget else max(1, int(budget / per_band))
+    for start in range(0, q.shape[0], images):
+        for band in range(0, bands, step):
+            yield _Part(slice(start, start + images), slice(band, band + step))
 
 
 class _RoutedAttention(torch.autograd.Function):
-    """Keeps its inputs alone; the backward pass attends once more, chunk by chunk, and differentiates that."""
+    """Keeps its inputs alone; the backward pass attends once more, part by part, and differentiates that."""
 
     @staticmethod
     def forward(ctx, q, k, v, routes, plan):
         ctx.save_for_backward(q, k, v, routes)
         ctx.plan = plan
+        parts = list(_parts(q, k, v, routes, plan))
+        if len(parts) == 1:
+            return _attend(q, k, v, routes, plan).reshape(*q.shape[:4], v.shape[-1])
         out = q.new_empty(*q.shape[:4], v.shape[-1])
-        for part in _chunks(q, k, routes, plan):
-            out[part] = _attend(q[part], k[part], v[part], routes[part], plan)
+        by_region = _by_region(out, plan)
+        for part in parts:
+            queries, seen = part.queries(q, plan), part.routes(routes, by_region.shape[1])
+            by_region[part.images, part.bands] = _attend(queries, k[part.images], v[part.images], seen, plan)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        *inputs, routes = ctx.saved_tensors
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-        for part in _chunks(inputs[0], inputs[1], routes, ctx.plan):
-            with torch.enable_grad(), no_autocast(grad_out):
-                leaves = [x[part].detach().requires_grad_() for x in inputs]
-                out = _attend(*leaves, routes[part], ctx.plan)
-            for grad, value in zip(grads, torch.autograd.grad(out, leaves, grad_out[part]), strict=True):
-                grad[part] = value
-        return *grads, None, None
-
-
-def _check_layer(name: str, dim: int, heads: int, regions: int, topk: int) -> None:
-    if heads < 1 or dim % heads:
-        raise ValueError(f"{name}: heads must divide dim {dim}, got {heads}")
-    check_at_least(name, "regions", [regions], 1)
-    if not 1 <= topk <= regions * regions:
-        raise ValueError(f"{name}: topk must be 1 to {regions * regions}, all regions, got {topk}")
-
-
-class BiLevelRoutingAttention(nn.Module):
-    """Bi-level routing attention with its projections, on channels-last maps (figure 3 of arXiv:2303.08810).
-
-    A map that `regions` does not divide is padded right and bottom with zeros BEFORE the qkv projection, as by the
-    authors' `auto_pad`: padded tokens carry the qkv bias, count in the means, are attended and lie next to the border
-    for the local positional convolution; the output is cropped.
-
-    Args:
-        dim: channels; heads must divide it.
-        heads: number of heads.
-        regions: regions a side of the map, whatever its size.
-        topk: regions that a region sees.
-        lepe_kernel: taps a side of the depthwise convolution of v that is added to the output, odd; 0: none.
-        qkv_bias: give the qkv projection a bias.
-        scale: multiplies the logits; dim ** -0.5 when None, of the whole width, as in the released models.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        regions: int = 7,
-        topk: int = 4,
-        *,
-        lepe_kernel: int = 5,
-        qkv_bias: bool = True,
-        scale: float | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        _check_layer("BiLevelRoutingAttention", dim, heads, regions, topk)
-        dd = {"device": device, "dtype": dtype}
-        self.heads = heads
-        self.regions = regions
-        self.topk = topk
-        self.scale = dim**-0.5 if scale is None else scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.lepe = lepe(dim, lepe_kernel, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        height, width = x.shape[1], x.shape[2]
-        x = pad_to_windows(x, [self.regions, self.regions])
-        region_size = [x.shape[1] // self.regions, x.shape[2] // self.regions]
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        routes = torch.ops.foveate.bi_level_routes(q, k, region_size, self.topk)
-        heads = [t.unflatten(-1, (self.heads, -1)) for t in (q, k, v)]
-        out = torch.ops.foveate.routed_attention(
-            heads[0], heads[1], heads[2], routes, region_size, region_size, self.scale, "auto"
-        ).flatten(3)
-        if self.lepe is not None:
-            out = out + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(out)[:, :height, :width]
-
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}, regions={self.regions}, topk={self.topk}"
-
-
-class BiLevelRoutingAttentionNchw(nn.Module):
-    """The authors' later form, on (B, C, H, W) maps: it differs where `regions` does not divide the map.
-
-    Regions are max(1, side // regions) tokens a side, so there can be more than `regions` of them. q, k and v are
-    padded right and bottom with zeros AFTER the projection: padded keys take part with logit 0 and value 0, means are
-    over real tokens, and the positional convolution sees the map as it is. On maps with fewer regions than topk all are
-    seen (the authors' code fails there).
-
-    Args: as of `BiLevelRoutingAttention`.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        regions: int = 7,
-        topk: int = 4,
-        *,
-        lepe_kernel: int = 5,
-        qkv_bias: bool = True,
-        scale: float | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        _check_layer("BiLevelRoutingAttentionNchw", dim, heads, regions, topk)
-        dd = {"device": device, "dtype": dtype}
-        self.heads = heads
-        self.regions = regions
-        self.topk = topk
-        self.scale = dim**-0.5 if scale is None else scale
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=qkv_bias, **dd)
-        self.lepe = lepe(dim, lepe_kernel, **dd)
-        self.proj = nn.Conv2d(dim, dim, 1, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        height, width = x.shape[2], x.shape[3]
-        region_size = [max(height // self.regions, 1), max(width // self.regions, 1)]
-        qkv = self.qkv(x)
-        q, k, v = qkv.permute(0, 2, 3, 1).chunk(3, dim=-1)
-        padded = [pad_to_windows(t, region_size) for t in (q, k, v)]
-        regions = (padded[0].shape[1] // region_size[0]) * (padded[0].shape[2] // region_size[1])
-        routes = torch.ops.foveate.bi_level_routes(q, k, region_size, min(self.topk, regions))
-        heads = [t.unflatten(-1, (self.heads, -1)) for t in padded]
-        out = torch.ops.foveate.routed_attention(
-            heads[0], heads[1], heads[2], routes, region_size, region_size, self.scale, "auto"
+        (q, k, v, routes), plan = ctx.saved_tensors, ctx.plan
+        dq, (dk, dv) = (
+            torch.empty_like(q, memory_format=torch.contiguous_format),
+            (k.new_zeros(x.shape) for x in (k, v)),
         )
-        out = out.flatten(3)[:, :height, :width].permute(0, 3, 1, 2)
-        if self.lepe is not None:
-            out = out + self.lepe(v.permute(0, 3, 1, 2))
-        return self.proj(out)
+        dq_by_region, grad_by_region = _by_region(dq, plan), _by_region(grad_out, plan)
+        for part in _parts(q, k, v, routes, plan):
+            queries, grad = part.queries(q, plan), grad_by_region[part.images, part.bands]
+            seen, image = part.routes(routes, dq_by_region.shape[1]), part.images
+            value = _add_gradients(queries, k[image], v[image], seen, grad, dk[image], dv[image], plan)
+            dq_by_region[part.images, part.bands] = _by_region(value, plan)
+        return dq, dk, dv, None, None
 
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}, regions={self.regions}, topk={self.topk}"
 
-
-def lepe(dim: int, kernel_size: int, **dd) -> nn.Conv2d | None:
-    """Local enhanced positional encoding (arXiv:2107.00652): a depthwise convolution that keeps the size; 0: none."""
-    if kernel_size == 0:
-        return None
-    if kernel_size < 0 or kernel_size % 2 == 0:
-        raise ValueError(f"lepe: kernel_size must be odd, or 0 for none, got {kernel_size}")
-    return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)
+def _add_gradients(q, k, v, routes, grad: Tensor, dk: Tensor, dv: Tensor, plan: RegionPlan) -> Tensor:
+    """Return dq; add to dk and dv, since several parts share the keys. `grad` as `_attend` returns its output."""
+    masked = masking_is_cheaper(q, k, routes, plan)
+    with torch.no_grad():
+        tokens = None if masked else _routed_tokens(k, routes, plan)
+        inputs = (q, k, v) if tokens is None else (q, _copies(k, tokens), _copies(v, tokens))
+    with torch.enable_grad(), no_autocast(q):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = _attend_masked(*leaves, routes, plan) if masked else _attend_copies(*leaves, plan)
+    dq, of_k, of_v = torch.autograd.grad(out, leaves, grad)
+    for total, value in ((dk, of_k), (dv, of_v)):
+        if tokens is None:
+            total += value
+        else:
+            _add_copies(total, value, tokens)
+    return dq

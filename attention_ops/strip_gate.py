@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._autocast import no_autocast
 from ._choice import Impl, choose
+from ._fused import why_no_kernel
 from .tiled_attention import accumulator
 
 OP = "strip_gate"
@@ -77,13 +79,18 @@ def _strip_gate(
 ) -> Tensor:
     _check(x, weight, norm_weight, norm_bias, norm_groups)
     run = choose(OP, impl, why_not_fused(x))
+    if run is Impl.FUSED:
+        from ..kernels.gates_strip import strip_gate_forward  # here, so that CPU users need no Triton
+
+        with no_autocast(x):  # the strips' convolution stays in float32
+            return strip_gate_forward(x, weight, norm_weight, norm_bias, norm_groups, eps)[0]
     body = strip_gate_reference if run is Impl.REFERENCE else strip_gate_tiled
     return body(x, weight, norm_weight, norm_bias, norm_groups, eps)
 
 
 def why_not_fused(x: Tensor) -> str | None:
     """Return the reason why no fused kernel can run on this tensor, or None."""
-    return "strip gates have no Triton kernel in this version"
+    return why_no_kernel(x)
 
 
 def _check(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int) -> None:
@@ -121,7 +128,12 @@ def strip_gate_reference(
 def strip_gate_tiled(
     x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float
 ) -> Tensor:
-    rows, cols = (_gate(x.mean(axis), weight, norm_weight, norm_bias, norm_groups, eps).to(x.dtype) for axis in (3, 2))
+    arguments = (weight, norm_weight, norm_bias, norm_groups, eps)
+    if x.stride(1) == 1:  # channels-last: sums and products of (B, H, W, C) run along the channels
+        x = x.permute(0, 2, 3, 1)
+        rows, cols = (_gate(x.mean(axis).mT, *arguments).mT.to(x.dtype).contiguous() for axis in (2, 1))
+        return (x * (rows[:, :, None] * cols[:, None])).permute(0, 3, 1, 2)
+    rows, cols = (_gate(x.mean(axis), *arguments).to(x.dtype) for axis in (3, 2))
     return x * (rows[:, :, :, None] * cols[:, :, None, :])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ._autocast import cast_for_autocast, no_autocast
 from ._checks import check_at_least, check_qkv, pair
 from ._choice import Impl, choose
+from ._fused import why_no_local_kernel
 from .tiled_attention import TilePlan, accumulator, tiled_attention
 from .tiling import WindowTiling, cover_with_windows, merge_windows, split_windows
 
@@ -77,17 +78,25 @@ def _window_attention(
     impl: str = "auto",
 ) -> Tensor:
     _check(q, k, v, bias, mask, window_size)
-    run = choose(OP, impl, why_not_fused(q))
+    run = choose(OP, impl, why_not_fused(q, k, v, mask, scale))
     q, k, v = cast_for_autocast(q, k, v)
-    body = window_attention_reference if run is Impl.REFERENCE else window_attention_tiled
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if run is Impl.FUSED:
+        from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
+
+        return local_attention(q, k, v, Pattern("block", tuple(window_size)), bias=bias, scale=scale)
+    body = window_attention_reference if run is Impl.REFERENCE else window_attention_tiled
     with no_autocast(q):
         return body(q, k, v, tuple(window_size), bias=bias, mask=mask, scale=scale)
 
 
-def why_not_fused(q: Tensor) -> str | None:
+def why_not_fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> str | None:
     """Return the reason why no fused kernel can run on these tensors, or None."""
-    return "window attention has no Triton kernel in this version"
+    if mask is not None:
+        return "the kernel takes no mask; use impl='tiled'"
+    return why_no_local_kernel(q, k, v, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, window_size: list[int]) -> None:

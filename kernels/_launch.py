@@ -1,6 +1,7 @@
 """What every launcher asks before it launches: can Triton run on this tensor, in this process?"""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -30,6 +31,26 @@ def why_no_triton(x: Tensor) -> str | None:
     if torch.cuda.is_available() and (found := _capability(x.device)) < LEAST_CAPABILITY:
         return f"the kernels need compute capability {_dots(LEAST_CAPABILITY)}, this GPU has {_dots(found)}"
     return _why_not_installed()
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device: make it that of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tensor cores multiply fp32: three TF32 products keep its digits, one where the user allows TF32."""
+    if dtype != torch.float32:
+        return "ieee"  # the only way of 16-bit types
+    return "tf32" if tf32_allowed() else "tf32x3"
+
+
+def tf32_allowed() -> bool:
+    """Say whether the user lets matmuls of fp32 round to TF32."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer, where the old name may not be read beside the new one
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
 
 
 @lru_cache

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from foveate.attention_ops import HaloAttention2d, halo_attention, window_attention
+from foveate.attention_ops import halo as halo_module
 
 
 def by_loop(q, k, v, block, halo, stride, rel_h, rel_w, scale):
@@ -134,3 +135,13 @@ def test_asking_for_fused_never_falls_back():
     q = torch.zeros(1, 4, 4, 2, 8)
     with pytest.raises(NotImplementedError, match="halo_attention: impl='fused' cannot run here: "):
         halo_attention(q, q, q, 4, 1, impl="fused")
+
+
+def test_inference_in_parts_of_images_and_heads_equals_the_whole(monkeypatch):
+    q, k, v = (torch.randn(3, 6, 9, 4, 8) for _ in range(3))
+    tables = {"rel_h": torch.randn(11, 8), "rel_w": torch.randn(15, 8)}
+    whole = halo_attention(q.requires_grad_(), k, v, (2, 4), (2, 2), **tables)
+    for logits in (1, 2000, 20_000):  # a head of an image, some heads, some images at a time
+        monkeypatch.setattr(halo_module, "CHUNK_LOGITS", logits)
+        with torch.no_grad():
+            torch.testing.assert_close(halo_attention(q, k, v, (2, 4), (2, 2), **tables), whole)

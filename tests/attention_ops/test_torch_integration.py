@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
@@ -12,13 +13,22 @@ from foveate.attention_ops import (
     LargeKernelAttention,
     NeighborhoodAttention2d,
     WindowAttention2d,
+    circle_attention,
     hilo_attention,
     neighborhood_attention,
     routed_attention,
     window_attention,
 )
 
+
+class Circle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        q, k, v = x.unflatten(-1, (1, 2, -1)).expand(-1, -1, -1, 3, -1, -1).unbind(3)
+        return torch.ops.foveate.circle_attention(q, k, v, 3, None, "auto").flatten(3)
+
+
 LAYERS = {
+    "circle": Circle,
     "neighborhood": lambda: NeighborhoodAttention2d(16, 2, 3, 2),
     "large kernel": lambda: LargeKernelAttention(16),
     "window": lambda: WindowAttention2d(16, 2, (3, 5)),
@@ -51,9 +61,22 @@ def packed(*size, parts=3, heads=2):
 
 CALLS = {  # op: arguments
     "neighborhood_attention": (*packed(1, 9, 8), torch.randn(2, 5, 5), [3, 3], [1, 2], [False, True], None, "auto"),
+    "circle_attention": (*packed(1, 9, 8), 3, None, "auto"),
     "window_attention": (*packed(1, 6, 8), None, None, [3, 4], None, "auto"),
     "routed_attention": (*packed(1, 6, 8), torch.arange(4).view(1, 4, 1), [3, 4], [3, 4], None, "auto"),
     "hilo_attention": (*packed(1, 6, 8), *packed(1, 6, 8, parts=1), *packed(1, 2, 3, parts=2), [3, 4], None, "auto"),
+    "channel_attention": (*packed(1, 6, 8), None, "auto"),
+    "halo_attention": (*packed(1, 6, 9), torch.randn(11, 4), torch.randn(15, 4), [2, 4], [2, 2], 1, None, "auto"),
+    "channel_gate": (torch.randn(2, 6, 5, 4, requires_grad=True), torch.randn(1, 1, 3), "auto"),
+    "strip_gate": (
+        torch.randn(2, 6, 5, 4, requires_grad=True),
+        torch.randn(6, 2, 3),
+        torch.randn(6),
+        torch.randn(6),
+        3,
+        1e-5,
+        "auto",
+    ),
     "bi_level_routes": (torch.randn(1, 6, 8, 2, 4), torch.randn(1, 6, 8, 2, 4), [3, 4], 2),
 }
 
@@ -86,7 +109,7 @@ def test_export_with_dynamic_batch(kind):
     torch.testing.assert_close(program.module()(other), module(other))
 
 
-@pytest.mark.parametrize("kind", ["neighborhood", "window"])
+@pytest.mark.parametrize("kind", ["neighborhood", "window", "circle"])
 def test_export_with_dynamic_size(kind):
     module = layer(kind).eval()
     sizes = {0: Dim("batch"), 1: Dim("height", min=6, max=512), 2: Dim("width", min=6, max=512)}
@@ -129,10 +152,11 @@ def test_autocast_casts_the_tiled_ops_themselves():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outs = [
             window_attention(q, k, v, (3, 4)),
+            circle_attention(q, k, v, 2),
             routed_attention(q, k, v, routes, region_size=(3, 4)),
             hilo_attention((q, k, v), (q, k, v), (3, 4)),
         ]
-    assert [out.dtype for out in outs] == [torch.bfloat16] * 3
+    assert [out.dtype for out in outs] == [torch.bfloat16] * 4
 
 
 @every_layer

@@ -1,0 +1,237 @@
+"""Efficient channel attention (Triton): a gate for every channel, from the means of the channels beside it.
+
+Paper      Wang et al. 2020, arXiv:1910.03151 (ECA-Net), figure 2.
+Tensors    x, out: (B, C, H, W) of any strides; weight: (1, 1, k). Sums over a map: (B, C) fp32.
+Grid       B * tiles of channels * chunks (sums) or tiles (gating) of pixels; every program makes its own gates.
+Numerics   sums and gates in fp32, sums in two stages of fixed order; one rounding on store.
+Memory     forward reads x twice and writes once; backward reads x once and grad twice, and writes once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import on_device
+
+LEAST_PROGRAMS = 512  # about four for each multiprocessor of an H100, so that few channels still fill it
+LEAST_CHUNK = 1024  # pixels that one program sums
+
+
+@triton.jit
+def _pixels(ptr, strides, image, c, p, WIDTH: tl.constexpr):
+    """Pointers [channels, pixels] into (B, C, H, W), WIDTH pixels a row; 1 where no pixel needs a division."""
+    if WIDTH == 1:
+        pixel = p * strides[2]
+    else:
+        pixel = p // WIDTH * strides[2] + p % WIDTH * strides[3]
+    return ptr + image.to(tl.int64) * strides[0] + ((c * strides[1])[:, None] + pixel[None, :])
+
+
+@triton.jit
+def sums_kernel(
+    x_ptr, y_ptr, out_ptr, x_strides, y_strides, channels, pixels, chunk, chunks,
+    X_WIDTH: tl.constexpr, Y_WIDTH: tl.constexpr, PRODUCT: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Sums of x, or of x * y where PRODUCT, over a chunk of the pixels."""
+    tiles = tl.cdiv(channels, BLOCK_C)
+    part, tile = tl.program_id(0) % chunks, tl.program_id(0) // chunks % tiles
+    image = tl.program_id(0) // (chunks * tiles)
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for start in range(part * chunk, tl.minimum((part + 1) * chunk, pixels), BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (c < channels)[:, None] & (p < pixels)[None, :]
+        x = tl.load(_pixels(x_ptr, x_strides, image, c, p, X_WIDTH), mask=mask, other=0.0).to(tl.float32)  # [C, P]
+        if PRODUCT:
+            x *= tl.load(_pixels(y_ptr, y_strides, image, c, p, Y_WIDTH), mask=mask, other=0.0).to(tl.float32)
+        acc += x
+    out_ptr += (image * chunks + part).to(tl.int64) * channels
+    tl.store(out_ptr + c, tl.sum(acc, 1), mask=c < channels)
+
+
+@triton.jit
+def _beside(ptr, image, c, channels):
+    """Values (B, C) of channels c, zero outside the map's channels."""
+    return tl.load(ptr + image * channels + c, mask=(c >= 0) & (c < channels), other=0.0)
+
+
+@triton.jit
+def _gates(sums_ptr, weight_ptr, image, c, channels, pixels, K: tl.constexpr):
+    """Gates of channels c: a convolution over means, and a sigmoid."""
+    z = tl.zeros(c.shape, tl.float32)
+    for tap in tl.static_range(K):
+        weight = tl.load(weight_ptr + tap).to(tl.float32)
+        z += weight * _beside(sums_ptr, image, c + (tap - K // 2), channels)
+    return tl.sigmoid(z / pixels)
+
+
+@triton.jit
+def gate_kernel(
+    x_ptr, sums_ptr, weight_ptr, dz_ptr, out_ptr, x_strides, out_strides, channels, pixels,
+    X_WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, K: tl.constexpr, BACK: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """out = x * gate. Where BACK, x is the gradient of that, and what the means pass on is added."""
+    tiles = tl.cdiv(channels, BLOCK_C)
+    parts = tl.cdiv(pixels, BLOCK_P)
+    part, tile = tl.program_id(0) % parts, tl.program_id(0) // parts % tiles
+    image = tl.program_id(0) // (parts * tiles)
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = part * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = (c < channels)[:, None] & (p < pixels)[None, :]
+    x = tl.load(_pixels(x_ptr, x_strides, image, c, p, X_WIDTH), mask=mask, other=0.0).to(tl.float32)  # [C, P]
+    out = x * _gates(sums_ptr, weight_ptr, image, c, channels, pixels, K)[:, None]
+    if BACK:
+        dmean = tl.zeros((BLOCK_C,), tl.float32)
+        for tap in tl.static_range(K):
+            weight = tl.load(weight_ptr + tap).to(tl.float32)
+            dmean += weight * _beside(dz_ptr, image, c - (tap - K // 2), channels)
+        out += (dmean / pixels)[:, None]
+    tl.store(_pixels(out_ptr, out_strides, image, c, p, OUT_WIDTH), out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def logits_grad_kernel(
+    sums_ptr, products_ptr, weight_ptr, dz_ptr, dweight_ptr, channels, pixels,
+    K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the gates' logits (B, C), and of the weight from one tile of channels of one image."""
+    tiles = tl.cdiv(channels, BLOCK_C)
+    image = tl.program_id(0) // tiles
+    c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    gate = _gates(sums_ptr, weight_ptr, image, c, channels, pixels, K)
+    dz = _beside(products_ptr, image, c, channels) * gate * (1 - gate)  # zero past the channels
+    tl.store(dz_ptr + image * channels + c, dz, mask=c < channels)
+    for tap in tl.static_range(K):
+        mean = _beside(sums_ptr, image, c + (tap - K // 2), channels) / pixels
+        tl.store(dweight_ptr + tl.program_id(0) * K + tap, tl.sum(dz * mean, 0))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a map is cut: channels and pixels of a tile, and the pixels that one program sums."""
+
+    channels: int
+    pixels: int
+    chunk: int
+    chunks: int
+
+
+def gate_tiles(batch: int, channels: int, pixels: int, channels_last: bool) -> Tiles:
+    """Tiles of 4096 values, long in the direction in which memory runs."""
+    if channels_last:
+        block_c = min(triton.next_power_of_2(channels), 128)
+        block_p = min(triton.next_power_of_2(pixels), 4096 // block_c)
+    else:
+        block_p = min(triton.next_power_of_2(pixels), 1024)
+        block_c = min(triton.next_power_of_2(channels), 4096 // block_p)
+    wanted = max(1, min(LEAST_PROGRAMS // (batch * triton.cdiv(channels, block_c)), pixels // LEAST_CHUNK))
+    chunk = triton.cdiv(pixels, wanted * block_p) * block_p
+    return Tiles(block_c, block_p, chunk, triton.cdiv(pixels, chunk))
+
+
+def pixels_a_row(x: Tensor) -> int:
+    """1 where pixels lie at one step from first to last, so that none needs a division; else the map's width."""
+    return 1 if x.stride(2) == x.shape[3] * x.stride(3) else x.shape[3]
+
+
+def map_strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of (B, C, H, W), or of (B, C, H * W, 1) where that is a view."""
+    return x.stride() if pixels_a_row(x) > 1 else (x.stride(0), x.stride(1), x.stride(3), 0)
+
+
+def tiles_of(x: Tensor) -> Tiles:
+    batch, channels, height, width = x.shape
+    return gate_tiles(batch, channels, height * width, x.stride(1) == 1)
+
+
+def launch_sums(x: Tensor, y: Tensor | None, tiles: Tiles) -> Tensor:
+    """Sums of x, or of x * y, over all pixels: (B, C) fp32."""
+    batch, channels, height, width = x.shape
+    parts = x.new_empty(batch, tiles.chunks, channels, dtype=torch.float32)
+    other = x if y is None else y
+    sums_kernel[(batch * triton.cdiv(channels, tiles.channels) * tiles.chunks,)](
+        x, other, parts, map_strides(x), map_strides(other), channels, height * width, tiles.chunk, tiles.chunks,
+        X_WIDTH=pixels_a_row(x), Y_WIDTH=pixels_a_row(other), PRODUCT=y is not None,
+        BLOCK_C=tiles.channels, BLOCK_P=tiles.pixels, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return parts.sum(1)
+
+
+def launch_gate(x: Tensor, sums: Tensor, weight: Tensor, dz: Tensor | None, out: Tensor, tiles: Tiles) -> None:
+    batch, channels, height, width = x.shape
+    programs = batch * triton.cdiv(channels, tiles.channels) * triton.cdiv(height * width, tiles.pixels)
+    gate_kernel[(programs,)](
+        x, sums, weight, sums if dz is None else dz, out, map_strides(x), map_strides(out),
+        channels, height * width,
+        X_WIDTH=pixels_a_row(x), OUT_WIDTH=pixels_a_row(out), K=weight.shape[-1], BACK=dz is not None,
+        BLOCK_C=tiles.channels, BLOCK_P=tiles.pixels, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def launch_logits_grad(x: Tensor, sums: Tensor, products: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the gates' logits (B, C), and of the weight, both fp32."""
+    batch, channels, height, width = x.shape
+    block = min(triton.next_power_of_2(channels), 1024)
+    programs = batch * triton.cdiv(channels, block)
+    dz, dweight = sums.new_empty(batch, channels), sums.new_empty(programs, weight.shape[-1])
+    logits_grad_kernel[(programs,)](
+        sums, products, weight, dz, dweight, channels, height * width,
+        K=weight.shape[-1], BLOCK_C=block, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return dz, dweight.sum(0).view(weight.shape)
+
+
+@torch.library.custom_op("foveate::channel_gate_forward", mutates_args=())
+def channel_gate_forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gated map, laid out as x where that is dense, and its sums over pixels (B, C) fp32."""
+    if not x.numel():
+        return _empty_results(x)
+    out = torch.empty_like(x)
+    tiles = tiles_of(x)
+    with on_device(x):
+        sums = launch_sums(x, None, tiles)
+        launch_gate(x, sums, weight.contiguous(), None, out, tiles)
+    return out, sums
+
+
+@channel_gate_forward.register_fake
+def _(x, weight):
+    return _empty_results(x)
+
+
+def _empty_results(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("foveate::channel_gate_backward", mutates_args=())
+def channel_gate_backward(x: Tensor, weight: Tensor, sums: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x, laid out as x where that is dense, and of the weight."""
+    dx, weight = torch.empty_like(x), weight.contiguous()
+    if not x.numel():
+        return dx, torch.zeros_like(weight)
+    tiles = tiles_of(x)
+    with on_device(x):
+        dz, dweight = launch_logits_grad(x, sums, launch_sums(x, grad, tiles), weight)
+        launch_gate(grad, sums, weight, dz, dx, tiles)
+    return dx, dweight.to(weight.dtype)
+
+
+@channel_gate_backward.register_fake
+def _(x, weight, sums, grad):
+    return torch.empty_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx, grad, _):
+    return channel_gate_backward(*ctx.saved_tensors, grad)
+
+
+channel_gate_forward.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,54 @@
+"""Routed, HiLo and channel attention and the gates under export for a GPU that is not there: one kernel's node each."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+
+from foveate.attention_ops import (
+    BiLevelRoutingAttention,
+    BiLevelRoutingAttentionNchw,
+    ChannelAttention,
+    EfficientChannelAttention,
+    EfficientLocalAttention,
+    HiLoAttention,
+)
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch body
+    "routed": (lambda: BiLevelRoutingAttention(32, 2, 3, 2), "routed_attention_forward", "softmax"),
+    "routed nchw": (lambda: BiLevelRoutingAttentionNchw(32, 2, 3, 2), "routed_attention_forward", "softmax"),
+    "hilo": (lambda: HiLoAttention(32, 4, 2, 0.5), "local_attention_forward", "_softmax"),
+    "channel": (lambda: ChannelAttention(32, 2), "channel_attention_forward", "softmax"),
+    "channel gate": (lambda: EfficientChannelAttention(32), "channel_gate_forward", "sigmoid"),
+    "strip gate": (lambda: EfficientLocalAttention(32), "strip_gate_forward", "sigmoid"),
+}
+
+
+def exported_targets(layer, x, dynamic_shapes=None):
+    program = torch.export.export(layer, (x,), dynamic_shapes=dynamic_shapes).run_decompositions()
+    return [str(node.target) for node in program.graph.nodes]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic batch"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_export_for_cuda_shows_the_fused_node(kind, dynamic):
+    make, op, left = LAYERS[kind]
+    with FakeTensorMode(), torch.device("cuda"):
+        layer: nn.Module = make().eval()
+        x = torch.empty(2, 12, 18, 32)
+        x = x.permute(0, 3, 1, 2) if kind in ("routed nchw", "channel gate", "strip gate") else x
+        shapes = ({0: Dim("batch", min=2, max=512)},) if dynamic else None
+        targets = exported_targets(layer, x, shapes)
+    assert targets.count(f"foveate.{op}.default") == 1
+    assert kind == "hilo" or not any(left in target for target in targets)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_export_for_a_cpu_shows_plain_torch(kind):
+    make, op, _ = LAYERS[kind]
+    x = torch.randn(2, 12, 18, 32)
+    x = x.permute(0, 3, 1, 2) if kind in ("routed nchw", "channel gate", "strip gate") else x
+    assert not any(op in target for target in exported_targets(make().eval(), x))

@@ -1,0 +1,177 @@
+"""Local attention's kernels as machine code for sm_80 and sm_90: registers, memory, instructions of the main loop."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from foveate.kernels import local
+from foveate.kernels.halo_logits import halo_logits, halo_logits_backward, places
+from foveate.kernels.local_plan import Pattern
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call at the shape of a published model; `table` gives it a bias or relative logits."""
+
+    pattern: Pattern
+    size: tuple[int, int]
+    heads: int
+    table: bool
+
+
+CASES = {
+    "neighborhood": Case(Pattern("neighborhood", (7, 7)), (56, 56), 2, False),
+    "neighborhood, bias": Case(Pattern("neighborhood", (7, 7)), (56, 56), 2, True),
+    "window, bias": Case(Pattern("block", (7, 7)), (56, 56), 3, True),
+    "halo": Case(Pattern("block", (8, 8), (3, 3)), (64, 64), 4, False),
+    "halo, relative": Case(Pattern("block", (8, 8), (3, 3)), (64, 64), 4, True),
+    "circle": Case(Pattern("circle", (8, 8), (7, 7)), (64, 64), 4, False),
+}
+KERNELS = ("forward", "dq", "dkv", "dbias")
+
+
+class Call:
+    """One call on meta tensors: inputs, results, and the launch of each of its kernels."""
+
+    def __init__(self, case: Case, dim: int, dtype: torch.dtype) -> None:
+        self.case, pattern = case, case.pattern
+        self.halo = case.table and pattern.reach != (0, 0)
+        packed = torch.empty(128, *case.size, 3, case.heads, dim, dtype=dtype, device="meta")
+        self.q, self.k, self.v = packed.unbind(3)
+        self.bias = self.rel = None
+        if self.halo:
+            windows = [k + 2 * r for k, r in zip(pattern.keys, pattern.reach, strict=True)]
+            self.tables = tuple(torch.empty(2 * w - 1, dim, device="meta") for w in windows)
+            self.rel = self.q.new_empty(*self.q.shape[:4], 2 * places(tuple(windows)))
+        elif case.table:
+            rows, cols = pattern.keys
+            cells = (rows * cols) ** 2 if pattern.kind == "block" else (2 * rows - 1) * (2 * cols - 1)
+            self.bias = torch.empty(case.heads, cells, device="meta")
+        tables = (self.bias is not None, self.rel is not None)
+        self.launch = local.Launch(self.q, self.k, self.v, pattern, dim**-0.5, *tables)
+        self.out, self.lse = local.empty_results(self.q, self.v)
+
+    def run(self, kernel: str) -> None:
+        q, k, v, out, lse = self.q, self.k, self.v, self.out, self.lse
+        tables = (self.bias, self.rel)
+        if kernel == "forward":
+            local.launch_forward(self.launch, q, k, v, *tables, out, lse)
+        elif kernel == "dq":
+            local.launch_dq(self.launch, q, k, v, *tables, out, out, lse, out, self.rel, lse)
+        elif kernel == "dkv":
+            local.launch_dkv(self.launch, q, k, v, *tables, out, lse, lse, out, out)
+        else:
+            local.launch_dbias(self.launch, q, k, v, self.bias, out, lse, lse)
+
+
+# Machine instructions a computed logit in the main loop, over all threads, bf16: a little more than triton 3.9 gives,
+# as ((sm_80, sm_90) at head_dim 32, (sm_80, sm_90) at head_dim 64).
+BOUNDS = {
+    ("neighborhood", "forward"): ((13, 12), (16, 14)),
+    ("neighborhood", "dq"): ((12, 11), (17, 13)),
+    ("neighborhood", "dkv"): ((15, 14), (21, 15)),
+    ("neighborhood, bias", "forward"): ((15, 15), (19, 17)),
+    ("neighborhood, bias", "dq"): ((14, 14), (19, 18)),
+    ("neighborhood, bias", "dkv"): ((17, 16), (26, 23)),
+    ("neighborhood, bias", "dbias"): ((20, 24), (26, 29)),
+    ("window, bias", "forward"): ((15, 15), (20, 17)),
+    ("window, bias", "dq"): ((14, 14), (19, 19)),
+    ("window, bias", "dkv"): ((17, 16), (26, 23)),
+    ("window, bias", "dbias"): ((20, 25), (26, 29)),
+    ("halo", "forward"): ((13, 12), (16, 14)),
+    ("halo", "dq"): ((12, 11), (17, 13)),
+    ("halo", "dkv"): ((15, 13), (21, 15)),
+    ("halo, relative", "forward"): ((15, 14), (19, 17)),
+    ("halo, relative", "dq"): ((15, 14), (21, 21)),
+    ("halo, relative", "dkv"): ((18, 17), (30, 28)),
+    ("circle", "forward"): ((18, 19), (21, 19)),
+    ("circle", "dq"): ((18, 16), (23, 18)),
+    ("circle", "dkv"): ((26, 24), (30, 24)),
+}
+# Words kept on the stack around the loop, none of them touched inside it: (case, kernel, head_dim) on sm_80, in bytes.
+AROUND_THE_LOOP = {
+    ("halo, relative", "dkv", 32): 8,
+    ("neighborhood, bias", "dkv", 64): 24,
+    ("window, bias", "dkv", 64): 24,
+}
+FIRST = [key for key in BOUNDS if key[0] in ("neighborhood, bias", "halo, relative")]
+REST = [key for key in BOUNDS if key not in FIRST]
+
+
+def check_loop(compile_for, shared_limit_bytes, name, kernel, capability, dim) -> None:
+    call = Call(CASES[name], dim, torch.bfloat16)
+    found = compile_for(capability, call.run, kernel)[-1]
+    plan = call.launch.plan(kernel)
+    logits = plan.owners * plan.walked
+    per_logit = found.loop_instructions_per(logits)
+    what = (found.name, found.registers, found.stack_bytes, found.shared_bytes, per_logit)
+    assert found.loop_spills() == [], what
+    assert found.stack_bytes <= (AROUND_THE_LOOP.get((name, kernel, dim), 0) if capability == 80 else 0), what
+    assert found.shared_bytes <= shared_limit_bytes[capability] // 2, what  # two blocks on a multiprocessor
+    assert found.count(r"cp\.async") > 0 and found.warps == 4, what
+    assert (found.count(r"wgmma\.mma_async") > 0) == (capability == 90), what
+    exponentials = sum(op.startswith("MUFU.EX2") for op in found.loops[0])
+    rows = 2 if kernel == "forward" else 0  # a thread holds pieces of two rows; each is rescaled once
+    assert exponentials == logits // (32 * found.warps) + rows, what
+    assert per_logit <= BOUNDS[name, kernel][dim // 64][capability // 90], what
+
+
+@pytest.mark.parametrize("dim", [32, 64])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("name", "kernel"), FIRST)
+def test_the_loop_is_short_and_does_not_spill(compile_for, shared_limit_bytes, name, kernel, capability, dim):
+    check_loop(compile_for, shared_limit_bytes, name, kernel, capability, dim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [32, 64])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("name", "kernel"), REST)
+def test_the_other_loops_too(compile_for, shared_limit_bytes, name, kernel, capability, dim):
+    check_loop(compile_for, shared_limit_bytes, name, kernel, capability, dim)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkv", "dbias"])
+def test_other_dtypes_compile_within_shared_memory(compile_for, shared_limit_bytes, kernel, dtype, capability):
+    call = Call(CASES["neighborhood, bias"], 32, dtype)
+    found = compile_for(capability, call.run, kernel)[-1]
+    assert found.shared_bytes <= shared_limit_bytes[capability]
+    if dtype == torch.float16:
+        assert found.stack_bytes == 0 and (found.count(r"wgmma\.mma_async") > 0) == (capability == 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkv", "dbias"])
+@pytest.mark.parametrize("dim", [16, 24, 128])
+def test_other_head_dims_compile_within_shared_memory(compile_for, shared_limit_bytes, dim, kernel, capability):
+    found = compile_for(capability, Call(CASES["neighborhood, bias"], dim, torch.bfloat16).run, kernel)[-1]
+    assert found.shared_bytes <= shared_limit_bytes[capability]
+    assert dim % 16 != 0 or found.loop_spills() == []  # other head_dims are loaded number by number
+
+
+@pytest.mark.parametrize(("wanted", "tensor_cores"), [("high", True), ("highest", False)])
+def test_tf32_is_used_where_the_user_allows_it(compile_for, wanted, tensor_cores):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wanted)
+    found = compile_for(80, Call(CASES["neighborhood"], 32, torch.float32).run, "forward")[-1]
+    torch.set_float32_matmul_precision(before)
+    assert (found.count(r"mma\.sync\S*tf32") > 0) == tensor_cores
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_of_relative_logits_neither_spill_nor_leave_tensor_cores(compile_for, capability):
+    call = Call(CASES["halo, relative"], 32, torch.bfloat16)
+    per = call.case.pattern.keys
+
+    def launch():
+        halo_logits(call.q, call.tables, per, 1.0, "ieee")
+        halo_logits_backward(call.q, call.tables, call.rel, call.out, per, 1.0, "ieee")
+
+    found = {kernel.name: kernel for kernel in compile_for(capability, launch)}
+    assert set(found) == {"halo_logits_kernel", "halo_dq_kernel", "halo_table_kernel"}
+    for kernel in found.values():
+        assert kernel.stack_bytes == 0 and kernel.count(r"wgmma\.mma_async|mma\.sync") > 0

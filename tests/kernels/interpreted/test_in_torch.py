@@ -1,0 +1,90 @@
+"""The kernels' ops under torch's own machinery, run by Triton's interpreter: opcheck, compile, and the layers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+from foveate.attention_ops import (
+    BiLevelRoutingAttention,
+    ChannelAttention,
+    EfficientChannelAttention,
+    EfficientLocalAttention,
+    HiLoAttention,
+)
+from foveate.kernels import channel, gates_channel, gates_strip, routed  # noqa: F401  registers the ops
+
+OPS = torch.ops.foveate
+
+
+def leaf(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def packed(*size):
+    return leaf(*size, 3, 1, 8).unbind(-3)
+
+
+ROUTES = torch.tensor([[[1], [1], [0], [1]]])
+CALLS = {
+    "routed_attention_forward": (*packed(1, 4, 6), ROUTES, [2, 2], [2, 3], [2, 3], 0.3),
+    "channel_attention_forward": (*packed(1, 4, 6), 0.3),
+    "channel_gate_forward": (leaf(2, 4, 5, 3), leaf(1, 1, 3)),
+    "strip_gate_forward": (leaf(2, 4, 5, 3), leaf(4, 2, 3), leaf(4), leaf(4), 2, 1e-5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning")
+@pytest.mark.parametrize("op", CALLS)
+def test_opcheck(op):
+    results = torch.library.opcheck(getattr(OPS, op).default, CALLS[op])
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+LAYERS = {
+    "routed": lambda: BiLevelRoutingAttention(16, 2, 2, 2),
+    "hilo": lambda: HiLoAttention(16, 2, 2, 0.5),
+    "channel": lambda: ChannelAttention(16, 2),
+    "channel gate": lambda: EfficientChannelAttention(16),
+    "strip gate": lambda: EfficientLocalAttention(16),
+}
+NODES = {"routed": "routed_attention", "hilo": "local_attention", "channel": "channel_attention"}
+
+
+def results(layer, x, run):
+    out = run(x)
+    return [out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compile_in_one_graph_with_gradients(kind):
+    torch.manual_seed(0)
+    layer = LAYERS[kind]()
+    x = torch.randn(1, 16, 4, 6) if "gate" in kind else torch.randn(1, 4, 6, 16)
+    x.requires_grad_()
+    nodes = []
+
+    def note(graph, _):
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=note, bw_compiler=note))
+    for ours, eager in zip(results(layer, x, compiled), results(layer, x, layer), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+    op = NODES.get(kind, kind.replace(" ", "_"))
+    assert [f"foveate.{op}_{way}.default" in nodes for way in ("forward", "backward")] == [True, True]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_equal_their_double_selves_which_no_kernel_runs(kind):
+    torch.manual_seed(0)
+    layer, x = LAYERS[kind](), torch.randn(1, 16, 5, 7)
+    x = F.pad(x, (0, 1, 0, 1)) if "gate" in kind else x.permute(0, 2, 3, 1)
+    x.requires_grad_()
+    single = results(layer, x, layer)
+    layer = layer.double()
+    double = results(layer, x.detach().double().requires_grad_(), layer)
+    for ours, truth in zip(single, double, strict=True):
+        assert (ours - truth).abs().max() <= 1e-5 * max(truth.abs().max(), 1)

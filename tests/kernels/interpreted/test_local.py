@@ -1,0 +1,362 @@
+"""Local attention's kernels in the interpreter: every pattern and gradient against the definition in float64."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from foveate.attention_ops import (
+    HaloAttention2d,
+    NeighborhoodAttention2d,
+    WindowAttention2d,
+    circle,
+    circle_attention,
+    halo,
+    halo_attention,
+    neighborhood,
+    neighborhood_attention,
+    window,
+    window_attention,
+)
+from foveate.kernels import local
+
+OPS = {
+    "neighborhood": neighborhood_attention,
+    "window": window_attention,
+    "circle": circle_attention,
+    "halo": halo_attention,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op on a map of `size`; `table` asks for a bias or relative logits."""
+
+    op: str
+    size: tuple[int, int]
+    arguments: dict = field(hash=False)
+    table: bool = False
+    heads: int = 1
+    dim: int = 16
+    value_dim: int = 16
+
+    def __str__(self) -> str:
+        words = "-".join(str(value).replace(" ", "") for value in self.arguments.values())
+        return f"{self.op}-{self.size[0]}x{self.size[1]}-{words}{'-table' if self.table else ''}-d{self.dim}"
+
+    def inputs(self, dtype: torch.dtype = torch.float32, batch: int = 1) -> list[Tensor]:
+        """Packed qkv, or q and packed kv for halos; then tables."""
+        torch.manual_seed(0)
+        a, d = self.arguments, self.dim
+        packed, tables = [torch.randn(batch, *self.size, 3, self.heads, d)], []
+        if self.op == "neighborhood" and self.table:
+            tables = [torch.randn(self.heads, *(2 * k - 1 for k in a["kernel_size"]))]
+        if self.op == "window" and self.table:
+            tokens = a["window_size"][0] * a["window_size"][1]
+            tables = [torch.randn(self.heads, tokens, tokens)]
+        if self.op == "halo":
+            queries = [-(-n // a.get("stride", 1)) for n in self.size]
+            packed = [torch.randn(batch, *queries, self.heads, d)]
+            packed += [torch.randn(batch, *self.size, self.heads, d + self.value_dim)]
+            if self.table:
+                windows = [b + 2 * h for b, h in zip(a["block_size"], a["halo"], strict=True)]
+                tables = [torch.randn(2 * w - 1, d) * d**-0.5 for w in windows]
+        return [x.to(dtype) for x in packed + tables]
+
+    def call(self, inputs: list[Tensor], impl: str) -> Tensor:
+        arguments = dict(self.arguments)
+        if self.op == "halo":
+            qkv, tables = (inputs[0], inputs[1][..., : self.dim], inputs[1][..., self.dim :]), inputs[2:]
+            arguments |= dict(zip(("rel_h", "rel_w"), tables, strict=False))
+        else:
+            qkv, tables = inputs[0].unbind(3), inputs[1:]
+            if tables:
+                arguments["rpb" if self.op == "neighborhood" else "bias"] = tables[0]
+        return OPS[self.op](*qkv, **arguments, impl=impl)
+
+
+def na(size, kernel, dilation=(1, 1), causal=(False, False), **more) -> Case:
+    arguments = {"kernel_size": kernel, "dilation": dilation, "is_causal": causal}
+    return Case("neighborhood", size, arguments, **more)
+
+
+def halos(size, block, reach, stride=1, **more) -> Case:
+    return Case("halo", size, {"block_size": block, "halo": reach, "stride": stride}, **more)
+
+
+# Rectangles that cross tiles of 8; kernels odd, even, and as large as the map; dilations that do not divide the map.
+CASES = [
+    na((7, 7), (7, 7), heads=2),
+    na((14, 9), (3, 5), table=True, heads=2),
+    na((30, 8), (5, 2), (3, 2), table=True),
+    na((11, 19), (7, 7), table=True),
+    na((11, 19), (4, 6), (2, 3), (True, False), table=True),
+    na((9, 10), (3, 4), (1, 1), (False, True)),
+    na((13, 14), (13, 9), table=True),
+    na((9, 8), (3, 3), dim=20),
+    Case("window", (14, 21), {"window_size": (7, 7)}, table=True),
+    Case("window", (12, 20), {"window_size": (4, 4)}, table=True, heads=2),
+    Case("window", (6, 10), {"window_size": (2, 2)}),
+    Case("window", (9, 10), {"window_size": (3, 5)}, table=True),
+    Case("window", (24, 12), {"window_size": (12, 12)}, table=True),
+    Case("circle", (11, 19), {"radius": 4}, heads=2),
+    Case("circle", (7, 7), {"radius": 9}),
+    Case("circle", (14, 9), {"radius": 1}),
+    halos((16, 24), (8, 8), (3, 3), table=True),
+    halos((16, 24), (8, 8), (3, 3), 2, table=True, value_dim=24),
+    halos((14, 21), (7, 7), (2, 3)),
+    halos((10, 13), (4, 6), (1, 2), 2, table=True, heads=2),
+    halos((7, 13), (4, 4), (5, 0), table=True),
+    halos((2, 3), (4, 5), (1, 1), table=True),
+]
+SOME = [CASES[i] for i in (3, 4, 8, 13, 17)]  # one of each pattern, with what it can have
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+some_cases = pytest.mark.parametrize("case", SOME, ids=str)
+
+
+def results(case: Case, inputs: list[Tensor], impl: str) -> list[Tensor]:
+    """The output, and the gradients of all inputs under one probe."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = case.call(leaves, impl)
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return [out.detach(), *torch.autograd.grad(out, leaves, probe.to(out.dtype))]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [float((f.double() - e).abs().max() / e.abs().max()) for f, e in zip(found, exact, strict=True)]
+
+
+@pytest.fixture
+def fused_calls(monkeypatch) -> list[str]:
+    """The kinds of pattern that reached the kernels."""
+    calls, plain = [], local.launch_forward
+    monkeypatch.setattr(local, "launch_forward", lambda one, *a: (calls.append(one.pattern.kind), plain(one, *a))[1])
+    return calls
+
+
+@every_case
+def test_it_is_the_definition_with_every_gradient(case):
+    inputs = case.inputs()
+    exact = results(case, [x.double() for x in inputs], "reference")
+    assert max(errors(results(case, inputs, "fused"), exact)) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)], ids=str)
+@some_cases
+def test_low_precision_is_as_good_as_plain_torch(case, dtype, tolerance, monkeypatch):
+    inputs = case.inputs(dtype)
+    exact = results(case, [x.double() for x in inputs], "reference")
+    fused = errors(results(case, inputs, "fused"), exact)
+    for module in (neighborhood, window, circle, halo):  # the definition with every step in `dtype`: plain torch
+        monkeypatch.setattr(module, "accumulator", lambda dtype: dtype)
+    plain = errors(results(case, inputs, "reference"), exact)
+    assert fused[0] < tolerance
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert ours <= 2 * theirs + torch.finfo(dtype).eps
+
+
+@some_cases
+def test_nothing_is_read_or_written_outside_the_tensors(case, fenced, monkeypatch):
+    """NaN around the inputs would reach the results; what the kernels write lies between fences of NaN."""
+    inputs = case.inputs(batch=2)
+    expected = results(case, inputs, "tiled")
+    inputs = [fenced(x) for x in inputs]
+    made = []
+
+    def fenced_empty(self, *shape, **options):
+        out = plain_empty(self, *shape, **options)
+        if out.is_floating_point() and out.numel() > 0:
+            made.append(out := fenced(out))
+        return out
+
+    plain_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", fenced_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: fenced_empty(x, x.shape))
+    found = results(case, inputs, "fused")
+    assert len(made) >= 6  # out, lse, delta, dq, dk, dv, and what the case's tables need
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["plain", "table"])
+@pytest.mark.parametrize("kind", ["neighborhood", "block"])
+def test_opcheck(kind, table):
+    q, k, v = torch.randn(1, 4, 6, 3, 1, 16, requires_grad=True).unbind(3)
+    halo = kind == "block"
+    bias = torch.randn(1, 3, 3, requires_grad=True) if table and not halo else None
+    rel_h, rel_w = torch.randn(2, 7, 16, requires_grad=True) if table and halo else (None, None)
+    pattern = (kind, (2, 2), (1, 1) if halo else (0, 0), 1, (1, 1), (False, False))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    found = torch.library.opcheck(
+        local._forward, (q, k, v, bias, rel_h, rel_w, *pattern, 0.25), test_utils=checks, rtol=1e-4, atol=1e-4
+    )
+    assert found == dict.fromkeys(checks, "SUCCESS")
+
+
+def test_compile_in_one_graph_with_gradients(fused_calls):
+    torch.manual_seed(0)
+    layer = NeighborhoodAttention2d(32, 2, 3, 2)
+    x = torch.randn(1, 7, 9, 32)
+    expected = layer(x)
+    grads = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    torch._dynamo.reset()
+    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), list(layer.parameters())), grads)
+    assert fused_calls == ["neighborhood"] * 2
+
+
+def test_autocast_runs_the_kernel_in_its_dtype(fused_calls):
+    layer = NeighborhoodAttention2d(32, 2, 3)
+    x = torch.randn(1, 5, 6, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+        out.float().square().sum().backward()
+    assert fused_calls == ["neighborhood"] and out.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+    torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.01)
+
+
+def test_activation_checkpointing_changes_nothing():
+    layer = NeighborhoodAttention2d(32, 2, 3)
+    x = torch.randn(1, 5, 6, 32)
+    plain = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(plain, again, rtol=0, atol=0)
+
+
+def test_two_runs_give_the_same_bits():
+    case = CASES[3]
+    for first, second in zip(*(results(case, case.inputs(batch=2), "fused") for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_only_the_bias_may_ask_for_a_gradient():
+    packed, table = CASES[3].inputs()
+    grads = []
+    for impl in ("fused", "tiled"):
+        leaf = table.clone().requires_grad_()
+        CASES[3].call([packed, leaf], impl).square().sum().backward()
+        grads.append(leaf.grad)
+    assert packed.grad is None
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_of_one_expanded_number_is_taken():
+    packed = CASES[0].inputs()[0].requires_grad_()
+    fused, tiled = (torch.autograd.grad(CASES[0].call([packed], i).sum(), packed)[0] for i in ("fused", "tiled"))
+    torch.testing.assert_close(fused, tiled, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_dim_apart_in_memory_is_copied():
+    q, k, v = torch.randn(3, 1, 2, 16, 9, 8).permute(0, 1, 4, 5, 2, 3).unbind(0)
+    assert q.stride(-1) != 1
+    torch.testing.assert_close(neighborhood_attention(q, k, v, 3, impl="fused"), neighborhood_attention(q, k, v, 3))
+    x = q.detach().requires_grad_()
+    fused, tiled = (
+        torch.autograd.grad(neighborhood_attention(x, k, v, 3, impl=impl).square().sum(), x)[0]
+        for impl in ("fused", "tiled")
+    )
+    torch.testing.assert_close(fused, tiled, rtol=1e-4, atol=1e-5)
+
+
+@some_cases
+def test_an_empty_batch_gives_empty_results_and_no_gradient(case):
+    out, *grads = results(case, case.inputs(batch=0), "fused")
+    assert out.numel() == 0 and all(not g.any() for g in grads)
+
+
+def test_there_is_no_double_backward():
+    x = torch.randn(1, 7, 7, 1, 16, requires_grad=True)
+    (grad,) = torch.autograd.grad(neighborhood_attention(x, x, x, 3, impl="fused").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": torch.float64}, "the kernels take float32, float16, bfloat16, got torch.float64"),
+        ({"dim": 130}, "a head_dim of at most 128, got 130"),
+        ({"scale": -1.0}, r"a scale above 0, got -1\.0"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused_with_the_reason(changes, words):
+    q = torch.zeros(1, 7, 7, 1, changes.pop("dim", 16), dtype=changes.pop("dtype", torch.float32))
+    with pytest.raises(NotImplementedError, match=f"neighborhood_attention: impl='fused' cannot run here: .*{words}"):
+        neighborhood_attention(q, q, q, 3, impl="fused", **changes)
+
+
+def test_a_mask_of_windows_is_refused_with_the_reason_and_auto_takes_tiles():
+    q = torch.randn(1, 4, 6, 1, 16)
+    mask = torch.ones(4, 6, 6, dtype=torch.bool).tril()
+    with pytest.raises(NotImplementedError, match="takes no mask"):
+        window_attention(q, q, q, (2, 3), mask=mask, impl="fused")
+    tiled = window_attention(q, q, q, (2, 3), mask=mask, impl="tiled")
+    assert torch.equal(window_attention(q, q, q, (2, 3), mask=mask), tiled)
+
+
+def test_the_official_operator_is_met(det, golden, relative_error):
+    cases, arrays = golden("module__na2d")
+    names = ("h7w7_k3_d2_rpb", "h7w7_k7_d1_norpb", "h14w14_k7_d2_rpb", "h11w19_k5_d2_norpb")
+    tried = [case for case in cases if case["name"] in names]
+    assert len(tried) == len(names)
+    for case in tried:
+        shape = (case["B"], case["heads"], case["H"], case["W"], case["dim"])
+        leaves = [torch.from_numpy(det.det_input(shape, seed)).requires_grad_() for seed in (11, 12, 13)]
+        table = (case["heads"], 2 * case["kernel"] - 1, 2 * case["kernel"] - 1)
+        rpb = torch.from_numpy(det.det_input(table, 14)).requires_grad_() if case["rpb"] else None
+        q, k, v = (t.permute(0, 2, 3, 1, 4) for t in leaves)
+        out = neighborhood_attention(q, k, v, case["kernel"], case["dilation"], rpb=rpb, impl="fused")
+        out = out.permute(0, 3, 1, 2, 4)
+        out.backward(torch.from_numpy(det.det_input(out.shape, 15)))
+        found = dict(zip(("out", "dq", "dk", "dv"), (out, *(t.grad for t in leaves)), strict=True))
+        if rpb is not None:
+            found["drpb"] = rpb.grad
+        for name, ours in found.items():
+            assert relative_error(ours, arrays[f"{case['name']}/{name}"]) < 1e-5, (case["name"], name)
+
+
+def check_layer(layer, x, out, arrays, name, det, relative_error) -> None:
+    (out * torch.from_numpy(det.det_input(out.shape, 15))).sum().backward()
+    found = {"out": out, "dx": x.grad, **{f"d.{n}": p.grad for n, p in layer.named_parameters()}}
+    for key, ours in found.items():
+        assert relative_error(ours, arrays[f"{name}/{key}"]) < 2e-5, (name, key)
+
+
+@pytest.mark.parametrize("name", ["h7w7_k7_d1_rpb", "h6w9_k7_d1_rpb", "h3w4_k3_d4_rpb"])
+def test_the_official_neighborhood_layer_is_met(name, det, golden, relative_error, fused_calls):
+    cases, arrays = golden("module__na_layer")
+    (case,) = (c for c in cases if c["name"] == name)
+    layer = NeighborhoodAttention2d(case["dim"], case["heads"], case["kernel"], case["dilation"])
+    prefix = case["weights_key_prefix"]
+    layer.load_state_dict({k.removeprefix(prefix): v for k, v in det.det_state_dict(case["state_dict"]).items()})
+    x = torch.from_numpy(det.det_input(case["x"]["shape"], case["x"]["seed"])).requires_grad_()
+    check_layer(layer, x, layer(x), arrays, name, det, relative_error)
+    assert fused_calls == ["neighborhood"]
+
+
+@pytest.mark.parametrize("name", ["b8h2_dimhead16", "b4h1_qkratio_bias", "b7h2_s2_21x14"])
+def test_timms_halo_layer_is_met(name, det, golden, relative_error, fused_calls):
+    cases, arrays = golden("module__halo")
+    case = cases[name]
+    renames = {"num_heads": "heads", "halo_size": "halo", "dim_head": "head_dim", "scale_pos_embed": "scale_rel"}
+    layer = HaloAttention2d(case["dim"], **{renames.get(key, key): value for key, value in case["args"].items()})
+    weights = det.det_state_dict(case["state_dict"])
+    layer.load_state_dict({key.removeprefix("self_attn."): value for key, value in weights.items()})
+    x = torch.from_numpy(det.det_input(case["x"]["shape"], case["x"]["seed"])).requires_grad_()
+    check_layer(layer, x, layer(x), arrays, name, det, relative_error)
+    assert fused_calls == ["block"]
+
+
+def test_the_official_window_layer_is_met(det, golden, relative_error, fused_calls):
+    cases, arrays = golden("module__davit")
+    case = cases["window_attn"]
+    layer = WindowAttention2d(case["dim"], case["heads"], 7)
+    weights = det.det_state_dict(case["state_dict"])
+    layer.load_state_dict({key.removeprefix("attn."): value for key, value in weights.items()})
+    x = torch.from_numpy(det.det_input(case["x"]["shape"], case["x"]["seed"])).requires_grad_()
+    out = layer(x.view(-1, 7, 7, case["dim"])).view(x.shape)
+    check_layer(layer, x, out, arrays, "window_attn", det, relative_error)
+    assert fused_calls == ["block"]
