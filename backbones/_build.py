@@ -9,6 +9,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
+from ._widths import narrow
+
 StateDict = dict[str, Tensor]
 
 
@@ -48,15 +50,21 @@ def build(
         config: the variant's frozen config; keyword arguments that name its fields replace them.
         filter_fn: turns a checkpoint's keys into ours.
         out_indices: stages of `features_only`; all of them when None.
-        kwargs: what the model's constructor and timm know; anything else is a TypeError there.
+        kwargs: what the model's constructor and timm know; anything else is a TypeError there. `widths` builds the
+            model narrower, see _widths.py.
     """
     names = {f.name for f in fields(config)}
     changed = {name: frozen(kwargs.pop(name)) for name in names & kwargs.keys()}
     config = replace(config, **changed)
+    widths = kwargs.pop("widths", None)
     if out_indices is None:
         out_indices = tuple(range(len(config.depths)))
+
+    def make(**arguments: Any) -> nn.Module:
+        return cls(**arguments) if widths is None else narrow(cls(**arguments), widths)
+
     return build_model_with_cfg(
-        cls,
+        make,
         variant,
         pretrained,
         config=config,

@@ -4,6 +4,8 @@ from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 from torch import nn
 
+from ._layers import take_images_channels_last
+
 # The strings of timm's builder: kind, repeats, kernel, stride, expansion, output channels.
 STAGES = ("ds_r{}_k3_s1_c16", "ir_r{}_k3_s2_e6_c24", "ir_r{}_k3_s2_e6_c32", "ir_r{}_k3_s2_e6_c64")
 STAGES += ("ir_r{}_k3_s1_e6_c96", "ir_r{}_k3_s2_e6_c160", "ir_r{}_k3_s1_e6_c320")
@@ -22,3 +24,4 @@ class MobileNetV2(EfficientNet):
             raise ValueError(f"depths must have one entry per stage, {len(STAGES)}, got {depths}")
         stages = [[stage.format(depth)] for stage, depth in zip(STAGES, depths, strict=True)]
         super().__init__(decode_arch_def(stages), act_layer=nn.ReLU6, **kwargs)
+        take_images_channels_last(self)

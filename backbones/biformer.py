@@ -1,28 +1,30 @@
 """BiFormer: vision transformer with bi-level routing attention.
 
 Paper      Zhu, Wang, Ke, Zhang, Lau 2023, arXiv:2303.08810.
-Official   https://github.com/rayleizhu/BiFormer (MIT); its checkpoints load as they are. The published accuracy is that
-           of their `model` entry. Files that hold `model_ema` too: timm prefers it where a file is given by path, so
-           hand over {"model": ...} alone.
+Official   https://github.com/rayleizhu/BiFormer (MIT); its checkpoints load as they are. Where a file holds `model` and
+           `model_ema`, `model` is taken: the published accuracy is its.
 We differ  any image size runs: maps are padded as the authors' `auto_pad` does, which their registered models leave off
            (they take multiples of 112 pixels only, on which nothing is padded).
 Layout     channels-last on a CPU, by itself.
 """
 
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from ..attention_ops import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw
-from ..attention_ops.routed import lepe
+from ..attention_ops.bi_level_routing import lepe
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import MapGELU, scaled
+from ._layers import DepthwiseMlp, MapGELU, MapMlp, scaled
+from ._prunable import AttentionLayout, Prunable
 from ._staged import StagedBackbone
 
 register_notrace_module(BiLevelRoutingAttention)  # they cut maps by their size
@@ -35,13 +37,18 @@ class BiFormerConfig:
 
     dims: tuple[int, ...] = (64, 128, 256, 512)  # channels, per stage
     depths: tuple[int, ...] = (2, 2, 8, 2)  # blocks, per stage
-    topks: tuple[int | None, ...] = (1, 4, 16, None)  # regions that a region sees; None: every token sees all tokens
+    # Regions that a region sees; None: every token sees all tokens; "plain": so too, but without attention's positional
+    # convolution; "conv": 1x1, depthwise 5x5 and 1x1 convolutions in place of attention.
+    topks: tuple[int | str | None, ...] = (1, 4, 16, None)
     regions: int = 7  # a side of the map
     head_dim: int = 32  # of routed attention
     dense_heads: int = 8  # of the stages where every token sees all
     mlp_ratio: float = 3.0
+    mlp_conv: bool = False  # a depthwise 3x3 convolution inside the MLPs
+    pos_conv: bool = True  # a depthwise 3x3 convolution at the head of every block
+    pre_norm: bool = True  # norms before attention and MLP; False: after their residual sums
     layer_scale: float | None = None  # initial value; None: no layer scale
-    swin_layout: bool = False  # 4x4 patches, 2x2 down-sampling, no positional convolutions (the authors' "STL")
+    swin_layout: bool = False  # 4x4 patches and 2x2 down-sampling (the authors' "STL")
     nchw: bool = False  # the authors' later code, which pads maps in another way
 
     def __post_init__(self) -> None:
@@ -49,12 +56,18 @@ class BiFormerConfig:
             if len(getattr(self, name)) != len(self.dims):
                 raise ValueError(f"{name} must have one entry per stage, {len(self.dims)}, got {getattr(self, name)}")
         for dim, topk in zip(self.dims, self.topks, strict=True):
-            size = self.dense_heads if topk is None else self.head_dim
-            if dim % size:
-                name = "dense_heads" if topk is None else "head_dim"
+            if isinstance(topk, str) and topk not in ("plain", "conv"):
+                raise ValueError(f"topks must be numbers, None, 'plain' or 'conv', got {topk!r}")
+            name = "head_dim" if isinstance(topk, int) else "dense_heads"
+            size = getattr(self, name)
+            if topk != "conv" and (size < 1 or dim % size):
                 raise ValueError(f"dims must be multiples of {name} {size}, got {dim}")
-        if self.nchw and not self.swin_layout:
-            raise ValueError("nchw goes with swin_layout only, as in the authors' code")
+        words = any(isinstance(topk, str) for topk in self.topks)
+        if self.nchw and (words or self.mlp_conv or self.pos_conv or not (self.pre_norm and self.swin_layout)):
+            raise ValueError(
+                "nchw goes with swin_layout and pre_norm, without pos_conv, mlp_conv, 'plain' and 'conv', "
+                "as in the authors' code"
+            )
 
     @property
     def reductions(self) -> list[int]:
@@ -64,22 +77,24 @@ class BiFormerConfig:
 
 @register_notrace_module
 class DenseLepeAttention(nn.Module):
-    """Attention of all tokens to all tokens, and a 5x5 depthwise convolution of the input; channels-last maps."""
+    """Attention of all tokens to all tokens, plus a 5x5 depthwise convolution of the input; channels-last maps."""
 
-    def __init__(self, dim: int, heads: int, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, heads: int, lepe_kernel: int = 5, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.heads = heads
         self.scale = (dim // heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
-        self.lepe = lepe(dim, 5, **dd)
+        self.lepe = lepe(dim, lepe_kernel, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         size = [x.shape[1], x.shape[2]]
-        out = torch.ops.foveate.window_attention(q, k, v, None, None, size, self.scale, "auto")
-        return self.proj(out.flatten(3) + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        out = torch.ops.foveate.window_attention(q, k, v, None, None, size, self.scale, "auto").flatten(3)
+        if self.lepe is not None:
+            out = out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(out)
 
 
 @register_notrace_module
@@ -102,28 +117,57 @@ class DenseLepeAttentionNchw(nn.Module):
         return self.proj((out.flatten(3)).permute(0, 3, 1, 2) + self.lepe(v.flatten(3).permute(0, 3, 1, 2)))
 
 
-def _attention(dim: int, topk: int | None, config: BiFormerConfig, **dd) -> nn.Module:
+class ConvMixer(nn.Module):
+    """1x1, depthwise 5x5 and 1x1 convolutions, which the authors try in place of attention; channels-last maps."""
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
+        self.dwconv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.conv2 = nn.Conv2d(dim, dim, 1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        return self.conv2(self.dwconv(self.conv1(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+
+
+def _attention(dim: int, topk: int | str | None, config: BiFormerConfig, **dd) -> nn.Module:
+    if topk == "conv":
+        return ConvMixer(dim, **dd)
+    if topk == "plain":
+        return DenseLepeAttention(dim, config.dense_heads, lepe_kernel=0, **dd)
     if topk is None:
         return (DenseLepeAttentionNchw if config.nchw else DenseLepeAttention)(dim, config.dense_heads, **dd)
     kind = BiLevelRoutingAttentionNchw if config.nchw else BiLevelRoutingAttention
     return kind(dim, dim // config.head_dim, config.regions, topk, **dd)
 
 
+def _mlp(dim: int, config: BiFormerConfig, drop: float, **dd) -> nn.Module:
+    hidden_dim = int(dim * config.mlp_ratio)
+    if config.mlp_conv:
+        return DepthwiseMlp(dim, hidden_dim, drop, **dd)
+    act = MapGELU if config.nchw else nn.GELU
+    return MapMlp(dim, hidden_dim, act_layer=act, drop=drop, use_conv=config.nchw, **dd)
+
+
 class BiFormerBlock(nn.Module):
     """A positional convolution (where the variant has one), attention and MLP; norms before each of the two."""
 
     channels_first: Final[bool]  # what the norms, the attention and the MLP take
+    pre_norm: Final[bool]
 
-    def __init__(self, dim: int, topk: int | None, config: BiFormerConfig, drop: float, drop_path: float, **dd) -> None:
+    def __init__(
+        self, dim: int, topk: int | str | None, config: BiFormerConfig, drop: float, drop_path: float, **dd
+    ) -> None:
         super().__init__()
         self.channels_first = config.nchw
+        self.pre_norm = config.pre_norm
         norm = LayerNorm2d if config.nchw else nn.LayerNorm
-        act = MapGELU if config.nchw else nn.GELU
-        self.pos_embed = None if config.swin_layout else nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if config.pos_conv else None
         self.norm1 = norm(dim, eps=1e-6, **dd)
         self.attn = _attention(dim, topk, config, **dd)
         self.norm2 = norm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), act_layer=act, drop=drop, use_conv=config.nchw, **dd)
+        self.mlp = _mlp(dim, config, drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         has_scale, shape = config.layer_scale is not None, (dim, 1, 1) if config.nchw else (dim,)
         self.gamma1 = nn.Parameter(torch.full(shape, config.layer_scale, **dd)) if has_scale else None
@@ -134,8 +178,12 @@ class BiFormerBlock(nn.Module):
             x = x + self.pos_embed(x)
         if not self.channels_first:
             x = x.permute(0, 2, 3, 1)
-        x = x + self.drop_path(scaled(self.attn(self.norm1(x)), self.gamma1))
-        x = x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
+        if self.pre_norm:
+            x = x + self.drop_path(scaled(self.attn(self.norm1(x)), self.gamma1))
+            x = x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
+        else:
+            x = self.norm1(x + self.drop_path(scaled(self.attn(x), self.gamma1)))
+            x = self.norm2(x + self.drop_path(scaled(self.mlp(x), self.gamma2)))
         return x if self.channels_first else x.permute(0, 3, 1, 2)
 
 
@@ -187,6 +235,20 @@ class BiFormer(StagedBackbone):
     """
 
     channels_last: Final[bool] = True
+
+    prunable = Prunable(
+        qkv=r".+\.attn\.qkv\.weight",
+        prj=r".+\.attn\.proj\.weight",
+        mlp=r".+\.mlp\.fc[12]\.weight",
+        depthwise=r".+\.(lepe|pos_embed)\.weight",
+        attentions=(
+            AttentionLayout(r".+\.attn", "BiLevelRoutingAttention", per_value=("lepe",)),
+            AttentionLayout(r".+\.attn", "BiLevelRoutingAttentionNchw", per_value=("lepe",)),
+            AttentionLayout(r".+\.attn", "DenseLepeAttentionNchw", per_value=("lepe",)),
+            # its positional convolution reads the input, and adds to the heads' outputs
+            AttentionLayout(r".+\.attn", "DenseLepeAttention", cuts_heads=False, cuts_channels=False),
+        ),
+    )
 
     def __init__(
         self,
@@ -242,7 +304,9 @@ def _our_key(key: str) -> str:
     key = re.sub(r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2.", key)
     key = re.sub(r"\.attn\.(qkv\.qkv|qkv_linear)\.", ".attn.qkv.", key)
     key = re.sub(r"\.attn\.(wo|output_linear)\.", ".attn.proj.", key)
+    key = re.sub(r"\.attn\.([123])\.", lambda m: f".attn.{('conv1', 'dwconv', 'conv2')[int(m[1]) - 1]}.", key)
     key = re.sub(r"\.mlp\.0\.", ".mlp.fc1.", key)
+    key = re.sub(r"\.mlp\.1\.dwconv\.", ".mlp.dwconv.", key)
     key = re.sub(r"\.mlp\.[23]\.", ".mlp.fc2.", key)
     return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
 
@@ -253,21 +317,56 @@ BIFORMER = {
     "paper_ids": "arXiv:2303.08810",
     "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
     "origin_url": "https://github.com/rayleizhu/BiFormer",
-    "notes": (
-        "The authors' links to their ImageNet-1k files are reported dead. Whoever has a file loads it with "
-        "pretrained=True, pretrained_cfg_overlay=dict(file=...).",
-    ),
+}
+# The authors' shares; no `url`, or timm would list these weights as there to be had.
+SHARES = {
+    "tiny": "AkBbczdRlZvChHEOoGkgwgQzEDlM",
+    "small": "AkBbczdRlZvChHDyM-x9KWRBZ832",
+    "base": "AkBbczdRlZvChHI_XPhoadjaNxtO",
+    "stl": "AkBbczdRlZvChSf-m7ujkvx9lIQ1",
+    "stl_nchw": "AkBbczdRlZvChWYrKbWbMgqd2Ai0",
 }
 
+
+def _notes(share: str) -> tuple[str, ...]:
+    return (
+        f"The authors' link, reported dead: https://api.onedrive.com/v1.0/shares/s!{share}/root/content. Whoever has "
+        "the file loads it with pretrained=True, pretrained_cfg_overlay=dict(file=...).",
+    )
+
+
 default_cfgs = generate_default_cfgs(
-    {f"biformer_{size}.untrained": cfg(**BIFORMER) for size in ("tiny", "small", "base", "stl", "stl_nchw")}
+    {f"biformer_{size}.untrained": cfg(**BIFORMER, notes=_notes(share)) for size, share in SHARES.items()}
 )
 
-STL = BiFormerConfig(dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), mlp_ratio=4.0, swin_layout=True)
+STL = BiFormerConfig(dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), mlp_ratio=4.0, swin_layout=True, pos_conv=False)
 
 
 def _create_biformer(variant: str, config: BiFormerConfig, pretrained: bool, **kwargs) -> BiFormer:
-    return build(BiFormer, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    raw = _raw_weights(overlay["file"]) if pretrained and overlay.get("file") else None
+    if raw is None:
+        return build(BiFormer, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
+
+    def filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
+        del model.pretrained_cfg["state_dict"]  # or it would hold the weights as long as the model lives
+        return checkpoint_filter_fn(state_dict, model)
+
+    kwargs["pretrained_cfg_overlay"] = overlay | {"state_dict": raw}
+    return build(BiFormer, config, variant, pretrained, filter_fn, **kwargs)
+
+
+def _raw_weights(file: str | Path) -> dict[str, Any] | None:
+    """Return the `model` entry of a training file of the authors, for which timm's loader would take `model_ema`.
+
+    None for files without such a choice, which that loader reads as well.
+    """
+    if str(file).endswith(".safetensors"):
+        return None
+    with torch.serialization.safe_globals([Namespace]):  # the authors' `args`; as timm's own loader does
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    both = isinstance(checkpoint, dict) and {"model", "model_ema"} <= checkpoint.keys()
+    return checkpoint["model"] if both else None
 
 
 @register_model

@@ -21,7 +21,9 @@ from torch import nn
 
 from ..attention_ops import EfficientChannelAttention
 from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._layers import take_images_channels_last
 from ._mobilenet_v2 import MobileNetV2
+from ._prunable import Prunable
 
 register_notrace_module(EfficientChannelAttention)
 
@@ -61,6 +63,8 @@ class EcaResNet(ResNet):
         kwargs: as in timm's ResNet.
     """
 
+    prunable = Prunable(conv=r"layer\d+\.\d+\.conv\d\.weight", gate=r".+\.se\.conv\.weight")
+
     def __init__(self, config: EcaResNetConfig, zero_init_last: bool = False, **kwargs) -> None:
         super().__init__(
             Bottleneck if config.bottleneck else BasicBlock,
@@ -69,6 +73,7 @@ class EcaResNet(ResNet):
             zero_init_last=zero_init_last,
             **kwargs,
         )
+        take_images_channels_last(self)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,10 @@ class EcaMobileNetV2(MobileNetV2):
         config: depths, and where the kernel grows.
         kwargs: as in timm's EfficientNet. (The authors trained with a `drop_rate` of 0.25.)
     """
+
+    prunable = Prunable(
+        conv=r"blocks\..+\.conv_pwl?\.weight", depthwise=r".+\.conv_dw\.weight", gate=r".+\.eca\.conv\.weight"
+    )
 
     def __init__(self, config: EcaMobileNetConfig, device=None, dtype=None, **kwargs) -> None:
         super().__init__(config.depths, device=device, dtype=dtype, **kwargs)

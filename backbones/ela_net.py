@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from ..attention_ops import EfficientLocalAttention, insert_attention
 from ..attention_ops.strip_gate import VARIANTS
 from ._build import build, cfg, check_fits, unwrap
+from ._layers import take_images_channels_last
 from ._mobilenet_v2 import MobileNetV2
+from ._prunable import Prunable
 
 register_notrace_module(EfficientLocalAttention)
 
@@ -68,6 +70,8 @@ class ElaResNet(ResNet):
         kwargs: as in timm's ResNet.
     """
 
+    prunable = Prunable(conv=r"layer\d+\.\d+\.conv\d\.weight", gate=r".+\.se\.conv\.weight")
+
     def __init__(self, config: ElaResNetConfig, zero_init_last: bool = False, **kwargs) -> None:
         gate = partial(_gate, shrink=4 if config.bottleneck else 1, config=config)
         super().__init__(
@@ -77,6 +81,7 @@ class ElaResNet(ResNet):
             zero_init_last=zero_init_last,
             **kwargs,
         )
+        take_images_channels_last(self)
 
 
 def _gate(out_channels: int, shrink: int, config: ElaResNetConfig, **dd) -> EfficientLocalAttention:
@@ -103,6 +108,10 @@ class ElaMobileNetV2(MobileNetV2):
         config: depths, the gate.
         kwargs: as in timm's EfficientNet.
     """
+
+    prunable = Prunable(
+        conv=r"blocks\..+\.conv_pwl?\.weight", depthwise=r".+\.conv_dw\.weight", gate=r".+\.se\.conv\.weight"
+    )
 
     def __init__(self, config: ElaMobileNetConfig, **kwargs) -> None:
         super().__init__(config.depths, **kwargs)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from ..attention_ops import ChannelAttention, WindowAttention2d
 from ..attention_ops.tiling import cover_with_windows
 from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._layers import OverwritingGELU, by_images
+from ._prunable import AttentionLayout, Prunable
 from ._staged import StagedBackbone
 
 register_notrace_module(ChannelAttention)
@@ -131,10 +133,16 @@ class DavitBlock(nn.Module):
         self.attn = attn
         self.cpe2 = ConvPosition(dim, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=OverwritingGELU, drop=drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        if torch.jit.is_scripting():
+            return self.mix(x)
+        else:
+            return by_images(self.mix, x, self.mlp.fc1.out_features * x.shape[1] * x.shape[2])
+
+    def mix(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = self.cpe2(x)
@@ -183,6 +191,17 @@ class Davit(StagedBackbone):
     """
 
     channels_last: Final[bool] = True
+
+    prunable = Prunable(
+        qkv=r".+\.attn\.qkv\.weight",
+        prj=r".+\.attn\.proj\.weight",
+        mlp=r".+\.mlp\.fc[12]\.weight",
+        depthwise=r".+\.cpe[12]\.proj\.weight",
+        attentions=(
+            AttentionLayout(r".+\.(0|spatial_block)\.attn"),
+            AttentionLayout(r".+\.(1|channel_block)\.attn", cuts_channels=False),  # channels attend to each other
+        ),
+    )
 
     def __init__(
         self,

@@ -22,6 +22,8 @@ from torch import nn
 
 from ..attention_ops import EfficientChannelAttention, HaloAttention2d
 from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._layers import take_images_channels_last
+from ._prunable import AttentionLayout, Projection, Prunable
 
 register_notrace_module(HaloAttention2d)
 
@@ -134,8 +136,24 @@ class HaloNet(ByobNet):
         kwargs: as in timm's ByobNet.
     """
 
+    prunable = Prunable(
+        qkv=r".+\.self_attn\.(q|kv)\.weight",
+        conv=r"stages\..+\.conv\d\w*\.conv\.weight",
+        gate=r"stages\..+\.attn\.(fc[12]|conv)\.weight",
+        attentions=(
+            AttentionLayout(
+                r".+\.self_attn",
+                projections=(Projection("q", ("q",)), Projection("kv", ("k", "v"), head_major=True)),
+                out=None,
+                per_query=(("pos_embed.height_rel", 1), ("pos_embed.width_rel", 1)),
+                widths=(("head_dim", "q"), ("value_dim", "v")),
+            ),
+        ),
+    )
+
     def __init__(self, config: HaloNetConfig | TimmHaloConfig, **kwargs) -> None:
         super().__init__(config.byob(), **kwargs)
+        take_images_channels_last(self)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:

@@ -21,6 +21,8 @@ from torchvision.ops import deform_conv2d
 
 from ..attention_ops import HiLoAttention
 from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._layers import DepthwiseMlp
+from ._prunable import AttentionLayout, Projection, Prunable
 from ._staged import StagedBackbone
 
 register_notrace_module(HiLoAttention)  # it pads by the size of the map
@@ -41,10 +43,12 @@ class Litv2Config:
         for name in ("depths", "windows"):
             if len(getattr(self, name)) != len(self.dims):
                 raise ValueError(f"{name} must have one entry per stage, {len(self.dims)}, got {getattr(self, name)}")
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {self.head_dim}")
         if odd := [d for d, w in zip(self.dims, self.windows, strict=True) if w is not None and d % self.head_dim]:
             raise ValueError(f"dims must be multiples of head_dim {self.head_dim}, got {odd}")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be 0 to 1, got {self.alpha}")
+        if not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be 0 to 1, got {self.alpha!r}")
 
     @property
     def reductions(self) -> list[int]:
@@ -110,23 +114,6 @@ class DeformableMerging(nn.Module):
         return F.gelu(x.permute(0, 2, 3, 1).contiguous())
 
 
-class DepthwiseMlp(nn.Module):
-    """Linear, depthwise 3x3 convolution, GELU, Linear; channels-last maps."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.drop(self.fc2(self.drop(self.act(x))))
-
-
 class Litv2Block(nn.Module):
     def __init__(self, dim: int, window: int | None, config: Litv2Config, drop: float, drop_path: float, **dd) -> None:
         super().__init__()
@@ -173,6 +160,29 @@ class Litv2(StagedBackbone):
     """
 
     output_fmt = "NHWC"
+
+    prunable = Prunable(
+        qkv=r".+\.attn\.(l_q|l_kv|h_qkv)\.weight",
+        prj=r".+\.attn\.[lh]_proj\.weight",
+        mlp=r".+\.mlp\.fc[12]\.weight",
+        depthwise=r".+\.dwconv\.weight",
+        attentions=(
+            AttentionLayout(
+                r".+\.attn",
+                projections=(Projection("l_q", ("q",)), Projection("l_kv", ("k", "v"))),
+                out="l_proj",
+                heads="low_heads",
+                cuts_channels=False,  # one head_dim serves both branches
+            ),
+            AttentionLayout(
+                r".+\.attn",
+                projections=(Projection("h_qkv"),),
+                out="h_proj",
+                heads="high_heads",
+                cuts_channels=False,
+            ),
+        ),
+    )
 
     def __init__(
         self,

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from ..attention_ops import NeighborhoodAttention2d
 from ._build import StateDict, build, cfg, check_fits, resize_rpb, unwrap
-from ._layers import by_images, scaled
+from ._layers import MapMlp, scaled
+from ._prunable import AttentionLayout, Prunable
 from ._staged import StagedBackbone
 
 register_notrace_module(NeighborhoodAttention2d)  # it pads by the size of the map
@@ -156,20 +157,6 @@ class DenseAttention2d(NeighborhoodAttention2d):
         return self.proj_drop(self.proj(out.flatten(3)))
 
 
-class NatMlp(Mlp):
-    """Linear, exact GELU, Linear."""
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        if torch.jit.is_scripting():
-            return self.mix(x)
-        else:
-            return by_images(self.mix, x, self.fc1.out_features * x.shape[1] * x.shape[2])
-
-    def mix(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(x))
-
-
 class NatBlock(nn.Module):
     def __init__(self, dim: int, config: NatConfig, dilation: int, drop: float, drop_path: float, **dd) -> None:
         super().__init__()
@@ -177,7 +164,7 @@ class NatBlock(nn.Module):
         kind = DenseAttention2d if config.dense else NeighborhoodAttention2d
         self.attn = kind(dim, dim // config.head_dim, config.kernel_size, dilation, proj_drop=drop, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = NatMlp(dim, int(dim * config.mlp_ratio), drop=drop, **dd)
+        self.mlp = MapMlp(dim, int(dim * config.mlp_ratio), drop=drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         has_scale = config.layer_scale is not None
         self.gamma1 = nn.Parameter(torch.full((dim,), config.layer_scale, **dd)) if has_scale else None
@@ -219,6 +206,13 @@ class Nat(StagedBackbone):
     """
 
     output_fmt = "NHWC"
+
+    prunable = Prunable(
+        qkv=r".+\.attn\.qkv\.weight",
+        prj=r".+\.attn\.proj\.weight",
+        mlp=r".+\.mlp\.fc[12]\.weight",
+        attentions=(AttentionLayout(r".+\.attn", per_head=(("rpb", 0),)),),
+    )
 
     def __init__(
         self,

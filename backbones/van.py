@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..attention_ops import LargeKernelAttention
 from ._build import StateDict, build, cfg, check_fits, unwrap
 from ._layers import MapGELU, by_images
+from ._prunable import Prunable
 from ._staged import StagedBackbone
 
 register_notrace_module(LargeKernelAttention)
@@ -144,6 +145,13 @@ class Van(StagedBackbone):
     """
 
     channels_last: Final[bool] = True
+
+    prunable = Prunable(
+        prj=r".+\.attn\.(proj_[12]|spatial_gating_unit\.conv1)\.weight",
+        mlp=r".+\.mlp\.fc[12]\.weight",
+        depthwise=r".+\.(dwconv|conv0|conv_spatial)\.weight",
+        square=r".+\.spatial_gating_unit",
+    )
 
     def __init__(
         self,

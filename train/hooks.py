@@ -15,9 +15,12 @@ import torch
 from mmengine.dist import all_reduce_params, get_dist_info, master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from .._errors import first_line
 from .checkpoints import write_best, write_epoch
+from .errors import TrainError
 from .optim import lr_at
 from .recipe import Recipe, recipe_data
 
@@ -37,7 +40,10 @@ class SeedEpoch(Hook):
 
 
 class LearningRate(Hook):
-    """Set the learning rate before each optimiser step, times the group's lr_scale (layer decay)."""
+    """Set every group's learning rate before each optimiser step.
+
+    A group's lr_mult acts on the rate that the schedule decays from, its lr_scale (timm's layer decay) on the outcome.
+    """
 
     priority = "HIGHEST"  # before MMEngine's own hook logs it
 
@@ -47,9 +53,9 @@ class LearningRate(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         first = batch_idx - batch_idx % self.recipe.accumulate  # of the batches that share a step
         epoch = runner.epoch + first / len(runner.train_dataloader)
-        lr = lr_at(epoch, self.recipe.schedule, self.recipe.optimizer.lr)
         for group in runner.optim_wrapper.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            top = self.recipe.optimizer.lr * group.get("lr_mult", 1.0)
+            group["lr"] = lr_at(epoch, self.recipe.schedule, top) * group.get("lr_scale", 1.0)
 
 
 class Ema(EMAHook):
@@ -111,6 +117,21 @@ class SaveCheckpoints(Hook):
             "best": self.best,
             "versions": {name: version(name) for name in ("foveate", "torch", "timm", "mmengine")},
         }
+
+
+def build_hooks(recipe: Recipe) -> list[Hook]:
+    """Build the hooks that the recipe names.
+
+    Raises:
+        TrainError: no such hook, or it refuses its arguments.
+    """
+    hooks = []
+    for wish in recipe.hooks:
+        try:
+            hooks.append(HOOKS.build(dict(wish)))
+        except Exception as error:  # a hook may refuse its arguments in any way
+            raise TrainError(f"hooks: cannot build {wish.get('type')!r}: {first_line(error)}") from error
+    return hooks
 
 
 def seed_everything(*numbers: int) -> None:

@@ -1,6 +1,8 @@
 """timm's optimisers and learning-rate schedule, as MMEngine's loop calls them."""
 
 import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -16,7 +18,8 @@ def build_optimizer(net: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
     """Create timm's optimiser over a timm model's parameter groups.
 
     Raises:
-        TrainError: unknown optimiser, or one that does not take an argument the recipe gives.
+        TrainError: unknown optimiser, one that does not take an argument the recipe gives, or a pattern of lr_mult that
+            matches no parameter, or the same one as another pattern.
     """
     if recipe.opt not in list_optimizers():
         raise TrainError(
@@ -29,9 +32,37 @@ def build_optimizer(net: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
         if name in given and not getattr(info, f"has_{name}"):  # timm would drop it
             raise TrainError(f"optimizer.{name}: {recipe.opt} has none, got {given[name]}")
     try:
-        return create_optimizer_v2(net, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **given)
+        optimizer = create_optimizer_v2(net, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **given)
     except TypeError as error:
         raise TrainError(f"optimizer: {recipe.opt} does not take these arguments: {first_line(error)}") from error
+    _split_groups(optimizer, _factors(net, recipe.lr_mult))
+    return optimizer
+
+
+def _factors(net: nn.Module, lr_mult: Mapping[str, float]) -> dict[nn.Parameter, float]:
+    """Return the parameters that a pattern matches, each with the factor of its rate."""
+    factors: dict[nn.Parameter, float] = {}
+    for pattern, factor in lr_mult.items():
+        matched = {name: p for name, p in net.named_parameters() if fnmatchcase(name, pattern)}
+        if not matched:
+            raise TrainError(f"optimizer.lr_mult: {pattern!r} matches no parameter of the model")
+        if twice := [name for name, p in matched.items() if p in factors]:
+            raise TrainError(f"optimizer.lr_mult: {pattern!r} matches {twice[0]}, as another pattern does")
+        factors |= dict.fromkeys(matched.values(), factor)
+    return factors
+
+
+def _split_groups(optimizer: Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
+    """Give parameters with a factor groups of their own, with the old group's options and the factor as `lr_mult`."""
+    for group in list(optimizer.param_groups):
+        options = {key: value for key, value in group.items() if key != "params"}
+        parts: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(factors.get(parameter, 1.0), []).append(parameter)
+        factor, group["params"] = parts.popitem()
+        group["lr_mult"] = factor
+        for factor, parameters in parts.items():
+            optimizer.add_param_group(options | {"params": parameters, "lr_mult": factor})
 
 
 def build_optim_wrapper(net: nn.Module, recipe: Recipe) -> OptimWrapper:
@@ -50,11 +81,14 @@ def lr_at(epoch: float, schedule: ScheduleRecipe, lr: float) -> float:
     """Return the learning rate after `epoch` epochs, fractions included.
 
     timm's schedule: the decay runs from epoch 0 to `epochs`, the warm-up replaces its first part (and so ends with a
-    small step down), the cool-down stays at min_lr.
+    small step down), the cool-down stays at the last rate. Steps multiply the rate after every `step_epochs`, never
+    below min_lr.
     """
     if epoch < schedule.warmup_epochs:
         start = schedule.warmup_lr or 0.0
         return start + (lr - start) * epoch / schedule.warmup_epochs
+    if schedule.kind == "step":
+        return max(schedule.min_lr, lr * schedule.step_rate ** int(min(epoch, schedule.epochs) / schedule.step_epochs))
     done = min(epoch / schedule.epochs, 1.0)
     left = 0.5 * (1 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1 - done
     return schedule.min_lr + (lr - schedule.min_lr) * left

@@ -3,6 +3,7 @@
 A key that would change nothing (a switch probability without a switch) is refused like a key that does not exist.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -95,11 +96,17 @@ class OptimizerRecipe:
     eps: float | None = limited(None, above=0)
     momentum: float | None = limited(None, at_least=0, below=1)
     layer_decay: float | None = limited(None, above=0, at_most=1)
+    # Shell patterns of whole parameter names to factors of lr, such as {"*.conv_offset.weight": 0.01}. A factor acts on
+    # the rate that the schedule decays from; warm-up rate and floor are the schedule's own for every parameter.
+    lr_mult: dict[str, Any] = field(default_factory=dict)
     clip_grad: float | None = limited(None, above=0)
     clip_mode: Literal["norm", "value"] | None = None  # None: norm
 
     def __post_init__(self) -> None:
         _needs("optimizer.clip_mode", self.clip_mode, "optimizer.clip_grad", self.clip_grad)
+        for pattern, factor in self.lr_mult.items():
+            if type(factor) not in (int, float) or not 0 < factor < math.inf or factor == 1:
+                raise TrainError(f"optimizer.lr_mult: wanted numbers > 0 other than 1, got {factor!r} for {pattern!r}")
 
 
 @dataclass(frozen=True)
@@ -107,11 +114,13 @@ class ScheduleRecipe:
     """Learning rate per iteration, as timm counts: the decay starts at epoch 0, the warm-up covers its first part."""
 
     epochs: int = limited(at_least=1)  # of the decay, warm-up included
-    kind: Literal["cosine", "linear"] = "cosine"
+    kind: Literal["cosine", "linear", "step"] = "cosine"
+    step_epochs: int | None = limited(None, at_least=1)  # of a step: after as many, the rate is multiplied
+    step_rate: float | None = limited(None, above=0, below=1)  # of a step: by this
     warmup_epochs: int = limited(0, at_least=0)
     warmup_lr: float | None = limited(None, at_least=0)  # where the warm-up starts; None: 0
     min_lr: float = limited(0.0, at_least=0)
-    cooldown_epochs: int = limited(0, at_least=0)  # at min_lr, after the decay
+    cooldown_epochs: int = limited(0, at_least=0)  # at the last rate (min_lr but for steps), after the decay
 
     @property
     def total_epochs(self) -> int:
@@ -119,6 +128,10 @@ class ScheduleRecipe:
 
     def __post_init__(self) -> None:
         _needs("schedule.warmup_lr", self.warmup_lr, "schedule.warmup_epochs", self.warmup_epochs)
+        for key, value in (("schedule.step_epochs", self.step_epochs), ("schedule.step_rate", self.step_rate)):
+            _needs(key, value, 'schedule.kind "step"', self.kind == "step")
+            if self.kind == "step" and value is None:
+                raise TrainError(f'missing key {key}: schedule.kind "step" wants it')
         if self.warmup_epochs >= self.epochs:
             raise TrainError(
                 f"schedule.warmup_epochs: wanted fewer than {self.epochs} epochs, got {self.warmup_epochs}"
@@ -152,6 +165,7 @@ class Recipe:
     seed: int = limited(0, at_least=0)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
+    hooks: tuple[dict[str, Any], ...] = ()  # more MMEngine hooks: {"type": registered name or import path, arguments}
 
     def __post_init__(self) -> None:
         for key in ("mean", "std"):
@@ -161,6 +175,13 @@ class Recipe:
             raise TrainError(
                 f"schedule.min_lr: wanted at most optimizer.lr {self.optimizer.lr:g}, got {self.schedule.min_lr:g}"
             )
+        for pattern, factor in self.optimizer.lr_mult.items():
+            top = self.optimizer.lr * factor
+            if top < 0.999 * self.schedule.min_lr:  # products of decimals may fall a hair below
+                raise TrainError(
+                    f"optimizer.lr_mult: {pattern!r} decays from {top:g}, wanted at least schedule.min_lr "
+                    f"{self.schedule.min_lr:g}"
+                )
         if self.augment.mixes and self.batch_size % 2:
             raise TrainError(f"batch_size: mixup and cutmix pair images, wanted an even number, got {self.batch_size}")
 

@@ -1,6 +1,7 @@
 """Find recipe files, load them through MMEngine's lazy configs, and lay overrides over them."""
 
 import ast
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,19 @@ def load_recipe(
         data = source.to_dict() if isinstance(source, Config) else dict(source)
     for key, value in (cfg_options or {}).items():
         data = _override(data, key, key.split("."), value)
-    return read_recipe(data)
+    return read_recipe(_with_widths(data))
+
+
+def _with_widths(data: dict[str, Any]) -> dict[str, Any]:
+    """Put the widths of a pruned model where the recipe names the config.json of its folder."""
+    model = data.get("model")
+    if not (isinstance(model, Mapping) and isinstance(path := model.get("widths"), str)):
+        return data
+    try:
+        widths = json.loads(Path(path).read_text())["model_args"]["widths"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainError(f"model.widths {path} is no config.json of a pruned model: {first_line(error)}") from error
+    return {**data, "model": {**model, "widths": widths}}
 
 
 def parse_options(options: Iterable[str]) -> dict[str, Any]:

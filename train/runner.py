@@ -18,7 +18,7 @@ from .checkpoints import BEST, find_resumable, from_scratch, list_epochs, net_we
 from .data import build_loaders, build_val_loader
 from .engine import RecipeRunner
 from .errors import TrainError
-from .hooks import Ema, LearningRate, SaveCheckpoints, SeedEpoch, seed_everything
+from .hooks import Ema, LearningRate, SaveCheckpoints, SeedEpoch, build_hooks, seed_everything
 from .interrupt import CtrlC
 from .launch import Launcher, check_precision, processes
 from .model import Classifier, TopK, build_net, summarise
@@ -115,6 +115,7 @@ def _run(
     recipe: Recipe, work_dir: Path, checkpoint: Path | None, place: torch.device, launcher: str, console: Console
 ) -> None:
     seed_everything(recipe.seed)
+    named_hooks = build_hooks(recipe)
     net = build_net(recipe).to(place)
     optim_wrapper = build_optim_wrapper(net, recipe)
     train_loader, val_loader, classes = build_loaders(recipe, pin_memory=place.type == "cuda")
@@ -131,7 +132,7 @@ def _run(
             val_evaluator={"type": TopK},  # built by the runner, whose log then takes MMEngine's remarks
             optim_wrapper=optim_wrapper,
             default_hooks={"checkpoint": None, "param_scheduler": None, "logger": _iteration_log(recipe)},
-            custom_hooks=[*_training_hooks(recipe, launcher), log, save, bar, ctrl_c],
+            custom_hooks=[*_training_hooks(recipe, launcher), *named_hooks, log, save, bar, ctrl_c],
             load_from=None if checkpoint is None else str(checkpoint),
             resume=checkpoint is not None,
             launcher=launcher,

@@ -1,5 +1,7 @@
 """Official files load strictly, in any wrapper; other files are refused."""
 
+from argparse import Namespace
+
 import pytest
 import timm
 import torch
@@ -10,67 +12,110 @@ SMALL_NAT = {"dims": (32, 64), "depths": (1, 2), "kernel_size": 3}
 SMALL_VAN = {"dims": (8, 16), "depths": (1, 1), "mlp_ratios": (2, 2)}
 SMALL_BIFORMER = {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "regions": 3}
 SMALL_LITV2 = {"dims": (16, 32), "depths": (1, 1), "windows": (None, 2), "head_dim": 8}
+SMALL_DAVIT = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "window_size": 3}
+SMALL_HALONET = {"depths": (1, 1, 1, 1), "block_size": 4, "halo": 1}
 FAMILIES = {
     "nat_mini": (SMALL_NAT, "stages.1.downsample.reduction.weight", "levels.0.downsample.reduction.weight"),
     "van_b0": (SMALL_VAN, "stages.1.downsample.proj.weight", "patch_embed2.proj.weight"),
     "biformer_tiny": (SMALL_BIFORMER, "stages.1.blocks.0.mlp.fc2.weight", "stages.1.0.mlp.3.weight"),
     "biformer_stl_nchw": (SMALL_BIFORMER, "stages.0.blocks.0.attn.qkv.bias", "stages.0.blocks.0.attn.qkv_linear.bias"),
     "litv2_small": (SMALL_LITV2, "stages.1.downsample.norm.weight", "layers.0.downsample.norm_layer.weight"),
+    "fv_davit_tiny": (SMALL_DAVIT, "stages.1.downsample.conv.weight", "patch_embeds.1.proj.weight"),
+    "fv_halonet_h0": (SMALL_HALONET, "stages.1.0.self_attn.kv.weight", "stages.1.0.self_attn.kv.weight"),
+    "eca_resnet18": ({"depths": (1,) * 4}, "layer2.0.se.conv.weight", "layer2.0.bn1.weight"),
+    "eca_mobilenet_v2": ({"depths": (1,) * 7}, "blocks.2.0.conv_dw.weight", "features.3.conv.1.0.weight"),
+    "ela_resnet18_b": ({"depths": (1,) * 4}, "layer2.0.se.conv.weight", "layer2.0.se.conv.weight"),
+    "ela_mobilenet_v2_l": ({"depths": (1,) * 7}, "blocks.2.0.se.norm.weight", "blocks.2.0.se.norm.weight"),
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
+MOBILENET_BLOCK = {"conv_pw.": "0.0.", "bn1.": "0.1.", "conv_dw.": "1.0.", "bn2.": "1.1.", "conv_pwl.": "2."}
+MOBILENET_BLOCK |= {"bn3.norm.": "3.", "bn3.eca.": "4."}
+MOBILENET_FIRST = {"conv_dw.": "0.0.", "bn1.": "0.1.", "conv_pw.": "1.", "bn2.norm.": "2.", "bn2.eca.": "3."}
+
+
+RENAMES = {  # ours to the authors', in order, once each: the filters' inverse, by hand
+    "nat_mini": [
+        ("stages.1.downsample.", "levels.0.downsample."),
+        ("stages.", "levels."),
+        ("stem.", "patch_embed."),
+        ("head.fc.", "head."),
+    ],
+    "van_b0": [
+        ("stages.1.downsample.", "patch_embed2."),
+        ("stages.0.blocks.", "block1."),
+        ("stages.1.blocks.", "block2."),
+        ("stages.0.norm.", "norm1."),
+        ("stages.1.norm.", "norm2."),
+        (".dwconv.", ".dwconv.dwconv."),
+        ("stem.", "patch_embed1."),
+        ("head.fc.", "head."),
+    ],
+    "biformer_tiny": [
+        ("stages.1.downsample.", "downsample_layers.1."),
+        ("stem.", "downsample_layers.0."),
+        ("stages.0.blocks.", "stages.0."),
+        ("stages.1.blocks.", "stages.1."),
+        ("stages.0.0.attn.qkv.", "stages.0.0.attn.qkv.qkv."),
+        ("stages.0.0.attn.proj.", "stages.0.0.attn.wo."),
+        (".mlp.fc1.", ".mlp.0."),
+        (".mlp.fc2.", ".mlp.3."),
+        ("head.fc.", "head."),
+    ],
+    "biformer_stl_nchw": [
+        ("stages.1.downsample.", "downsample_layers.1."),
+        ("stem.", "downsample_layers.0."),
+        ("stages.0.blocks.0.attn.qkv.", "stages.0.blocks.0.attn.qkv_linear."),
+        ("stages.0.blocks.0.attn.proj.", "stages.0.blocks.0.attn.output_linear."),
+        (".mlp.fc1.", ".mlp.0."),
+        (".mlp.fc2.", ".mlp.2."),
+        ("head.fc.", "head."),
+    ],
+    "litv2_small": [
+        ("stages.1.downsample.norm.", "layers.0.downsample.norm_layer."),
+        ("stages.1.downsample.", "layers.0.downsample."),
+        ("stages.", "layers."),
+        (".dwconv.", ".dwconv.dwconv."),
+        ("stem.", "patch_embed."),
+        ("head.fc.", "head."),
+    ],
+    "fv_davit_tiny": [
+        ("stem.conv.", "patch_embeds.0.proj."),
+        ("stem.norm.", "patch_embeds.0.norm."),
+        ("stages.1.downsample.conv.", "patch_embeds.1.proj."),
+        ("stages.1.downsample.norm.", "patch_embeds.1.norm."),
+        ("stages.0.blocks.", "main_blocks.0."),
+        ("stages.1.blocks.", "main_blocks.1."),
+        (".cpe1.", ".cpe.0."),
+        (".cpe2.", ".cpe.1."),
+        ("head.norm.", "norms."),
+        ("head.fc.", "head."),
+    ],
+    "fv_halonet_h0": [],
+    "eca_resnet18": [(".se.", ".eca.")],
+    "eca_mobilenet_v2": [
+        *((f"blocks.0.0.{ours}", f"features.1.conv.{theirs}") for ours, theirs in MOBILENET_FIRST.items()),
+        *(
+            (f"blocks.{i}.0.{ours}", f"features.{i + 1}.conv.{theirs}")
+            for i in range(1, 7)
+            for ours, theirs in MOBILENET_BLOCK.items()
+        ),
+        ("conv_stem.", "features.0.0."),
+        ("bn1.", "features.0.1."),
+        ("conv_head.", "features.8.0."),
+        ("bn2.", "features.8.1."),
+        ("classifier.", "classifier.1."),
+    ],
+    "ela_resnet18_b": [],
+    "ela_mobilenet_v2_l": [],
+}
+
 
 def to_official(name, state_dict):
-    """Our keys as the authors wrote them (the filters' inverse, by hand)."""
-    renames = {
-        "nat_mini": [
-            ("stages.1.downsample.", "levels.0.downsample."),
-            ("stages.", "levels."),
-            ("stem.", "patch_embed."),
-            ("head.fc.", "head."),
-        ],
-        "van_b0": [
-            ("stages.1.downsample.", "patch_embed2."),
-            ("stages.0.blocks.", "block1."),
-            ("stages.1.blocks.", "block2."),
-            ("stages.0.norm.", "norm1."),
-            ("stages.1.norm.", "norm2."),
-            (".dwconv.", ".dwconv.dwconv."),
-            ("stem.", "patch_embed1."),
-            ("head.fc.", "head."),
-        ],
-        "biformer_tiny": [
-            ("stages.1.downsample.", "downsample_layers.1."),
-            ("stem.", "downsample_layers.0."),
-            ("stages.0.blocks.", "stages.0."),
-            ("stages.1.blocks.", "stages.1."),
-            ("stages.0.0.attn.qkv.", "stages.0.0.attn.qkv.qkv."),
-            ("stages.0.0.attn.proj.", "stages.0.0.attn.wo."),
-            (".mlp.fc1.", ".mlp.0."),
-            (".mlp.fc2.", ".mlp.3."),
-            ("head.fc.", "head."),
-        ],
-        "biformer_stl_nchw": [
-            ("stages.1.downsample.", "downsample_layers.1."),
-            ("stem.", "downsample_layers.0."),
-            ("stages.0.blocks.0.attn.qkv.", "stages.0.blocks.0.attn.qkv_linear."),
-            ("stages.0.blocks.0.attn.proj.", "stages.0.blocks.0.attn.output_linear."),
-            (".mlp.fc1.", ".mlp.0."),
-            (".mlp.fc2.", ".mlp.2."),
-            ("head.fc.", "head."),
-        ],
-        "litv2_small": [
-            ("stages.1.downsample.norm.", "layers.0.downsample.norm_layer."),
-            ("stages.1.downsample.", "layers.0.downsample."),
-            ("stages.", "layers."),
-            (".dwconv.", ".dwconv.dwconv."),
-            ("stem.", "patch_embed."),
-            ("head.fc.", "head."),
-        ],
-    }
+    """Our keys as the authors wrote them."""
     out = {}
     for key, value in state_dict.items():
-        for ours, theirs in renames[name]:
+        for ours, theirs in RENAMES[name]:
             key = key.replace(ours, theirs, 1)
         out[key] = value
     return out
@@ -112,6 +157,20 @@ def test_every_wrapper_loads(name, wrap, saved):
     model, file = saved(name, WRAPS[wrap])
     x = torch.randn(2, 3, 32, 40)
     assert torch.equal(load(name, file)(x), model(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 5}, {"features_only": True}], ids=str)
+def test_of_an_official_biformer_file_the_weights_of_the_published_accuracy_are_taken(saved, options):
+    def training_file(state):
+        average = {k: v + 1 if v.is_floating_point() else v for k, v in state.items()}
+        return {"model": state, "model_ema": average, "args": Namespace(lr=0.1), "max_accuracy": 81.4}
+
+    model, file = saved("biformer_tiny", training_file)
+    loaded = load("biformer_tiny", file, **options)
+    loaded = getattr(loaded, "model", loaded)  # features_only wraps
+    key = "stages.0.blocks.0.attn.qkv.weight"
+    assert torch.equal(loaded.state_dict()[key], model.state_dict()[key])
+    assert "state_dict" not in loaded.pretrained_cfg and loaded.pretrained_cfg["file"] == file
 
 
 @every_family
@@ -199,3 +258,77 @@ def test_a_22k_checkpoint_loads_as_a_backbone_without_its_classifier(tmp_path):
     model = timm.create_model("dinat_large.in22k", pretrained=True, pretrained_cfg_overlay=overlay, **small)
     assert model.num_classes == 0
     assert torch.equal(model.norm.weight, body.norm.weight)
+
+
+def to_florence(state_dict):
+    """Our keys as Florence-2 has them: an image tower beside a language model, without norm and classifier."""
+    renames = [
+        ("stem.conv.", "convs.0.proj."),
+        ("stem.norm.", "convs.0.norm."),
+        ("stages.1.downsample.conv.", "convs.1.proj."),
+        ("stages.1.downsample.norm.", "convs.1.norm."),
+        ("stages.0.blocks.", "blocks.0."),
+        ("stages.1.blocks.", "blocks.1."),
+        (".cpe1.proj.", ".conv1.fn.dw."),
+        (".cpe2.proj.", ".conv2.fn.dw."),
+        (".spatial_block.norm1.", ".spatial_block.window_attn.norm."),
+        (".spatial_block.attn.", ".spatial_block.window_attn.fn."),
+        (".channel_block.norm1.", ".channel_block.channel_attn.norm."),
+        (".channel_block.attn.", ".channel_block.channel_attn.fn."),
+        (".norm2.", ".ffn.norm."),
+        (".mlp.", ".ffn.fn.net."),
+    ]
+    out = {"language_model.final_logits_bias": torch.zeros(1, 3), "image_projection": torch.zeros(2, 2)}
+    for key, value in state_dict.items():
+        for ours, theirs in renames:
+            key = key.replace(ours, theirs, 1)
+        if not key.startswith("head."):
+            out[f"vision_tower.{key}"] = value
+    return out
+
+
+@pytest.fixture
+def florence(tmp_path):
+    """A small image tower of Florence-2 with random weights, and a function that loads a file of the given weights."""
+    torch.manual_seed(0)
+    tower = timm.create_model("fv_davit_base_fl", **SMALL_DAVIT).eval()
+
+    def load(state_dict, **kwargs):
+        torch.save(state_dict, tmp_path / "florence.pth")
+        overlay = {"file": str(tmp_path / "florence.pth")}
+        arguments = {"pretrained": True, "pretrained_cfg_overlay": overlay, **SMALL_DAVIT, **kwargs}
+        return timm.create_model("fv_davit_base_fl", **arguments).eval()
+
+    return tower, load
+
+
+def test_the_image_tower_of_florence_loads_out_of_the_whole_model(florence):
+    tower, load = florence
+    state_dict, x = to_florence(tower.state_dict()), torch.randn(2, 3, 64, 96)
+    assert "vision_tower.blocks.1.0.channel_block.channel_attn.fn.qkv.weight" in state_dict
+    assert torch.equal(load(state_dict).forward_features(x), tower.forward_features(x))
+    ready = load(state_dict, num_classes=5)
+    assert torch.equal(ready.forward_features(x), tower.forward_features(x)) and ready(x).shape == (2, 5)
+
+
+def test_another_florence_tower_is_refused(florence):
+    tower, load = florence
+    key = "vision_tower.blocks.1.0.channel_block.channel_attn.fn.qkv.weight"
+    whole = to_florence(tower.state_dict())
+    for spoilt, words in [
+        ({k: v for k, v in whole.items() if k != key}, "it misses stages.1.blocks.0.channel_block.attn.qkv.weight"),
+        ({**whole, key: whole[key][:1]}, "it has stages.1.blocks.0.channel_block.attn.qkv.weight"),
+        ({**whole, "vision_tower.strange": whole[key]}, "it has an unknown strange"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            load(spoilt)
+
+
+def test_florences_channel_attention_takes_the_slots_at_their_word_and_scales_by_tokens(florence):
+    block = florence[0].stages[0].blocks[0].channel_block
+    x = torch.randn(2, 5, 7, 16, dtype=torch.float64)
+    attention = block.attn.double()
+    q, k, v = attention.qkv(x).flatten(1, 2).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 4, 1)  # (B, heads, d, N)
+    weights = (q @ k.mT / 35**0.5).softmax(-1)
+    expected = (weights @ v).flatten(1, 2).mT.unflatten(1, (5, 7))
+    torch.testing.assert_close(attention(x), attention.proj(expected))

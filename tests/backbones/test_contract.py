@@ -17,9 +17,18 @@ SMALL = {
     "biformer_tiny": {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "regions": 3},
     "biformer_stl_nchw": {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "regions": 3},
     "litv2_small": {"dims": (16, 32), "depths": (1, 1), "windows": (None, 2), "head_dim": 8},
+    "fv_davit_tiny": {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "window_size": 3},
+    "fv_davit_base_fl": {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "window_size": 3, "num_classes": 1000},
+    "fv_halonet_h0": {"depths": (1, 1, 1, 1), "block_size": 4, "halo": 1},
+    "eca_resnet18": {"depths": (1, 1, 1, 1)},
+    "eca_mobilenet_v2": {"depths": (1, 1, 1, 1, 2, 2, 1)},
+    "ela_resnet18_b": {"depths": (1, 1, 1, 1)},
+    "ela_mobilenet_v2_l": {"depths": (1, 1, 1, 1, 2, 2, 1)},
 }
+OF_TIMMS_CLASSES = ("fv_halonet_h0", "eca_resnet18", "eca_mobilenet_v2", "ela_resnet18_b", "ela_mobilenet_v2_l")
 SCALED = ("nat_mini", "dinat_s_tiny", "vitrpb_small")  # whose layer scale starts near zero, or can
 every_small = pytest.mark.parametrize("name", SMALL)
+every_small_staged = pytest.mark.parametrize("name", [name for name in SMALL if name not in OF_TIMMS_CLASSES])
 
 
 def small(name, **kwargs):
@@ -102,7 +111,7 @@ def test_any_image_size_runs(name, size):
     assert out.shape == (1, 3) and out.isfinite().all()
 
 
-@every_small
+@every_small_staged
 def test_an_image_below_the_stride_or_of_other_channels_is_refused(name):
     model = small(name)
     for shape in [(1, 3, 7, 64), (1, 3, 64, 7), (1, 4, 64, 64), (3, 64, 64)]:
@@ -126,10 +135,24 @@ def test_unknown_keywords_are_a_type_error(name):
         ("biformer_tiny", {"topks": (1,)}, "topks must have one entry per stage, 2"),
         ("biformer_tiny", {"head_dim": 5}, "dims must be multiples of head_dim 5, got 16"),
         ("biformer_tiny", {"dense_heads": 5}, "dims must be multiples of dense_heads 5, got 32"),
-        ("biformer_tiny", {"nchw": True}, "nchw goes with swin_layout only"),
+        ("biformer_tiny", {"nchw": True}, "nchw goes with swin_layout and pre_norm"),
         ("litv2_small", {"windows": (2,)}, "windows must have one entry per stage, 2"),
         ("litv2_small", {"head_dim": 5}, r"dims must be multiples of head_dim 5, got \[32\]"),
         ("litv2_small", {"alpha": 1.5}, "alpha must be 0 to 1, got 1.5"),
+        ("litv2_small", {"alpha": "most"}, "alpha must be 0 to 1, got 'most'"),
+        ("litv2_small", {"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ("biformer_tiny", {"head_dim": 0}, "dims must be multiples of head_dim 0, got 16"),
+        ("biformer_tiny", {"topks": (2, "all")}, "topks must be numbers, None, 'plain' or 'conv', got 'all'"),
+        (
+            "biformer_stl_nchw",
+            {"mlp_conv": True},
+            "nchw goes with .*, without pos_conv, mlp_conv",
+        ),
+        ("fv_davit_tiny", {"depths": (1,)}, "depths must have one entry per stage, 2"),
+        ("fv_davit_tiny", {"head_dim": 5}, r"dims must be multiples of head_dim 5, got \[16, 32\]"),
+        ("fv_halonet_h0", {"heads": (4,)}, r"heads must have one entry per stage, 4, got \(4,\)"),
+        ("eca_mobilenet_v2", {"depths": (1,)}, "depths must have one entry per stage, 7"),
+        ("ela_resnet18_b", {"ela_variant": "x"}, "ela_variant must be one of"),
         ("van_b0", {"mlp_ratios": (2,)}, "mlp_ratios must have one entry per stage, 2"),
     ],
 )
@@ -141,9 +164,10 @@ def test_configs_that_contradict_themselves_are_refused(name, changes, words):
 @every_small
 def test_every_drop_rate_has_an_effect_in_training(name):
     x = torch.randn(4, 3, 64, 64)
-    for rate in ("drop_rate", "proj_drop_rate", "drop_path_rate"):
-        # layer scale near zero would hide what happens inside the blocks
-        model = small(name, **{rate: 0.5}, **({"layer_scale": 1.0} if name in SCALED else {}))
+    for rate in ("drop_rate", "drop_path_rate", *(() if name in OF_TIMMS_CLASSES else ("proj_drop_rate",))):
+        # branches that start near zero would hide what happens inside them
+        alive = {"layer_scale": 1.0} if name in SCALED else {"zero_init_last": False} if name == "fv_halonet_h0" else {}
+        model = small(name, **{rate: 0.5}, **alive)
         assert not torch.equal(model.train()(x), model(x)), rate
         assert torch.equal(model.eval()(x), model(x)), rate
 
@@ -228,3 +252,13 @@ def test_the_tag_survives_the_hub(tmp_path):
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(1, 3, 40, 56)
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("changes", [{"mlp_conv": True, "pre_norm": False}, {"pos_conv": False, "layer_scale": 0.1}])
+def test_the_unpublished_forms_of_biformer_learn_and_script(changes):
+    model = small("biformer_tiny", topks=("conv", "plain"), **changes)
+    x = torch.randn(2, 3, 48, 64)
+    out = model(x)
+    torch.testing.assert_close(torch.jit.script(model)(x), out)
+    out.square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []

@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from foveate.backbones import _layers
-from foveate.backbones._layers import MapGELU, by_images
+from foveate.backbones._layers import (
+    DepthwiseMlp,
+    ImageConv2d,
+    MapGELU,
+    MapMlp,
+    OverwritingGELU,
+    by_images,
+    take_images_channels_last,
+)
 
 
 def test_map_gelu_is_exact_gelu_and_keeps_the_layout():
@@ -60,3 +68,56 @@ def test_an_exported_graph_takes_any_batch_whole(monkeypatch):
 def test_an_empty_batch_passes():
     with torch.no_grad():
         assert by_images(lambda x: x, torch.zeros(0, 10), 10).shape == (0, 10)
+
+
+MLPS = {
+    "linear": (lambda: MapMlp(4, 6), (5, 3, 2, 4)),
+    "1x1": (lambda: MapMlp(4, 6, use_conv=True), (5, 4, 3, 2)),
+    "depthwise": (lambda: DepthwiseMlp(4, 6, drop=0.0), (5, 3, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", MLPS)
+def test_mlps_take_a_few_images_at_a_time_for_the_same_result(monkeypatch, kind):
+    torch.manual_seed(0)
+    make, shape = MLPS[kind]
+    mlp, x, sizes = make(), torch.randn(shape), []
+    mlp.fc1.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
+    whole = mlp(x)
+    monkeypatch.setattr(_layers, "CHUNK_BYTES", 2 * 36 * 4)  # two images of 6 hidden channels x 6 places
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), whole)
+    assert sizes == [5 * 36, 2 * 36, 2 * 36, 36]
+
+
+def test_overwriting_gelu_keeps_its_input_only_where_a_gradient_may_need_it():
+    x = torch.randn(3, 5)
+    expected, kept = F.gelu(x), x.clone().requires_grad_()
+    torch.testing.assert_close(OverwritingGELU()(kept), expected)
+    assert torch.equal(kept, x)
+    with torch.no_grad():
+        out = OverwritingGELU()(x)
+    assert out.data_ptr() == x.data_ptr()
+    torch.testing.assert_close(out, expected)
+
+
+def test_parts_of_a_batch_keep_the_dtype_that_autocast_gives_them(monkeypatch):
+    monkeypatch.setattr(_layers, "CHUNK_BYTES", 1)
+    layer, x = torch.nn.Linear(4, 4), torch.randn(3, 4)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = by_images(layer, x, 4)
+        assert out.dtype == torch.bfloat16 and torch.equal(out, layer(x))
+
+
+def test_the_first_convolution_turns_images_channels_last_under_the_same_keys():
+    net = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2, 1)), torch.nn.Conv2d(4, 6, 3))
+    x, keys = torch.randn(2, 3, 9, 12), list(net.state_dict())
+    with torch.no_grad():
+        expected = net(x)
+        take_images_channels_last(net)
+        out = net.eval()(x)
+    assert isinstance(net[0][0], ImageConv2d) and list(net.state_dict()) == keys
+    assert out.is_contiguous(memory_format=torch.channels_last) and not expected.stride(1) == 1
+    torch.testing.assert_close(out, expected)
+    assert net(x).is_contiguous()  # gradients in eval mode: the order of sums of the net that it was
+    assert net.train()(x).is_contiguous(memory_format=torch.channels_last)

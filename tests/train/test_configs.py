@@ -57,6 +57,16 @@ def test_published_values_reach_the_recipes():
     tuned = load_recipe("dinat_large_384_8xb64_in1k-ft22k")
     assert (tuned.schedule.kind, tuned.schedule.total_epochs, tuned.optimizer.weight_decay) == ("linear", 30, 1e-10)
     assert not tuned.augment.mixes and tuned.model.checkpoint and tuned.data.img_size == 384
+    offsets = load_recipe("litv2_medium_8xb128_in1k").optimizer
+    assert (offsets.lr_mult, offsets.clip_grad) == ({"*.conv_offset.weight": 0.01}, 5.0)
+    larger = load_recipe("litv2_base_8xb128_in1k-ft384")
+    assert (larger.optimizer.lr, larger.optimizer.weight_decay, larger.schedule.min_lr) == (4e-5, 1e-8, 4e-7)
+    davit, halonet = load_recipe("fv_davit_base_8xb128_in1k"), load_recipe("fv_halonet50ts_8xb256_in1k")
+    assert (davit.optimizer.clip_grad, davit.schedule.min_lr, davit.data.crop_pct) == (1.0, 1e-5, 0.9)
+    assert (halonet.optimizer.opt, halonet.augment.repeats, halonet.data.img_size) == ("lamb", 3, 256)
+    eca, mobile = load_recipe("eca_resnet101_8xb32_in1k"), load_recipe("eca_mobilenet_v2_1xb96_in1k")
+    assert (eca.schedule.step_epochs, eca.schedule.step_rate, eca.augment.randaugment) == (30, 0.1, None)
+    assert (mobile.schedule.epochs, mobile.schedule.step_rate, mobile.optimizer.lr) == (400, 0.98, 0.045)
 
 
 def test_one_recipe_does_not_change_the_base_of_another():

@@ -29,6 +29,12 @@ def test_linear_goes_straight_from_the_first_rate_to_the_last():
     assert rates == pytest.approx([1e-3, 5.5e-4, 1e-4, 1e-4])
 
 
+def test_steps_multiply_the_rate_after_whole_periods_down_to_the_floor():
+    steps = ScheduleRecipe(epochs=100, kind="step", step_epochs=30, step_rate=0.1, warmup_epochs=5, min_lr=1e-3)
+    rates = [lr_at(epoch, steps, 0.1) for epoch in (2.5, 5, 29.9, 30, 59.9, 60, 99)]
+    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3])
+
+
 @pytest.mark.parametrize("name", ["test_vit", "van_b0", "nat_mini"])
 def test_one_dimensional_and_named_parameters_are_not_decayed(name):
     net = timm.create_model(name)
@@ -47,6 +53,27 @@ def test_layer_decay_gives_early_layers_a_smaller_scale():
     optimizer = build_optimizer(timm.create_model("test_vit"), OptimizerRecipe(lr=1e-3, layer_decay=0.5))
     scales = {group["lr_scale"] for group in optimizer.param_groups}
     assert max(scales) == 1.0 and min(scales) < 0.1
+
+
+def test_a_pattern_gives_parameters_a_rate_of_their_own_and_leaves_their_decay():
+    net = timm.create_model("litv2_small", depths=(1, 1, 1, 1), dims=(32, 64, 96, 128))
+    mult = {"*.conv_offset.weight": 0.01, "head.*": 2.0}
+    optimizer = build_optimizer(net, OptimizerRecipe(lr=1e-3, weight_decay=0.05, lr_mult=mult))
+    plain = build_optimizer(net, OptimizerRecipe(lr=1e-3, weight_decay=0.05))
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    assert groups.keys() == set(net.parameters())
+    decay = {p: group["weight_decay"] for group in plain.param_groups for p in group["params"]}
+    for name, p in net.named_parameters():
+        factor = 0.01 if name.endswith("conv_offset.weight") else 2.0 if name.startswith("head.") else 1.0
+        assert (groups[p]["lr_mult"], groups[p]["weight_decay"]) == (factor, decay[p]), name
+
+
+def test_patterns_that_match_nothing_or_a_parameter_twice_are_refused():
+    net = timm.create_model("test_resnet")
+    with pytest.raises(TrainError, match=r"optimizer.lr_mult: 'conv1' matches no parameter"):  # a part of a name
+        build_optimizer(net, OptimizerRecipe(lr=1e-3, lr_mult={"conv1": 0.1}))
+    with pytest.raises(TrainError, match=r"optimizer.lr_mult: '\*bias' matches fc.bias, as another pattern does"):
+        build_optimizer(net, OptimizerRecipe(lr=1e-3, lr_mult={"fc.*": 0.1, "*bias": 0.1}))
 
 
 def test_every_optimizer_argument_reaches_the_optimizer():

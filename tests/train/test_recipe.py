@@ -24,6 +24,9 @@ WRONG = [
     ("data.mean", (0.5,), r"data.mean: wanted 3 value\(s\), one a channel"),
     ("schedule.min_lr", 1.0, "schedule.min_lr: wanted at most optimizer.lr 0.001, got 1"),
     ("schedule.warmup_epochs", 2, "schedule.warmup_epochs: wanted fewer than 2 epochs, got 2"),
+    ("schedule.kind", "step", 'missing key schedule.step_epochs: schedule.kind "step" wants it'),
+    ("optimizer.lr_mult", {"fc": 0}, "optimizer.lr_mult: wanted numbers > 0 other than 1, got 0 for 'fc'"),
+    ("optimizer.lr_mult", {"fc": "slow"}, "optimizer.lr_mult: wanted numbers > 0 other than 1, got 'slow' for 'fc'"),
 ]
 WITHOUT_EFFECT = [
     ("augment.ratio", (0.5, 2.0), "augment.scale"),
@@ -32,6 +35,7 @@ WITHOUT_EFFECT = [
     ("augment.switch_prob", 0.5, "augment.mixup and augment.cutmix"),
     ("optimizer.clip_mode", "value", "optimizer.clip_grad"),
     ("schedule.warmup_lr", 1e-6, "schedule.warmup_epochs"),
+    ("schedule.step_rate", 0.1, 'schedule.kind "step"'),
 ]
 
 
@@ -52,6 +56,13 @@ def test_an_unknown_key_in_a_recipe_file_is_refused(tmp_path):
 def test_a_wrong_value_is_refused_with_the_wish(make_recipe, key, value, message):
     with pytest.raises(TrainError, match=message):
         load_recipe(make_recipe(), {key: value})
+
+
+def test_a_rate_that_would_rise_to_the_floor_is_refused(make_recipe):
+    recipe = make_recipe(optimizer={"lr_mult": {"fc*": 0.01}}, schedule={"min_lr": 1e-5})
+    assert load_recipe(recipe).optimizer.lr_mult == {"fc*": 0.01}  # as high as the floor
+    with pytest.raises(TrainError, match=r"'fc\*' decays from 1e-06, wanted at least schedule.min_lr 1e-05"):
+        load_recipe(recipe, {"optimizer.lr_mult": {"fc*": 0.001}})
 
 
 @pytest.mark.parametrize(("key", "value", "switch"), WITHOUT_EFFECT)

@@ -9,6 +9,7 @@ import torch
 
 from foveate.train import DivergedError, TrainError, evaluate, hooks, load_recipe, report, train
 from foveate.train.checkpoints import read_checkpoint
+from foveate.train.optim import lr_at
 
 SIZE = {"img_size": 32}  # torch 2.15 on a CPU with AMX reads stray memory in bf16 convolutions of 1x1 maps
 CLOCK = ("images_per_s", "seconds")
@@ -135,6 +136,18 @@ def test_layer_decay_reaches_the_rates_of_the_groups(make_recipe, tmp_path):
     )
     rates = {group["lr"] for group in read_checkpoint(result.last_checkpoint)["optimizer"]["param_groups"]}
     assert max(rates) == records(result)[0]["lr"] and min(rates) < 0.1 * max(rates)
+
+
+def test_a_parameters_own_rate_decays_to_the_common_floor(make_recipe, tmp_path):
+    changes = {"optimizer": {"lr_mult": {"fc.*": 0.1}}, "schedule": {"epochs": 2, "min_lr": 1e-5}}
+    result = train(make_recipe(**changes), work_dir=tmp_path)
+    recipe = load_recipe(tmp_path / "recipe.py")
+    assert recipe.optimizer.lr_mult == {"fc.*": 0.1}
+    saved = read_checkpoint(result.last_checkpoint)["optimizer"]["param_groups"]
+    for group in saved:
+        last = lr_at(2 - 1 / 6, recipe.schedule, 1e-3 * group["lr_mult"])  # the last of 6 steps of the second epoch
+        assert group["lr"] == pytest.approx(last)
+    assert sorted({group["lr_mult"] for group in saved}) == [0.1, 1.0]
 
 
 def test_checkpoint_and_log_intervals_are_kept(make_recipe, tmp_path):

@@ -1,0 +1,119 @@
+"""A network whose layers lost channels or heads: any of our models takes `widths=` and is built that narrow.
+
+`widths` is plain data, as it lies in a saved model's `model_args`:
+    shapes     parameter or buffer name -> its shape, of all that differ from the full model; None: as the model has it
+               (the rows of a classifier follow num_classes)
+    numbers    attribute -> its value, such as "stages.0.blocks.1.attn.heads": 1
+    features   channels of each map in `feature_info`; only where they differ
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KEYS = ("shapes", "numbers", "features")
+
+
+def narrow(model: nn.Module, widths: Mapping[str, Any]) -> nn.Module:
+    """Cut the model's tensors to `widths`, in place: the leading entries of each axis stay.
+
+    Layers keep their promise: in_features, out_channels, groups and the like follow the new shapes.
+
+    Raises:
+        ValueError: `widths` names what the model does not have, or is wider than it.
+    """
+    if strange := [key for key in widths if key not in KEYS]:
+        raise ValueError(f"widths: unknown {strange[0]!r}; known: {', '.join(KEYS)}")
+    before = ends(model)
+    for name, shape in widths.get("shapes", {}).items():
+        _shrink(model, name, shape)
+    for name, number in widths.get("numbers", {}).items():
+        module, attribute = _owner(model, name)
+        if not isinstance(getattr(module, attribute, None), int):
+            raise ValueError(f"widths: the model has no number {name}")
+        setattr(module, attribute, int(number))
+    set_features(model, widths.get("features", ()), before)
+    model.widths = {key: dict(v) if isinstance(v, Mapping) else list(v) for key, v in widths.items()}
+    return model
+
+
+def _shrink(model: nn.Module, name: str, shape: Sequence[int | None]) -> None:
+    module, attribute = _owner(model, name)
+    tensor = getattr(module, attribute, None)
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"widths: the model has no tensor {name}")
+    if len(shape) == tensor.dim():
+        shape = [old if new is None else new for new, old in zip(shape, tensor.shape, strict=True)]
+    if len(shape) != tensor.dim() or any(not 0 < new <= old for new, old in zip(shape, tensor.shape, strict=True)):
+        raise ValueError(f"widths: {name} is {tuple(tensor.shape)}, which cannot be cut to {tuple(shape)}")
+    part = tensor.detach()[tuple(slice(size) for size in shape)].clone()
+    if isinstance(tensor, nn.Parameter):
+        setattr(module, attribute, nn.Parameter(part, requires_grad=tensor.requires_grad))
+    else:
+        setattr(module, attribute, part)
+    if attribute in ("weight", "running_mean"):
+        _restate(module)
+
+
+def _restate(module: nn.Module) -> None:
+    """Let a layer's numbers say what its tensors are."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups > 1:  # depthwise: the only grouped convolution that is ever cut
+            module.groups = module.in_channels = module.out_channels = module.weight.shape[0]
+        else:
+            module.out_channels, module.in_channels = module.weight.shape[:2]
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.num_features = len(module.running_mean)
+
+
+def ends(model: nn.Module) -> tuple[int, int]:
+    """Channels of the last map, and of what the classifier reads (the same in most nets)."""
+    classifier = model.get_classifier()
+    last = model.feature_info[-1]["num_chs"]
+    return last, classifier.in_features if isinstance(classifier, nn.Linear) else last
+
+
+def set_features(model: nn.Module, features: Sequence[int], before: tuple[int, int]) -> None:
+    if not features:
+        return
+    if len(features) != len(model.feature_info):
+        raise ValueError(f"widths: features must hold {len(model.feature_info)} numbers, got {len(features)}")
+    for info, channels in zip(model.feature_info, features, strict=True):
+        info["num_chs"] = int(channels)
+    renamed = dict(zip(before, ends(model), strict=True))
+    for owner in (model, getattr(model, "head", None)):
+        for attribute in ("num_features", "head_hidden_size", "in_features"):
+            number = None if isinstance(owner, nn.Linear) else getattr(owner, attribute, None)
+            if number in renamed and attribute in vars(owner):
+                setattr(owner, attribute, renamed[number])
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    try:
+        return model.get_submodule(path), attribute
+    except AttributeError as error:
+        raise ValueError(f"widths: the model has no module {path}") from error
+
+
+@torch.no_grad()
+def feature_channels(model: nn.Module, image: Tensor) -> list[int]:
+    """Return the channels of each map in `feature_info`, measured on an image; maps are (B, C, H, W)."""
+    seen: dict[str, int] = {}
+
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        return model.get_submodule(name).register_forward_hook(
+            lambda _, __, out: seen.__setitem__(name, out.shape[1]) if out.dim() == 4 else None
+        )
+
+    handles = [watch(info["module"]) for info in model.feature_info]
+    try:
+        model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [seen.get(info["module"], info["num_chs"]) for info in model.feature_info]

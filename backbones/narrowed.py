@@ -1,0 +1,41 @@
+"""Any of timm's own models, cut narrower: what a pruned Swin, ViT, ConvNeXt or ResNet is built from again.
+
+Our families take `widths=` themselves; timm's do not, and this name stands in for theirs in a saved model's config:
+`timm.create_model("narrowed", of="swin_tiny_patch4_window7_224", widths={...})`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from ._build import cfg
+from ._widths import narrow
+
+default_cfgs = generate_default_cfgs({"narrowed.untrained": cfg(notes=("Takes of= and widths=.",))})
+
+
+@register_model
+def narrowed(pretrained: bool = False, of: str = "", widths: Mapping[str, Any] | None = None, **kwargs) -> nn.Module:
+    """A timm model of another name, narrower.
+
+    Args:
+        of: the name of the full model; other keywords go to it.
+        widths: what differs from the full model, see _widths.py.
+
+    Raises:
+        ValueError: one of the two is missing, or `widths` does not fit the model.
+    """
+    if not of or widths is None:
+        raise ValueError(f"narrowed: wants of= (a timm model name) and widths=, got {of!r} and {widths!r}")
+
+    def make(**arguments: Any) -> nn.Module:
+        return narrow(timm.create_model(of, **arguments), widths)
+
+    if kwargs.get("features_only") and "out_indices" not in kwargs:
+        with torch.device("meta"):
+            kwargs["out_indices"] = tuple(range(len(timm.create_model(of).feature_info)))
+    return build_model_with_cfg(make, "narrowed", pretrained, feature_cfg={"feature_cls": "getter"}, **kwargs)

@@ -1,0 +1,15 @@
+"""ELA-L in MobileNetV2 on ImageNet-1k at 224, from scratch.
+
+Command    torchrun --no-python --nproc-per-node 1 foveate train ela_mobilenet_v2_l_1xb96_in1k --data IMAGENET \
+           --launcher pytorch
+Published  - (Xu and Wan 2024, arXiv:2403.01123, whose recipe is not known to us)
+Ours       -
+Differs    all of it is assumed: ECA-Net's recipe, the nearest of a gated MobileNetV2; see the base.
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.eca_mobilenet_v2_400e import *
+
+model = dict(name="ela_mobilenet_v2_l")

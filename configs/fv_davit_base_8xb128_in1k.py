@@ -1,0 +1,16 @@
+"""DaViT-Base on ImageNet-1k at 224, from scratch.
+
+Command    torchrun --no-python --nproc-per-node 8 foveate train fv_davit_base_8xb128_in1k --data IMAGENET \
+           --launcher pytorch
+Published  84.6 top-1 (Ding et al. 2022, arXiv:2204.03645; official repository)
+Ours       -
+Differs    RandAugment capped at 9, see the base of the base. Drop path grows from pair to pair of blocks, as in
+           timm, where the official code lets it grow from block to block.
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.davit_300e import *
+
+model = dict(name="fv_davit_base", drop_path_rate=0.1)

@@ -1,0 +1,17 @@
+"""Fine-tune the micro NAT on mnist5k after DIMAP took half of its weights; benchmarks/pruning.py runs it.
+
+Command    foveate train nat_micro_1xb64_mnist5k-dimap
+Published  -, not a published model
+Ours       -
+Differs    the rates of the paper are for ImageNet: here a tenth of the base training's, for 12 epochs.
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .nat_micro_1xb64_mnist5k import *
+
+model.update(checkpoint="pruned/model.safetensors")
+optimizer.update(lr=5e-4)
+schedule.update(epochs=12, warmup_epochs=2)
+hooks = [dict(type="foveate.pruning.hook.KeepMasks", plan="pruned/plan.json")]
