@@ -1,4 +1,4 @@
-"""The `foveate` command: train, export, demo."""
+"""The `foveate` command: train, export, prune, demo."""
 
 from typing import Annotated
 
@@ -7,11 +7,13 @@ import typer
 from ._version import __version__
 from .demo import demo_command
 from .export.cli import export_command
+from .prune import prune_command
 from .train.cli import train_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 app.command("train")(train_command)
 app.command("export")(export_command)
+app.command("prune")(prune_command)
 app.command("demo")(demo_command)
 
 
@@ -27,4 +29,4 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Efficient-attention vision backbones: train, export, demo."""
+    """Efficient-attention vision backbones: train, export, prune, demo."""

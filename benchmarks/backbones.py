@@ -4,8 +4,9 @@
 
 What is measured   Median images per second of interleaved rounds, in eager mode, every net in the memory layout that
                    it takes by itself: nothing is converted to channels-last from outside.
-GMACs              Multiply-adds of one image that the definition needs (see _macs.py), next to the authors' figure at
-                   224 px. GMAC/s is the useful work done in a second: masked logits and padding do not count.
+GMACs              Multiply-adds of one image that the definition needs (see attention_ops/macs.py), next to the
+                   authors' figure at 224 px. GMAC/s is the useful work done in a second: masked logits and padding do
+                   not count.
 Share              GMAC/s relative to resnet50's in the same process, which is therefore always measured: how much of
                    what this machine gives a plain convolutional net the backbone can use.
 Training           Forward and backward of a cross-entropy, without optimizer; its work is taken as 3 forward passes.
@@ -24,12 +25,13 @@ from rich.table import Table
 from timm.models import is_model, resolve_model_input_args
 from torch import Tensor, nn
 
-from ._macs import count_macs
+from ..attention_ops.macs import count_macs
 from ._timing import describe_machine, interleaved_seconds, peak_bytes, write_report
 
 YARDSTICK = "resnet50"
 PEERS = (YARDSTICK, "convnext_tiny", "swin_tiny_patch4_window7_224", "davit_tiny")
-OURS = ("nat_mini", "nat_tiny", "dinat_tiny", "van_b0", "van_b1", "van_b2")
+OURS = ("nat_mini", "nat_tiny", "dinat_tiny", "van_b0", "van_b1", "van_b2", "biformer_tiny", "litv2_small")
+OURS += ("fv_davit_tiny", "fv_halonet26t", "eca_resnet50", "ela_resnet50_b")
 PUBLISHED_PX = 224
 PUBLISHED_GMACS = {  # the papers' and repositories' "FLOPs"
     **{"resnet50": 4.1, "convnext_tiny": 4.5, "swin_tiny_patch4_window7_224": 4.5, "davit_tiny": 4.5},
@@ -44,6 +46,7 @@ PUBLISHED_GMACS = {  # the papers' and repositories' "FLOPs"
     },
     **{"litv2_small": 3.7, "litv2_medium": 7.5, "litv2_base": 13.2},
     **{"van_b0": 0.9, "van_b1": 2.5, "van_b2": 5.0, "van_b3": 9.0},
+    **{"fv_davit_tiny": 4.5, "fv_davit_small": 8.8, "fv_davit_base": 15.5, "eca_resnet50": 4.1},
 }
 TRAINING_PASSES = 3  # backward: one product for the gradient of the input, one for that of the weight
 

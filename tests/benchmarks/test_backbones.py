@@ -5,7 +5,7 @@ import timm
 import torch
 
 from foveate.attention_ops import neighborhood_attention
-from foveate.benchmarks._macs import count_macs
+from foveate.attention_ops.macs import count_macs
 from foveate.benchmarks.backbones import PUBLISHED_GMACS, Row, Settings, _cells, main, measure, parse_settings
 
 SMALL = ["--models", "test_resnet", "--batch", "2", "--img-size", "64", "--rounds", "1"]

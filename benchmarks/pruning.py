@@ -1,0 +1,137 @@
+"""Does cutting heads and hidden channels make a net faster? PyTorch and ONNX Runtime, dense and pruned in turns.
+
+    python -m foveate.benchmarks.pruning --batch 4 --threads 2
+
+Nets       Random weights: speed does not depend on them, but which layers a global ranking cuts does.
+Pruned     Half of all heads and half of all hidden channels of the MLPs by the summed DIMAP score. `layer`: half of
+           each layer. `group`: ranked over the whole net, which takes more from late layers, where maps are small.
+Checked    The cut net's logits against the full net's with zeros, and the ONNX file's against PyTorch's.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..export import export_onnx, verify
+from ..pruning import Plan, plan
+from ._timing import describe_machine, interleaved_seconds, write_report
+
+MODELS = ("nat_mini", "fv_davit_tiny", "biformer_tiny")
+SCOPES = ("layer", "group")
+STRUCTURE = ("heads", "mlp")
+RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One net, dense and pruned."""
+
+    name: str
+    scope: str
+    params_share: float  # left of the dense net's
+    macs_share: float
+    seconds: dict[str, float]  # of one batch: "torch", "torch dense", "onnx", "onnx dense"
+
+
+def measure(name: str, batch: int, img_size: int, rounds: int, *, with_onnx: bool) -> list[Row]:
+    """Time a net and its two cuts side by side."""
+    torch.manual_seed(0)
+    dense = timm.create_model(name).eval()
+    images = torch.randn(batch, 3, img_size, img_size)
+    plans = {
+        scope: plan(dense, "dimap", RATIO, structure=STRUCTURE, scope=scope, img_size=img_size) for scope in SCOPES
+    }
+    nets = {"dense": dense} | {scope: _checked(p, dense, images) for scope, p in plans.items()}
+    calls = {("torch", key): _eager(net, images) for key, net in nets.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        if with_onnx:
+            for key, net in nets.items():
+                calls["onnx", key] = _session(net, Path(folder) / f"{key}.onnx", images)
+        seconds = interleaved_seconds(calls, rounds=rounds)
+    return [_row(name, scope, plans[scope], seconds) for scope in SCOPES]
+
+
+def _row(name: str, scope: str, p: Plan, seconds: dict[tuple[str, str], float]) -> Row:
+    counts = p.counts
+    mine = {runtime: taken for (runtime, key), taken in seconds.items() if key == scope}
+    mine |= {f"{runtime} dense": taken for (runtime, key), taken in seconds.items() if key == "dense"}
+    shares = counts.params_after / counts.params_before, counts.macs_after / counts.macs_before
+    return Row(name, scope, *shares, mine)
+
+
+def _checked(p: Plan, dense: nn.Module, images: Tensor) -> nn.Module:
+    """Cut, and refuse to time a net that answers otherwise than the one with zeros."""
+    smaller = p.cut(dense).eval()
+    with torch.inference_mode():
+        wanted = p.apply(deepcopy(dense))(images[:1])
+        torch.testing.assert_close(smaller(images[:1]), wanted, rtol=0, atol=1e-4 * wanted.std().item())
+    return smaller
+
+
+def _eager(net: nn.Module, images: Tensor) -> Callable[[], object]:
+    return torch.inference_mode()(lambda: net(images))
+
+
+def _session(net: nn.Module, path: Path, images: Tensor) -> Callable[[], object]:
+    import onnxruntime
+
+    export_onnx(net, path, example=images, dynamic_batch=False)
+    verify(net, path, images, batch_sizes=(len(images),))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name, array = session.get_inputs()[0].name, images.numpy()
+    return lambda: session.run(None, {name: array})
+
+
+def tabulate(rows: list[Row], batch: int, img_size: int, rounds: int) -> Table:
+    size = f"batch {batch}, {img_size} px, float32, CPU, median of {rounds} interleaved rounds"
+    table = Table(title=f"{RATIO:.0%} of heads and of MLP channels cut, {size}")
+    for name in ("model", "ranked per"):
+        table.add_column(name, no_wrap=True)
+    for name in ("params", "GMACs", "torch img/s", "dense", "speed-up", "ORT img/s", "dense", "speed-up"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.name, row.scope, f"{row.params_share:.0%}", f"{row.macs_share:.0%}", *_cells(row, batch))
+    return table
+
+
+def _cells(row: Row, batch: int) -> list[str]:
+    cells = []
+    for runtime in ("torch", "onnx"):
+        if runtime not in row.seconds:
+            cells += ["-"] * 3
+            continue
+        ours, dense = row.seconds[runtime], row.seconds[f"{runtime} dense"]
+        cells += [f"{batch / ours:.1f}", f"{batch / dense:.1f}", f"{dense / ours:.2f}"]
+    return cells
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m foveate.benchmarks.pruning", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="timm model names")
+    parser.add_argument("--batch", type=int, default=4, help="images (default %(default)s)")
+    parser.add_argument("--img-size", type=int, default=224, help="px (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="(default %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
+    parser.add_argument("--no-onnx", action="store_true", help="leave ONNX Runtime out")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    sizes = (options.batch, options.img_size, options.rounds)
+    rows = [row for name in options.models for row in measure(name, *sizes, with_onnx=not options.no_onnx)]
+    machine = describe_machine()
+    write_report(tabulate(rows, *sizes), module="foveate.benchmarks.pruning", machine=machine, out=options.out)
+
+
+if __name__ == "__main__":
+    main()

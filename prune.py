@@ -1,0 +1,154 @@
+"""`foveate prune MODEL -o OUT`: load, plan, cut or mask, compare, and only then write: a timm hub folder and the plan.
+
+One of the doors where two rooms meet: pruning/ decides and cuts, export/ loads and saves.
+"""
+
+from copy import deepcopy
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from ._files import atomic_path
+from .export import ExportError, load_model, save_hub
+from .export.cli import parse_model_args
+from .export.files import check_empty_folder
+from .pruning import Plan, PruningError, plan
+from .pruning.counts import example_image
+from .pruning.targets import Latency, macs_of, plan_until
+
+PLAN_FILE = "plan.json"
+TOLERANCE = 1e-4  # largest difference between a cut net and the masked one, in standard deviations of the logits
+
+
+class Method(str, Enum):
+    """The criteria that need no data."""
+
+    DIMAP = "dimap"
+    LAMP = "lamp"
+    MAGNITUDE = "magnitude"
+    RANDOM = "random"
+
+
+class Scope(str, Enum):
+    """What is ranked together."""
+
+    LAYER = "layer"
+    GROUP = "group"
+    MODEL = "model"
+
+
+def prune_command(
+    model: Annotated[str, typer.Argument(help="timm model name, local-dir:FOLDER or hf-hub:ORG/REPO.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights, .pth or .safetensors.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Weights that timm knows for the name.")] = False,
+    method: Annotated[Method, typer.Option(help="How weights are scored.")] = Method.DIMAP,
+    ratio: Annotated[float | None, typer.Option(help="Share to remove, 0 to below 1.  [default: 0.5]")] = None,
+    structure: Annotated[
+        str | None, typer.Option(help="Cut whole structures: heads, channels, mlp, conv, width; comma-separated.")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Take single weights from: qkv, prj, mlp, conv, depthwise, gate.")
+    ] = None,
+    scope: Annotated[Scope | None, typer.Option(help="What is ranked together.  [default: the method's own]")] = None,
+    pattern: Annotated[str | None, typer.Option(help="2:4 keeps two of every four neighbouring weights.")] = None,
+    target_macs: Annotated[float | None, typer.Option(help="Prune to so many GMACs an image.")] = None,
+    target_latency: Annotated[float | None, typer.Option(help="Prune to so many ms a batch, measured here.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a batch, for --target-latency.")] = 1,
+    img_size: Annotated[int | None, typer.Option(min=1, help="Height and width, px; default the model's own.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the method random.")] = 0,
+    model_arg: Annotated[list[str] | None, typer.Option(help="Model argument key=value; may be repeated.")] = None,
+) -> None:
+    """Prune a model: single weights are zeroed, whole structures leave smaller shapes."""
+    try:
+        check_empty_folder(output)
+        _check_one_goal(ratio, target_macs, target_latency, structure)
+        net = load_model(model, checkpoint, pretrained=pretrained, **parse_model_args(model_arg or []))
+        options: dict[str, Any] = {
+            "structure": _words(structure) or (),
+            "groups": _words(groups),
+            "scope": None if scope is None else scope.value,
+            "pattern": pattern,
+            "img_size": img_size,
+            "seed": seed,
+        }
+
+        def make(share: float) -> Plan:
+            return plan(net, method.value, share, **options)
+
+        if target_macs is not None:
+            chosen = plan_until(net, make, macs_of, target_macs, unit="GMACs")
+        elif target_latency is not None:
+            latency = Latency(batch, img_size=img_size)
+            chosen = plan_until(net, make, latency, target_latency, unit="ms")
+        else:
+            chosen = make(0.5 if ratio is None else ratio)
+        pruned, difference = _follow(chosen, net)
+        _write(output, chosen, pruned)
+        Console().print(chosen.table())
+        Console().print(_report(output, chosen, difference, checkpoint or ("published" if pretrained else "random")))
+    except (PruningError, ExportError, OSError) as error:  # OSError: no permission, no space
+        typer.echo(f"foveate prune: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _check_one_goal(
+    ratio: float | None, target_macs: float | None, target_latency: float | None, structure: str | None
+) -> None:
+    if sum(goal is not None for goal in (ratio, target_macs, target_latency)) > 1:
+        raise PruningError("give one of --ratio, --target-macs and --target-latency")
+    if target_latency is not None and not structure:
+        raise PruningError("--target-latency: zeros make nothing faster; name what to cut with --structure")
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _follow(chosen: Plan, net: nn.Module) -> tuple[nn.Module, float | None]:
+    """Return the pruned net; for cuts also how far it is from the net with zeros, in standard deviations."""
+    masked = chosen.apply(deepcopy(net))
+    if not chosen.structure:
+        return masked, None
+    smaller = chosen.cut(net)
+    image = example_image(net, chosen.counts.input_size[1:])
+    images = torch.randn(2, *image.shape[1:], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = masked(images)
+        difference = float((smaller(images) - wanted).abs().max() / wanted.std())
+    if not difference <= TOLERANCE:  # written so that a NaN fails
+        raise PruningError(f"the cut net differs from the net with zeros by {difference:.2g} standard deviations")
+    return smaller, difference
+
+
+def _write(output: Path, chosen: Plan, pruned: nn.Module) -> None:
+    with atomic_path(output) as part:
+        save_hub(pruned, part)
+        chosen.save(part / PLAN_FILE)
+
+
+def _report(output: Path, chosen: Plan, difference: float | None, weights: object) -> Table:
+    counts = chosen.counts
+    gone = {f"{kind} removed": f"{some} of {of}" for kind, (some, of) in chosen.removed.items()}
+    rows = {
+        "written": str(output),
+        "weights": str(weights),
+        "method": f"{chosen.method}, ratio {chosen.ratio:.3g}, ranked per {chosen.scope}",
+        **gone,
+        "parameters": f"{counts.params_before / 1e6:.2f} M -> {counts.params_after / 1e6:.2f} M",
+        "multiply-adds": f"{counts.macs_before / 1e9:.3f} G -> {counts.macs_after / 1e9:.3f} G",
+        "counted": "by non-zeros" if not chosen.structure else "by shapes",
+        "cut against zeros": "-" if difference is None else f"{difference:.1e} std of the logits",
+        "load it": f'timm.create_model("local-dir:{output}", pretrained=True)',
+    }
+    table = Table(show_header=False, title="foveate prune")
+    for row in rows.items():
+        table.add_row(*map(Text, row))
+    return table

@@ -1,0 +1,101 @@
+"""Parameters and multiply-adds by non-zeros, as in DIMAP's tables: a weight that is zero is not there.
+
+A masked weight saves one multiply-add at every position where its layer is applied; attention's own products, norms and
+biases stay. Nothing runs faster by that: only shapes that shrink do.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from timm.models import get_model_traits
+from torch import Tensor, nn
+
+from ..attention_ops.macs import count_macs
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a network holds and costs, before and after; multiply-adds of one image."""
+
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    input_size: tuple[int, int, int]  # (C, H, W) of that image
+
+
+@torch.no_grad()
+def count_masked(model: nn.Module, masks: Mapping[str, Tensor], images: Tensor) -> Counts:
+    """Count the model, and the model less what the masks (True: kept) take out."""
+    with evaluating(model):
+        macs = count_macs(model, images)
+        positions = count_positions(model, set(masks), images)
+    gone = {name: int((~mask).sum()) for name, mask in masks.items()}
+    params = sum(p.numel() for p in model.parameters())
+    saved = sum(count * positions[name] for name, count in gone.items())
+    return Counts(params, params - sum(gone.values()), macs, macs - saved, tuple(images.shape[1:]))
+
+
+def count_positions(model: nn.Module, names: set[str], images: Tensor) -> dict[str, int]:
+    """Return for each weight how many times one image passes through it; 0 for what is no linear layer's weight.
+
+    A layer whose weight its parent uses directly (as channel attention does) is applied at each token of the parent.
+    """
+    owners = {name: name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    seen: dict[str, int] = {}
+
+    def watch(path: str, channels: int) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            tensor = output if channels < 0 else inputs[0]
+            seen[path] = seen.get(path, 0) + tensor.numel() // (len(images) * abs(channels))
+
+        return hook
+
+    handles = []
+    for owner in owners.values():
+        layer = model.get_submodule(owner)
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            parent = owner.rpartition(".")[0]
+            width = layer.weight.shape[0]
+            fan_in = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+            handles.append(layer.register_forward_hook(watch(owner, -width)))
+            handles.append(model.get_submodule(parent).register_forward_hook(watch(f"{owner} in {parent}", fan_in)))
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    counts = dict.fromkeys(names, 0)
+    for name, owner in owners.items():
+        counts[name] = seen.get(owner) or seen.get(f"{owner} in {owner.rpartition('.')[0]}", 0)
+    return counts
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold every module in eval mode; give each its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def example_image(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> Tensor:
+    """Return one image of zeros as the model takes it, (1, C, H, W); its own size unless another is given."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels, *own = config.get("input_size", (3, 224, 224))
+    channels = getattr(model, "in_chans", channels)
+    parameter = next(model.parameters())
+    size = img_size or get_model_traits(model).get("img_size") or own
+    size = (size, size) if isinstance(size, int) else size
+    return torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype)
+
+
+def share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan

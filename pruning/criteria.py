@@ -1,0 +1,108 @@
+"""Scores of single weights: the smaller, the sooner a weight goes. float64, so that sums of millions keep order.
+
+DIMAP      arXiv:2404.13648, equation 10: a weight's square over the sum of the squares of all weights of its layer that
+           are not smaller, itself included. The largest weight of a layer scores 1.
+LAMP       Lee et al. 2021, arXiv:2010.07611: the same score. The papers differ in what is ranked together: LAMP ranks
+           the whole model, DIMAP each module group (QKV, PRJ, MLP) alone.
+Taylor     Molchanov et al. 2019, arXiv:1906.10771: (weight * gradient)^2, averaged over batches.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import PruningError
+
+Scope = Literal["layer", "group", "model"]
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, C, H, W) and classes (B,)
+Scores = dict[str, Tensor]  # parameter name -> float64, of the parameter's shape
+
+
+def share_of_larger(weight: Tensor) -> Tensor:
+    """Return w^2 / sum of the squares of all entries not smaller than w: DIMAP's and LAMP's score of one layer.
+
+    Equal weights score the same; zeros score 0. Cost: one sort.
+    """
+    descending, order = weight.detach().to(torch.float64).square().flatten().sort(descending=True)
+    # entries not smaller than x end with the last of its equals, which count in full
+    _, run, lengths = descending.unique_consecutive(return_inverse=True, return_counts=True)
+    larger_sum = descending.cumsum(0)[lengths.cumsum(0) - 1][run]
+    scores = torch.empty_like(descending)
+    scores[order] = torch.where(descending > 0, descending / larger_sum, descending)
+    return scores.view(weight.shape)
+
+
+def magnitudes(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.float64).abs()
+
+
+def taylor_scores(model: nn.Module, names: Iterable[str], batches: Batches) -> Scores:
+    """Return the mean over batches of (weight * gradient of the cross-entropy)^2; the model runs in eval mode.
+
+    Raises:
+        PruningError: there is no batch.
+    """
+    weights = {name: model.get_parameter(name) for name in names}
+    scores = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
+    count, mode = 0, model.training
+    model.eval()
+    try:
+        for images, targets in batches:
+            grads = torch.autograd.grad(F.cross_entropy(model(images), targets), list(weights.values()))
+            for (name, weight), grad in zip(weights.items(), grads, strict=True):
+                scores[name] += (weight.detach().double() * grad.double()).square()
+            count += 1
+    finally:
+        model.train(mode)
+    if count == 0:
+        raise PruningError("taylor: wanted batches of images and classes, got none")
+    return {name: score / count for name, score in scores.items()}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How weights are scored, and which of them are ranked together unless the caller says otherwise."""
+
+    scope: Scope
+    score: Callable[[Tensor], Tensor] | None = None  # of one layer's weight; None: needs more than the weight
+
+
+CRITERIA: Mapping[str, Criterion] = {
+    "dimap": Criterion("group", share_of_larger),
+    "lamp": Criterion("model", share_of_larger),
+    "magnitude": Criterion("model", magnitudes),
+    "taylor": Criterion("model"),
+    "random": Criterion("model"),
+    "head_importance": Criterion("model"),
+}
+
+
+def weight_scores(
+    model: nn.Module, names: Iterable[str], method: str, *, batches: Batches | None = None, seed: int = 0
+) -> Scores:
+    """Score the named weights of a model.
+
+    Args:
+        method: a key of CRITERIA other than head_importance, which knows no weights.
+        batches: images and classes; taylor needs them, nothing else takes them.
+        seed: of the random baseline.
+
+    Raises:
+        PruningError: no such method, or batches missing.
+    """
+    names = list(names)
+    if method == "taylor":
+        if batches is None:
+            raise PruningError("taylor: needs data, batches of images and classes")
+        return taylor_scores(model, names, batches)
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {name: model.get_parameter(name).shape for name in names}
+        return {name: torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    score = CRITERIA[method].score
+    assert score is not None
+    return {name: score(model.get_parameter(name)) for name in names}

@@ -1,0 +1,92 @@
+"""What single heads are worth: silence one at a time and look at the answers.
+
+The measures are those of visual analytics of vision transformers: change of the loss, divergence of the predictions,
+change of the confidence in the class that the full model names (from its class token or pooled output).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .counts import evaluating
+from .criteria import Batches
+from .errors import PruningError
+from .structures import Structures, find_structures
+
+
+@dataclass(frozen=True)
+class HeadImportance:
+    """What happens when one head falls silent; means over all images."""
+
+    module: str
+    head: int
+    loss_change: float  # cross-entropy without the head less that with it
+    divergence: float  # KL divergence of the predictions without the head from those with it
+    confidence_change: float  # in the class that the full model names
+
+
+@torch.no_grad()
+def head_importance(
+    model: nn.Module, batches: Batches, structures: Sequence[Structures] | None = None
+) -> list[HeadImportance]:
+    """Measure every head that can be cut. Cost: one forward pass per head and batch, and one per batch.
+
+    Args:
+        batches: images and classes; kept in memory.
+        structures: of kind "heads"; all of the model's when None.
+
+    Raises:
+        PruningError: there is no batch, or the model has no heads.
+    """
+    batches = list(batches)
+    if not batches:
+        raise PruningError("head_importance: wanted batches of images and classes, got none")
+    structures = find_structures(model, ["heads"], {}) if structures is None else structures
+    found = []
+    with evaluating(model):
+        full = [model(images).log_softmax(-1) for images, _ in batches]
+        for layer in structures:
+            for head in range(layer.size):
+                with _silent(model, layer, head):
+                    measures = [
+                        _compare(logs, model(images).log_softmax(-1), targets)
+                        for logs, (images, targets) in zip(full, batches, strict=True)
+                    ]
+                means = torch.cat(measures).double().mean(0).tolist()
+                found.append(HeadImportance(layer.name, head, *means))
+    return found
+
+
+def head_scores(model: nn.Module, structures: Sequence[Structures], batches: Batches | None) -> list[Tensor]:
+    """Return the divergence of every head, layer by layer."""
+    if batches is None:
+        raise PruningError("head_importance: needs data, batches of images and classes")
+    found = iter(head_importance(model, batches, structures))
+    return [torch.tensor([next(found).divergence for _ in range(s.size)], dtype=torch.float64) for s in structures]
+
+
+def _compare(full: Tensor, silenced: Tensor, targets: Tensor) -> Tensor:
+    """(B, classes) log probabilities -> (B, 3): the measures of each image."""
+    loss = F.nll_loss(silenced, targets, reduction="none") - F.nll_loss(full, targets, reduction="none")
+    divergence = F.kl_div(silenced, full, log_target=True, reduction="none").sum(1)
+    named = full.argmax(1, keepdim=True)
+    confidence = (silenced.gather(1, named).exp() - full.gather(1, named).exp())[:, 0]
+    return torch.stack([loss, divergence, confidence], 1)
+
+
+@contextmanager
+def _silent(model: nn.Module, layer: Structures, head: int) -> Iterator[None]:
+    """Zero the columns that read the head, for a while."""
+    readers = [part for part in layer.slices if part.axis == 1 and part.tensor.endswith(".weight")]
+    before = [model.get_parameter(part.tensor).clone() for part in readers]
+    try:
+        for part in readers:
+            model.get_parameter(part.tensor).index_fill_(1, part.index[head], 0)
+        yield
+    finally:
+        for part, weight in zip(readers, before, strict=True):
+            model.get_parameter(part.tensor).copy_(weight)

@@ -1,0 +1,127 @@
+"""A plan says what goes and why. It is data: print it, save it, apply it; whoever follows it decides nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from .counts import Counts, example_image, share
+from .criteria import Scope
+from .errors import PruningError
+from .plan_file import read_plan, write_plan
+from .surgery import cut
+from .unstructured import stage_of
+
+Cuts = Mapping[str, Mapping[int, Tensor]]  # parameter or buffer name -> axis -> the indices that stay, ascending
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to take out of one model.
+
+    `masks` holds what is zeroed. A structured plan holds `cuts` besides: whole slices, whose removal leaves smaller
+    tensors; its masks are the same slices in zeros.
+    """
+
+    architecture: str  # the class of the model
+    method: str
+    ratio: float  # asked for, of each bucket
+    scope: Scope  # what was ranked together
+    masks: Mapping[str, Tensor]  # parameter name -> bool, of the parameter's shape; True: kept
+    groups: Mapping[str, str]  # parameter name -> module group; of structured plans: the kinds that touch it
+    thresholds: Mapping[str, float]  # what was ranked together -> the lowest score that stays
+    counts: Counts  # by non-zeros
+    structure: tuple[str, ...] = ()  # kinds of structures; empty: single weights
+    pattern: str | None = None  # "2:4": two of every four neighbours stay
+    cuts: Cuts = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)  # attribute -> its value after the cut
+    removed: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # kind -> structures removed, of how many
+
+    def __str__(self) -> str:
+        c = self.counts
+        what = "+".join(self.structure) or self.pattern or "weights"
+        return (
+            f"{self.architecture}: {self.method}, {self.ratio:.0%} of {what}, parameters {c.params_before:,} -> "
+            f"{c.params_after:,} ({share(c.params_after, c.params_before):.1%}), multiply-adds {c.macs_before:,} -> "
+            f"{c.macs_after:,} ({share(c.macs_after, c.macs_before):.1%}) at {c.input_size[1]}x{c.input_size[2]}"
+        )
+
+    def table(self) -> Table:
+        """Lay out what stays, per stage and module group."""
+        table = Table(title=str(self))
+        for name in ("stage", "group"):
+            table.add_column(name, no_wrap=True)
+        for name in ("parameters", "kept", "share"):
+            table.add_column(name, justify="right", no_wrap=True)
+        rows: dict[tuple[str, str], list[int]] = {}
+        for name, mask in self.masks.items():
+            row = rows.setdefault((stage_of(name), self.groups[name]), [0, 0])
+            row[0] += mask.numel()
+            row[1] += int(mask.sum())
+        for (stage, group), (total, kept) in rows.items():
+            table.add_row(stage, group, f"{total:,}", f"{kept:,}", f"{share(kept, total):.1%}")
+        return table
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Zero what goes, in place, and return the model.
+
+        Raises:
+            PruningError: the model is another one; nothing was changed.
+        """
+        parameters = dict(model.named_parameters())
+        self.check_fits({name: parameter.shape for name, parameter in parameters.items()})
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+        return model
+
+    def cut(self, model: nn.Module) -> nn.Module:
+        """Return a smaller copy of the model, without what goes; the model itself stays as it is.
+
+        Raises:
+            PruningError: the plan is of single weights, which leave no smaller shapes, or of another model.
+        """
+        if not self.structure:
+            raise PruningError("a plan of single weights cannot be cut: its zeros are scattered; apply it")
+        self.check_fits({name: parameter.shape for name, parameter in model.named_parameters()})
+        return cut(model, self.cuts, self.widths, example_image(model, self.counts.input_size[1:]))
+
+    def masked(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a checkpoint's state dict with zeros where weights go; the tensors given stay as they are.
+
+        Raises:
+            PruningError: the state dict is of another model.
+        """
+        self.check_fits({name: tensor.shape for name, tensor in state_dict.items()})
+        masks = {name: ~mask for name, mask in self.masks.items()}
+        return {
+            name: tensor.masked_fill(masks[name].to(tensor.device), 0) if name in masks else tensor
+            for name, tensor in state_dict.items()
+        }
+
+    def check_fits(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Refuse shapes that are not of the planned model."""
+        for name, mask in self.masks.items():
+            if name not in shapes:
+                raise PruningError(f"the plan is for {self.architecture}: the model has no {name}")
+            if shapes[name] != mask.shape:
+                raise PruningError(
+                    f"the plan is for {self.architecture}: {name} is {tuple(mask.shape)} there, "
+                    f"{tuple(shapes[name])} in the model"
+                )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as one JSON file, in one step; masks as packed bits."""
+        return write_plan(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read what `save` wrote.
+
+        Raises:
+            PruningError: the file is missing, damaged or no plan.
+        """
+        return read_plan(cls, Path(path))

@@ -1,0 +1,223 @@
+"""What can be cut out whole: heads, channels of heads, hidden channels of MLPs and convolutional branches, widths.
+
+heads      A head's rows of the projections, its columns of the output projection, and whatever is its alone.
+channels   One channel of q and k and one of v in every head of a module, so that heads stay equally wide; the weakest
+           of each head go together. Where a module keeps q/k and v apart (HaloNet), two sets.
+mlp, conv  A hidden channel between two layers of the module group with this name.
+width      A channel of a residual stream, where nothing norms over its channels or reorders them: ResNets and
+           their kin.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones._prunable import AttentionLayout
+from .channel_graph import Channels, channel_graph, layouts_of
+from .criteria import Scores
+from .errors import PruningError
+from .groups import GROUPS, group_of_weights
+
+KINDS = ("heads", "channels", "mlp", "conv", "width")
+_HIDDEN = {"mlp": "mlp", "conv": "conv", "prj": "conv"}  # group of the layer that writes a hidden channel -> kind
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Entries of one axis of a parameter or buffer; row s of `index` belongs to structure s."""
+
+    tensor: str
+    axis: int
+    index: Tensor  # (structures, entries of each)
+
+
+@dataclass(frozen=True)
+class Structures:
+    """Interchangeable structures of one layer. At least one stays."""
+
+    kind: str
+    name: str  # of the module or layer
+    slices: tuple[Slices, ...]
+    numbers: dict[str, int] = field(default_factory=dict)  # attribute -> what one structure adds to it
+    lengths: dict[str, tuple[str, int]] = field(default_factory=dict)  # attribute -> the axis whose length it repeats
+
+    @property
+    def size(self) -> int:
+        return len(self.slices[0].index)
+
+    def scores(self, weights: Scores) -> Tensor:
+        """Sum the scores of the weights in each structure, (size,) float64."""
+        total = torch.zeros(self.size, dtype=torch.float64)
+        for part in self.slices:
+            if part.tensor in weights:
+                score = weights[part.tensor]
+                line = score.sum(dim=[axis for axis in range(score.dim()) if axis != part.axis])
+                total += line[part.index.to(line.device)].sum(1).cpu()
+        return total
+
+
+def find_structures(model: nn.Module, kinds: Sequence[str], weights: Scores) -> list[Structures]:
+    """Return the structures of the wanted kinds, layer by layer.
+
+    Args:
+        kinds: of KINDS.
+        weights: scores of single weights, by which the channels of a head are paired.
+
+    Raises:
+        PruningError: an unknown kind, or one of which the model has none that could be cut.
+    """
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise PruningError(f"unknown structure {unknown[0]!r}; known: {', '.join(KINDS)}")
+    sets = channel_graph(model)
+    found: list[Structures] = []
+    for name, layouts in layouts_of(model).items():
+        after = next((channels for channels in sets if channels.attention == name), None)
+        for layout in layouts:
+            heads = _Heads(model, name, layout, after)
+            if "heads" in kinds and heads.why_not("heads") is None:
+                found.append(heads.heads())
+            if "channels" in kinds and heads.why_not("channels") is None:
+                found += heads.channels(weights)
+    found += [s for s in _hidden_and_widths(model, sets) if s.kind in kinds]
+    for kind in kinds:
+        if not any(s.kind == kind for s in found):
+            raise PruningError(f"structure {kind!r}: {type(model).__name__} has none that can be cut{_why(sets)}")
+    return found
+
+
+def _why(sets: list[Channels]) -> str:
+    """Explain by the residual streams, which are what fails most often."""
+    reasons = [s.fixed for s in sets if s.fixed and len(s.writers) > 1]
+    return f" ({reasons[0]})" if reasons else ""
+
+
+def _hidden_and_widths(model: nn.Module, sets: list[Channels]) -> list[Structures]:
+    group_of = group_of_weights(model, GROUPS, strict=False)
+    found = []
+    for channels in sets:
+        groups = [group_of.get(f"{writer}.weight") for writer in channels.writers]
+        main = [group for group in groups if group != "gate"]
+        if channels.fixed or channels.attention or not channels.size or not any(g in _HIDDEN for g in main):
+            continue
+        kind = "width" if len(main) > 1 else _HIDDEN[main[0]]
+        every = torch.arange(channels.size)[:, None]
+        slices = tuple(Slices(place.tensor, place.axis, every) for place in channels.places)
+        found.append(Structures(kind, channels.writers[0], slices))
+    return found
+
+
+class _Heads:
+    """Reads a declared layout off one attention module."""
+
+    def __init__(self, model: nn.Module, name: str, layout: AttentionLayout, after: Channels | None) -> None:
+        self.name = name
+        self.layout = layout
+        self.module = model.get_submodule(name)
+        self.count = getattr(self.module, layout.heads)
+        self.after = after
+        present = [p for p in layout.projections if getattr(self.module, p.layer, None) is not None]
+        self.present = len(present) == len(layout.projections) and self.count > 0
+        self.width = self._widths() if self.present else {}
+
+    def why_not(self, kind: str) -> str | None:
+        """Return the reason why structures of this kind cannot be cut here, or None."""
+        if not self.present:
+            return "this branch has no heads"
+        if self.layout.out is None and (self.after is None or self.after.fixed):
+            return "what reads the heads' outputs cannot be cut"
+        allowed = self.layout.cuts_heads if kind == "heads" else self.layout.cuts_channels
+        return None if allowed else f"the family declares that {kind} cannot be cut here"
+
+    def heads(self) -> Structures:
+        slices = [s for role in self.width for s in self._rows(role)] + self._after_values()
+        slices += [(name, axis, torch.arange(self.count).view(-1, 1, 1)) for name, axis in self.layout.per_head]
+        return Structures(
+            "heads",
+            self.name,
+            tuple(Slices(self._full(t), axis, index.flatten(1)) for t, axis, index in slices),
+            {f"{self.name}.{self.layout.heads}": 1},
+            self._lengths(),
+        )
+
+    def channels(self, weights: Scores) -> list[Structures]:
+        shared = [
+            (name, axis, torch.arange(self.width["q"]).view(1, -1, 1).expand(self.count, -1, -1))
+            for name, axis in self.layout.per_query
+        ]
+        queries = [*self._rows("q"), *self._rows("k"), *shared]
+        values = [*self._rows("v"), *self._after_values()]
+        queries = self._slots(queries, weights, tied=bool(shared))
+        values = self._slots(values, weights, tied=False)
+        steps = {role: {f"{self.name}.{a}": 1 for a, of in self.layout.widths if of == role} for role in ("q", "v")}
+        if any({"q", "v"} <= set(p.roles) for p in self.layout.projections):
+            numbers = steps["q"] | steps["v"]
+            return [Structures("channels", self.name, (*queries, *values), numbers, self._lengths())]
+        return [
+            Structures("channels", f"{self.name}.{self.layout.projections[0].layer}", tuple(queries), steps["q"]),
+            Structures("channels", f"{self.name} values", tuple(values), steps["v"], self._lengths()),
+        ]
+
+    def _lengths(self) -> dict[str, tuple[str, int]]:
+        return {f"{self.name}.{a}": (f"{self.name}.{self.layout.out}.weight", 1) for a in self.layout.value_widths}
+
+    def _widths(self) -> dict[str, int]:
+        """Channels of one head, by role."""
+        width: dict[str, int] = {}
+        for p in sorted(self.layout.projections, key=lambda p: p.head_major):
+            rows = getattr(self.module, p.layer).weight.shape[0] // self.count
+            if p.head_major:  # (k, v): k is as wide as q
+                width |= {"k": width["q"], "v": rows - width["q"]}
+            else:
+                width |= dict.fromkeys(p.roles, rows // len(p.roles))
+        return width
+
+    def _rows(self, role: str) -> list[tuple[str, int, Tensor]]:
+        """(tensor, axis, index (heads, channels, 1)) of the rows that hold a role."""
+        found = []
+        for p in self.layout.projections:
+            if role not in p.roles:
+                continue
+            layer = getattr(self.module, p.layer)
+            before = p.roles.index(role)
+            every = torch.arange(layer.weight.shape[0])
+            if p.head_major:
+                start = sum(self.width[r] for r in p.roles[:before])
+                index = every.view(self.count, -1)[:, start : start + self.width[role]]
+            else:
+                index = every.view(len(p.roles), self.count, -1)[before]
+            found += [(f"{p.layer}.{t}", 0, index[..., None]) for t in ("weight", "bias") if _has(layer, t)]
+        return found
+
+    def _after_values(self) -> list[tuple[str, int, Tensor]]:
+        """The same of everything that has an entry for each channel of the heads' outputs."""
+        index = torch.arange(self.count * self.width["v"]).view(self.count, -1, 1)
+        found = []
+        for name in self.layout.per_value:
+            if getattr(self.module, name, None) is not None:
+                found += [(f"{name}.{t}", 0, index) for t in ("weight", "bias") if _has(getattr(self.module, name), t)]
+        if self.layout.out is not None:
+            return [*found, (f"{self.layout.out}.weight", 1, index)]
+        assert self.after is not None
+        return [*found, *((f"/{place.tensor}", place.axis, index) for place in self.after.places)]
+
+    def _slots(self, parts: list[tuple[str, int, Tensor]], weights: Scores, tied: bool) -> list[Slices]:
+        """Slot s takes the s-th weakest channel of every head, or of all heads together where a table ties them."""
+        total = torch.zeros(parts[0][2].shape[:2], dtype=torch.float64)
+        for tensor, axis, index in parts:
+            if (score := weights.get(self._full(tensor))) is not None:
+                line = score.sum(dim=[a for a in range(score.dim()) if a != axis]).cpu()
+                total += line[index].sum(2)
+        if tied:
+            total = total.sum(0, keepdim=True).expand_as(total)
+        order = total.argsort(dim=1, stable=True)[..., None]
+        sorted_parts = [(t, a, i.gather(1, order.expand(-1, -1, i.shape[2]))) for t, a, i in parts]
+        return [Slices(self._full(t), a, i.transpose(0, 1).flatten(1)) for t, a, i in sorted_parts]
+
+    def _full(self, tensor: str) -> str:
+        return tensor[1:] if tensor.startswith("/") else f"{self.name}.{tensor}"
+
+
+def _has(layer: nn.Module, tensor: str) -> bool:
+    return getattr(layer, tensor, None) is not None

@@ -1,0 +1,72 @@
+"""Follow a plan's cuts: smaller tensors in a copy of the model. Decides nothing."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from timm.models._input import update_model_args
+from torch import Tensor, nn
+
+from ..backbones._prunable import Prunable
+from ..backbones._widths import ends, feature_channels, narrow, set_features
+from ..backbones.narrowed import narrowed
+from .counts import evaluating
+from .errors import PruningError
+
+
+def cut(
+    model: nn.Module, cuts: Mapping[str, Mapping[int, Tensor]], numbers: Mapping[str, int], image: Tensor
+) -> nn.Module:
+    """Return a smaller copy of the model; the model itself stays as it is.
+
+    The copy's `widths` hold what `timm.create_model(name, widths=...)` needs to build its like.
+
+    Raises:
+        PruningError: the cuts are of another model.
+    """
+    tensors = model.state_dict()
+    for name, axes in cuts.items():
+        if name not in tensors or any(int(kept[-1]) >= tensors[name].shape[axis] for axis, kept in axes.items()):
+            raise PruningError(f"the cuts do not fit {type(model).__name__}: {name} is missing or smaller")
+    smaller = {name: _select(tensor, cuts.get(name, {})) for name, tensor in tensors.items()}
+    before: dict[str, Any] = getattr(model, "widths", {})
+    shapes = {name: [n if a in cuts[name] else None for a, n in enumerate(smaller[name].shape)] for name in cuts}
+    widths = {
+        "shapes": before.get("shapes", {}) | {name: _merged(before, name, shape) for name, shape in shapes.items()},
+        "numbers": before.get("numbers", {}) | dict(numbers),
+    }
+    copy = narrow(deepcopy(model), {"shapes": shapes, "numbers": numbers})
+    copy.load_state_dict(smaller)
+    if getattr(model, "output_fmt", "NCHW") == "NCHW":
+        with evaluating(copy):
+            features = feature_channels(copy, image)
+        if before.get("features") or features != [info["num_chs"] for info in model.feature_info]:
+            widths["features"] = features
+            set_features(copy, features, ends(model))
+    copy.widths = widths
+    _remember(copy)
+    return copy
+
+
+def _remember(model: nn.Module) -> None:
+    """Let timm save what it needs to build the model again: its own families do not take `widths`."""
+    update_model_args(model, widths=model.widths)
+    made_from = getattr(model, "pretrained_cfg", None)
+    if made_from is None or isinstance(getattr(type(model), "prunable", None), Prunable):
+        return
+    if made_from["architecture"] != narrowed.__name__:
+        update_model_args(model, of=made_from["architecture"])
+        model.pretrained_cfg = {**made_from, "architecture": narrowed.__name__}
+        model.default_cfg = model.pretrained_cfg
+
+
+def _merged(before: Mapping[str, Any], name: str, shape: list[int | None]) -> list[int | None]:
+    """Keep what an earlier cut said about axes that this one left alone."""
+    earlier = before.get("shapes", {}).get(name, [None] * len(shape))
+    return [old if new is None else new for new, old in zip(shape, earlier, strict=True)]
+
+
+def _select(tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
+    for axis, kept in axes.items():
+        tensor = tensor.index_select(axis, kept.to(tensor.device))
+    return tensor

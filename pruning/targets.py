@@ -1,0 +1,93 @@
+"""Prune until a cost is met: bisect the ratio, and measure every candidate."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .counts import evaluating, example_image
+from .errors import PruningError
+from .plan import Plan
+
+HIGHEST_RATIO = 0.99
+
+
+def macs_of(plan: Plan, model: nn.Module) -> float:
+    """Multiply-adds of one image, in 1e9, by non-zeros."""
+    return plan.counts.macs_after / 1e9
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median time of one batch on the model's device, in ms."""
+
+    batch: int = 1
+    rounds: int = 9
+    img_size: int | tuple[int, int] | None = None
+
+    def __call__(self, plan: Plan, model: nn.Module) -> float:
+        return self.of(plan.cut(model))
+
+    @torch.inference_mode()
+    def of(self, model: nn.Module) -> float:
+        image = example_image(model, self.img_size)
+        images = image.expand(self.batch, -1, -1, -1).contiguous()
+        taken = []
+        with evaluating(model):
+            for turn in range(self.rounds + 2):  # two to warm up
+                start = time.perf_counter()
+                model(images)
+                if images.is_cuda:
+                    torch.cuda.synchronize()
+                if turn >= 2:
+                    taken.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(taken)
+
+
+def plan_until(
+    model: nn.Module,
+    make_plan: Callable[[float], Plan],
+    cost: Callable[[Plan, nn.Module], float],
+    target: float,
+    *,
+    unit: str,
+    steps: int = 8,
+) -> Plan:
+    """Return the plan of the least ratio whose cost is at most `target`, to 1 / 2^steps.
+
+    Args:
+        make_plan: from a ratio to a plan; may refuse a ratio that is too high.
+        cost: of a plan; falls as the ratio grows.
+        unit: of the target, for messages.
+
+    Raises:
+        PruningError: no ratio meets the target.
+    """
+    low, high = 0.0, HIGHEST_RATIO
+    if not target > 0:
+        raise PruningError(f"the target must be above 0 {unit}, got {target:g}")
+    found, least = None, float("inf")
+    candidates = [0.0] + [None] * steps
+    for ratio in candidates:
+        ratio = (low + high) / 2 if ratio is None else ratio
+        try:
+            plan = make_plan(ratio)
+        except PruningError:
+            if ratio == 0:
+                raise
+            high = ratio
+            continue
+        reached = cost(plan, model)
+        least = min(least, reached)
+        if reached > target:
+            low = ratio
+            continue
+        found, high = plan, ratio
+        if ratio == 0:
+            break
+    if found is None:
+        raise PruningError(f"no ratio brings the model to {target:g} {unit}: the least was {least:.4g} {unit}")
+    return found

@@ -1,0 +1,74 @@
+"""Fine-tuning keeps zeros: the hook holds a plan's masks in a real training run, averages of weights included."""
+
+import pytest
+import timm
+import torch
+
+from foveate.pruning import PruningError, plan
+from foveate.train import TrainError, train
+from foveate.train.checkpoints import net_weights, read_checkpoint
+
+MICRO = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "kernel_size": 3, "in_chans": 1, "num_classes": 10}
+HOOK = "foveate.pruning.hook.KeepMasks"
+
+
+def recipe(tmp_path, **changes):
+    return {
+        "model": {"name": "nat_mini", "checkpoint": str(tmp_path / "weights.pth")} | MICRO,
+        "data": {"source": "mnist5k", "img_size": 28, "mean": (0.13,), "std": (0.31,), "workers": 0},
+        "optimizer": {"lr": 1e-2, "weight_decay": 0.05},
+        "schedule": {"epochs": 1},
+        "batch_size": 1000,
+        "ema": 0.5,
+    } | changes
+
+
+@pytest.fixture
+def pruned(tmp_path):
+    """A plan on disk beside the dense weights that it was made of."""
+    torch.manual_seed(0)
+    net = timm.create_model("nat_mini", **MICRO)
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    p = plan(net, "dimap", 0.5, img_size=28)
+    p.save(tmp_path / "plan.json")
+    return p
+
+
+def test_what_was_zeroed_stays_zero_and_the_rest_learns(pruned, tmp_path):
+    hooks = ({"type": HOOK, "plan": str(tmp_path / "plan.json")},)
+    done = train(recipe(tmp_path, hooks=hooks), work_dir=tmp_path / "run")
+    before = torch.load(tmp_path / "weights.pth", weights_only=True)
+    averaged = net_weights(read_checkpoint(done.last_checkpoint))
+    for name, mask in pruned.masks.items():
+        assert not averaged[name][~mask].any()
+        assert (averaged[name] != before[name])[mask].float().mean() > 0.9
+
+
+def test_without_the_hook_they_would_grow_back(pruned, tmp_path):
+    pruned_weights = pruned.masked(torch.load(tmp_path / "weights.pth", weights_only=True))
+    torch.save(pruned_weights, tmp_path / "weights.pth")
+    done = train(recipe(tmp_path), work_dir=tmp_path / "run")
+    weights = net_weights(read_checkpoint(done.last_checkpoint))
+    assert all(weights[name][~mask].any() for name, mask in pruned.masks.items())
+
+
+def test_a_plan_of_another_model_stops_the_run(pruned, tmp_path):
+    other = plan(timm.create_model("nat_mini", **MICRO | {"dims": (16, 48)}), "dimap", 0.5, img_size=28)
+    other.save(tmp_path / "other.json")
+    hooks = ({"type": HOOK, "plan": str(tmp_path / "other.json")},)
+    with pytest.raises(PruningError, match="the plan is for Nat"):
+        train(recipe(tmp_path, hooks=hooks), work_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        ({"type": HOOK, "plan": "none.json"}, r"cannot build 'foveate\.pruning\.hook\.KeepMasks': plan none\.json"),
+        ({"type": "NoSuchHook"}, "cannot build 'NoSuchHook'"),
+        ({}, "cannot build None"),
+    ],
+)
+def test_a_hook_that_cannot_be_built_is_refused_before_anything_is_written(hook, message, pruned, tmp_path):
+    with pytest.raises(TrainError, match=message):
+        train(recipe(tmp_path, hooks=(hook,)), work_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
