@@ -59,16 +59,25 @@ def _cpu_inference(x: Tensor) -> bool:
 
 
 class OverwritingGELU(nn.GELU):
-    """Exact GELU for the output of a layer that nobody else reads: in CPU inference it takes that memory for its own.
+    """Exact GELU of a layer's output, which in CPU inference takes that output's memory for its own.
 
-    A second hidden tensor costs more than the GELU: the system clears every page that it hands out.
+    A second hidden tensor costs more than the GELU: the system clears every page that it hands out. Where somebody
+    hooked the layer, and may have kept its output, that stays as it is.
+
+    Args:
+        layer: whose output this takes; nobody else must read it.
     """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = (layer,)  # in a tuple, so that it is no part of this module
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.gelu(x)
         else:
-            return torch.ops.aten.gelu_(x) if _cpu_inference(x) else F.gelu(x)
+            hooked = self._layer[0]._forward_hooks or torch.nn.modules.module._global_forward_hooks
+            return torch.ops.aten.gelu_(x) if _cpu_inference(x) and not hooked else F.gelu(x)
 
 
 # glibc maps anything above 32 MB anew at every call, and the kernel clears its pages: a block of VAN-B0's first stage

@@ -137,9 +137,10 @@ ELA = {
 RESNET = {"first_conv": "conv1", "classifier": "fc", **ELA}
 MOBILENET = {"first_conv": "conv_stem", "classifier": "classifier", **ELA}
 
+KINDS = ("", *(f"_{variant}" for variant in VARIANTS))
 default_cfgs = generate_default_cfgs(
-    {f"ela_resnet{size}_{v}.untrained": cfg(**RESNET) for size in (18, 34, 50, 101, 152) for v in VARIANTS}
-    | {f"ela_mobilenet_v2_{v}.untrained": cfg(**MOBILENET) for v in VARIANTS}
+    {f"ela_resnet{size}{kind}.untrained": cfg(**RESNET) for size in (18, 34, 50, 101, 152) for kind in KINDS}
+    | {f"ela_mobilenet_v2{kind}.untrained": cfg(**MOBILENET) for kind in KINDS}
 )
 
 BASIC18 = ElaResNetConfig(depths=(2, 2, 2, 2), bottleneck=False)
@@ -150,8 +151,15 @@ DEEP152 = ElaResNetConfig(depths=(3, 8, 36, 3))
 
 def _create(cls: type[nn.Module], variant: str, config: Any, pretrained: bool, **kwargs) -> nn.Module:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3, 4))  # timm's count of maps: the stem's is the first
-    config = replace(config, ela_variant=variant[-1])
+    kind = variant.rpartition("_")[2]
+    config = replace(config, ela_variant=kind) if kind in VARIANTS else config
     return build(cls, config, variant, pretrained, checkpoint_filter_fn, out_indices, **kwargs)
+
+
+@register_model
+def ela_resnet18(pretrained: bool = False, **kwargs) -> ElaResNet:
+    """ELA-B in ResNet-18, or the variant that `ela_variant` names."""
+    return _create(ElaResNet, "ela_resnet18", BASIC18, pretrained, **kwargs)
 
 
 @register_model
@@ -179,6 +187,12 @@ def ela_resnet18_l(pretrained: bool = False, **kwargs) -> ElaResNet:
 
 
 @register_model
+def ela_resnet34(pretrained: bool = False, **kwargs) -> ElaResNet:
+    """ELA-B in ResNet-34, or the variant that `ela_variant` names."""
+    return _create(ElaResNet, "ela_resnet34", BASIC34, pretrained, **kwargs)
+
+
+@register_model
 def ela_resnet34_t(pretrained: bool = False, **kwargs) -> ElaResNet:
     """ELA-T in ResNet-34, 21.8 M parameters."""
     return _create(ElaResNet, "ela_resnet34_t", BASIC34, pretrained, **kwargs)
@@ -200,6 +214,12 @@ def ela_resnet34_s(pretrained: bool = False, **kwargs) -> ElaResNet:
 def ela_resnet34_l(pretrained: bool = False, **kwargs) -> ElaResNet:
     """ELA-L in ResNet-34, 22.0 M parameters."""
     return _create(ElaResNet, "ela_resnet34_l", BASIC34, pretrained, **kwargs)
+
+
+@register_model
+def ela_resnet50(pretrained: bool = False, **kwargs) -> ElaResNet:
+    """ELA-B in ResNet-50, or the variant that `ela_variant` names."""
+    return _create(ElaResNet, "ela_resnet50", ElaResNetConfig(), pretrained, **kwargs)
 
 
 @register_model
@@ -227,6 +247,12 @@ def ela_resnet50_l(pretrained: bool = False, **kwargs) -> ElaResNet:
 
 
 @register_model
+def ela_resnet101(pretrained: bool = False, **kwargs) -> ElaResNet:
+    """ELA-B in ResNet-101, or the variant that `ela_variant` names."""
+    return _create(ElaResNet, "ela_resnet101", DEEP101, pretrained, **kwargs)
+
+
+@register_model
 def ela_resnet101_t(pretrained: bool = False, **kwargs) -> ElaResNet:
     """ELA-T in ResNet-101, 44.6 M parameters."""
     return _create(ElaResNet, "ela_resnet101_t", DEEP101, pretrained, **kwargs)
@@ -251,6 +277,12 @@ def ela_resnet101_l(pretrained: bool = False, **kwargs) -> ElaResNet:
 
 
 @register_model
+def ela_resnet152(pretrained: bool = False, **kwargs) -> ElaResNet:
+    """ELA-B in ResNet-152, or the variant that `ela_variant` names."""
+    return _create(ElaResNet, "ela_resnet152", DEEP152, pretrained, **kwargs)
+
+
+@register_model
 def ela_resnet152_t(pretrained: bool = False, **kwargs) -> ElaResNet:
     """ELA-T in ResNet-152, 60.3 M parameters."""
     return _create(ElaResNet, "ela_resnet152_t", DEEP152, pretrained, **kwargs)
@@ -272,6 +304,12 @@ def ela_resnet152_s(pretrained: bool = False, **kwargs) -> ElaResNet:
 def ela_resnet152_l(pretrained: bool = False, **kwargs) -> ElaResNet:
     """ELA-L in ResNet-152, 60.9 M parameters."""
     return _create(ElaResNet, "ela_resnet152_l", DEEP152, pretrained, **kwargs)
+
+
+@register_model
+def ela_mobilenet_v2(pretrained: bool = False, **kwargs) -> ElaMobileNetV2:
+    """ELA-L in MobileNetV2, or the variant that `ela_variant` names."""
+    return _create(ElaMobileNetV2, "ela_mobilenet_v2", ElaMobileNetConfig(), pretrained, **kwargs)
 
 
 @register_model

@@ -133,7 +133,8 @@ class DavitBlock(nn.Module):
         self.attn = attn
         self.cpe2 = ConvPosition(dim, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=OverwritingGELU, drop=drop, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
+        self.mlp.act = OverwritingGELU(self.mlp.fc1)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)

@@ -82,6 +82,16 @@ def test_gates_sit_where_the_authors_put_them(name):
         assert all(gate.conv.in_channels % 6 == 0 for gate in gates.values())  # the expanded width
 
 
+@pytest.mark.parametrize("name", ["ela_resnet18", "ela_resnet50", "ela_mobilenet_v2"])
+@pytest.mark.parametrize("variant", ["t", "b", "s", "l"])
+def test_a_name_without_a_letter_takes_the_variant_by_keyword(name, variant):
+    with torch.device("meta"):
+        bare, lettered = timm.create_model(name, ela_variant=variant), timm.create_model(f"{name}_{variant}")
+        usual = timm.create_model(name)
+    assert str(bare) == str(lettered)
+    assert (str(usual) == str(lettered)) == (variant == ("l" if name == "ela_mobilenet_v2" else "b"))
+
+
 @pytest.mark.parametrize("name", ["ela_resnet18_b", "ela_resnet50_b", "ela_mobilenet_v2_b"])
 def test_ela_residual_changes_the_result_and_no_key(name):
     torch.manual_seed(0)

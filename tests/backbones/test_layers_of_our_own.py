@@ -90,13 +90,17 @@ def test_mlps_take_a_few_images_at_a_time_for_the_same_result(monkeypatch, kind)
     assert sizes == [5 * 36, 2 * 36, 2 * 36, 36]
 
 
-def test_overwriting_gelu_keeps_its_input_only_where_a_gradient_may_need_it():
-    x = torch.randn(3, 5)
-    expected, kept = F.gelu(x), x.clone().requires_grad_()
-    torch.testing.assert_close(OverwritingGELU()(kept), expected)
+def test_overwriting_gelu_keeps_its_input_only_where_somebody_may_need_it():
+    layer, x = torch.nn.Linear(4, 5), torch.randn(3, 5)
+    gelu, expected, kept = OverwritingGELU(layer), F.gelu(x), x.clone().requires_grad_()
+    torch.testing.assert_close(gelu(kept), expected)
     assert torch.equal(kept, x)
     with torch.no_grad():
-        out = OverwritingGELU()(x)
+        handle = layer.register_forward_hook(lambda module, args, out: None)
+        torch.testing.assert_close(gelu(x), expected)
+        assert not torch.equal(x, expected)
+        handle.remove()
+        out = gelu(x)
     assert out.data_ptr() == x.data_ptr()
     torch.testing.assert_close(out, expected)
 
