@@ -6,23 +6,19 @@ Semantics  those of timm's layer, whose weights load: keys and values outside th
            placed in the down-sampled block, so query i is i keys from the block's edge, not i * stride.
 We differ  a map need not be a multiple of the block: the last blocks overhang, and what they see outside is zeros.
            timm's layer refuses such maps; where the block divides the map, results agree.
-Tiled      one gather of key tiles, then scaled_dot_product_attention with the relative logits as its bias.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._autocast import cast_for_autocast, no_autocast
 from ._checks import check_at_least, pair
 from ._choice import Impl, choose
 from ._fused import why_no_local_kernel
-from .tiled_attention import CHUNK_LOGITS, accumulator
-from .tiling import AxisTiling, gather_keys, merge_queries, split_queries
+from .halo_tiled import halo_attention_tiled
+from .tiled_attention import accumulator
 
 OP = "halo_attention"
 
@@ -197,87 +193,6 @@ def halo_attention_reference(
         logits = logits + torch.einsum("bhwnd,wjd->bnhwj", wide_q, rel_w.to(wide)[col_rel])[..., None, :]
     probs = logits.flatten(-2).softmax(-1).view_as(logits)
     return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v).to(q.dtype)
-
-
-@dataclass(frozen=True)
-class _QueryTiling(AxisTiling):
-    """Queries cut into as many tiles as the keys, whose number may be a symbol."""
-
-    count: int = 0
-
-    @property
-    def tiles(self) -> int:
-        return self.count
-
-
-def halo_attention_tiled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: tuple[int, int],
-    halo: tuple[int, int],
-    *,
-    stride: int = 1,
-    rel_h: Tensor | None = None,
-    rel_w: Tensor | None = None,
-    scale: float,
-) -> Tensor:
-    """SDPA on tiles; CPU inference takes few images and heads at a time, so that their logits stay in the cache."""
-    attend = partial(
-        _attend_tiles, block_size=block_size, halo=halo, stride=stride, rel_h=rel_h, rel_w=rel_w, scale=scale
-    )
-    if type(q) is not Tensor or q.is_cuda or torch.is_grad_enabled() or torch.jit.is_tracing():
-        return attend(q, k, v)
-    per_head = q.shape[1] * q.shape[2] * (block_size[0] + 2 * halo[0]) * (block_size[1] + 2 * halo[1])
-    at_once = max(1, torch.get_num_threads() * CHUNK_LOGITS // max(per_head, 1))
-    images, heads = max(1, at_once // q.shape[3]), min(at_once, q.shape[3])
-    out = q.new_empty(*q.shape[:4], v.shape[-1])
-    for b in range(0, q.shape[0], images):
-        for h in range(0, q.shape[3], heads):
-            part = (slice(b, b + images), slice(None), slice(None), slice(h, h + heads))
-            out[part] = attend(q[part], k[part], v[part])
-    return out
-
-
-def _attend_tiles(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: tuple[int, int],
-    halo: tuple[int, int],
-    *,
-    stride: int,
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
-    scale: float,
-) -> Tensor:
-    keys = [AxisTiling(k.shape[1 + i], block_size[i], halo[i], halo[i]) for i in (0, 1)]
-    queries = [_QueryTiling(q.shape[1 + i], block_size[i] // stride, count=keys[i].tiles) for i in (0, 1)]
-    q, k, v = (t.permute(0, 3, 1, 2, 4) for t in (q, k, v))  # (B, heads, Y, X, d)
-    q = split_queries(q, *queries)  # (B, heads, tiles, T, d)
-    k, v = (gather_keys(t, *keys) for t in (k, v))  # (B, heads, tiles, K, d)
-    bias = None if rel_h is None or rel_w is None else _relative_logits(q, rel_h, rel_w, queries)
-    flat = (t.flatten(0, 1) for t in (q, k, v))
-    mask = None if bias is None else bias.flatten(0, 1)
-    out = F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=scale)
-    return merge_queries(out.unflatten(0, q.shape[:2]), *queries).permute(0, 2, 3, 1, 4)
-
-
-def _relative_logits(q: Tensor, rel_h: Tensor, rel_w: Tensor, queries: list[_QueryTiling]) -> Tensor:
-    """(B, heads, tiles, T, d) -> (B, heads, tiles, T, K): logits by the key's row plus those by its column."""
-    q = q.unflatten(-2, (queries[0].tile, queries[1].tile))  # (B, heads, tiles, qy, qx, d)
-    rows, cols = (_by_place(table.to(q.dtype), axis.tile) for table, axis in zip((rel_h, rel_w), queries, strict=True))
-    by_row = torch.matmul(q, rows.mT)  # (.., qy, qx, ky): one matrix per row of queries
-    by_col = torch.matmul(q.transpose(-2, -3), cols.mT).transpose(-2, -3)  # (.., qy, qx, kx)
-    return (by_row[..., :, None] + by_col[..., None, :]).flatten(-2).flatten(-3, -2)
-
-
-def _by_place(table: Tensor, queries: int) -> Tensor:
-    """(2 * window - 1, d) -> (queries, window, d): the cells that a query at each place of the block uses."""
-    window = (table.shape[0] + 1) // 2
-    place = torch.arange(window, device=table.device)
-    query = torch.arange(queries, device=table.device)[:, None]
-    return table[place - query + window - 1]
 
 
 class RelativePosition(nn.Module):

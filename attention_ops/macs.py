@@ -25,7 +25,40 @@ def _routed(
     return q[..., 0].numel() * keys * (q.shape[-1] + v.shape[-1])
 
 
-USEFUL_MACS: dict[str, Callable[..., int]] = {"neighborhood_attention": _neighborhood, "routed_attention": _routed}
+def _window(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, window: list[int], *_) -> int:
+    return 2 * q.numel() * window[0] * window[1]
+
+
+def _halo(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    block_size: list[int],
+    halo: list[int],
+    *_,
+) -> int:
+    rows, cols = (size + 2 * reach for size, reach in zip(block_size, halo, strict=True))
+    relative = 0 if rel_h is None else q.numel() * (rows + cols)
+    return q[..., 0].numel() * rows * cols * (q.shape[-1] + v.shape[-1]) + relative
+
+
+def _circle(q: Tensor, k: Tensor, v: Tensor, radius: int, *_) -> int:
+    rows, cols = (torch.arange(length) for length in q.shape[1:3])
+    apart_y, apart_x = ((x[:, None] - x).square().flatten().bincount() for x in (rows, cols))  # pairs by distance ** 2
+    near = torch.arange(len(apart_y))[:, None] + torch.arange(len(apart_x)) < radius * radius
+    pairs = int((apart_y[:, None] * apart_x * near).sum())
+    return 2 * q.shape[0] * q.shape[3] * q.shape[4] * pairs
+
+
+USEFUL_MACS: dict[str, Callable[..., int]] = {
+    "circle_attention": _circle,
+    "halo_attention": _halo,
+    "neighborhood_attention": _neighborhood,
+    "routed_attention": _routed,
+    "window_attention": _window,
+}
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:

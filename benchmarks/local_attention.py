@@ -3,17 +3,19 @@
     python -m foveate.benchmarks.local_attention --device cuda --batch 1 32 128
     python -m foveate.benchmarks.local_attention --device cpu --batch 8 --threads 2 --only 224
 
-Shapes     Attention layers of published models; `only` picks rows whose name holds a word.
+Shapes     Attention layers of published models, kernel 7; --only picks rows whose name holds a word.
 Ours       The fused kernels on a GPU, the tiled body on a CPU.
 Floor      Copy time of q, k, v and out (and of what a backward pass reads and writes) over our time, in percent.
 Memory     Of one call beyond its inputs.
-Gather     The definition: every query copies its own keys (windows: all logits in memory). A GPU skips it.
+Gather     The definition: every query copies its own keys (windows and circles: all logits in memory). Left out where
+           that takes over 2 GiB, and on a GPU.
 Composed   Tiles of queries, key tiles cut out, scaled_dot_product_attention, merged: what PyTorch users write for
            windows. On a CPU that is our own body.
 Dense      scaled_dot_product_attention of all tokens to all tokens, without bias or mask: another function.
 Flex       Compiled FlexAttention with the same mask and bias, on a GPU (on a CPU it has no backward).
 NATTEN     Its own choice of backend, neighborhoods only, without bias (it has none), where it can be imported.
-Ratios     Time of the peer over ours: above 1 ours is faster. A dash: not to be had here.
+Peers      Their time over ours: above 1 ours is faster. A dash: not to be had here.
+Layer      Model, image side in px, rows x columns x heads of the map, then dilation, window, block + halo or radius.
 """
 
 import argparse
@@ -39,6 +41,7 @@ OPS = {
 }
 PEERS = ("gather", "composed", "dense", "flex", "natten")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MOST_COPIES = 2**31  # bytes that the gathering body may copy
 GPU_REPEATS = 20  # calls between two synchronisations
 PASSES = {"forward": 4, "both": 12}  # maps moved: q, k, v, out; then q, k, v, out, grad, dq, dk, dv
 
@@ -55,6 +58,18 @@ class Shape:
     table: bool = False
     head_dim: int = 32
 
+    def copied_bytes(self, batch: int, itemsize: int) -> int:
+        """What the definition holds beside its inputs: two copied keys a logit, or the logit itself."""
+        a = self.arguments
+        side = {
+            "neighborhood": a.get("kernel_size"),
+            "window": a.get("window_size"),
+            "halo": a.get("block_size", 0) + 2 * a.get("halo", 0),
+            "circle": self.side,
+        }[self.op]
+        each = 2 * self.head_dim if self.op in ("neighborhood", "halo") else 3
+        return batch * self.heads * self.side**2 * side**2 * each * itemsize
+
     def tables(self, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         a, like = self.arguments, {"device": device, "dtype": dtype}
         if not self.table:
@@ -69,7 +84,7 @@ class Shape:
 
 
 def nat(model: str, side: int, heads: int, dilation: int = 1, table: bool = True) -> Shape:
-    name = f"{model} {side}x{side}, {heads} heads" + (f", dilation {dilation}" if dilation > 1 else "")
+    name = f"{model} {side}x{side} x{heads}" + (f" dil {dilation}" if dilation > 1 else "")
     return Shape(name, "neighborhood", side, heads, {"kernel_size": 7, "dilation": dilation}, table)
 
 
@@ -78,14 +93,14 @@ SHAPES = (
     *(nat("DiNAT-T 224", 56 >> s, 2 << s, 8 >> s) for s in range(3)),
     *(nat("NAT-B 224", 56 >> s, 4 << s) for s in range(3)),
     *(nat("NAT-T 512", 128 >> s, 2 << s) for s in range(3)),
-    nat("NAT-T 512", 128, 2, table=False),
-    Shape("Swin-T 224 56x56, 3 heads, window 7", "window", 56, 3, {"window_size": 7}, True),
-    Shape("Swin-T 224 14x14, 12 heads, window 7", "window", 14, 12, {"window_size": 7}, True),
-    Shape("DaViT-T 224 56x56, 3 heads, window 7", "window", 56, 3, {"window_size": 7}),
-    Shape("DaViT-T 224 28x28, 6 heads, window 7", "window", 28, 6, {"window_size": 7}),
-    Shape("HaloNet-H1 256 64x64, 4 heads, 8 + 3", "halo", 64, 4, {"block_size": 8, "halo": 3}, True, 16),
-    Shape("HaloNet-50ts 256 32x32, 8 heads, 8 + 3", "halo", 32, 8, {"block_size": 8, "halo": 3}, True, 16),
-    Shape("CLEAR 64x64, 4 heads, radius 8", "circle", 64, 4, {"radius": 8}, head_dim=64),
+    nat("NAT-T 512, no bias", 128, 2, table=False),
+    Shape("Swin-T 224 56x56 x3 7x7", "window", 56, 3, {"window_size": 7}, True),
+    Shape("Swin-T 224 14x14 x12 7x7", "window", 14, 12, {"window_size": 7}, True),
+    Shape("DaViT-T 224 56x56 x3 7x7", "window", 56, 3, {"window_size": 7}),
+    Shape("DaViT-T 224 28x28 x6 7x7", "window", 28, 6, {"window_size": 7}),
+    Shape("Halo-H1 256 64x64 x4 8+3", "halo", 64, 4, {"block_size": 8, "halo": 3}, True, 16),
+    Shape("Halo-50ts 256 32x32 x8 8+3", "halo", 32, 8, {"block_size": 8, "halo": 3}, True, 16),
+    Shape("CLEAR 64x64 x4 r 8", "circle", 64, 4, {"radius": 8}, head_dim=64),
 )
 
 
@@ -100,7 +115,7 @@ def bodies(shape: Shape, packed: Tensor, tables: dict[str, Tensor]) -> dict[str,
     calls = {"ours": ours("fused" if gpu else "tiled"), "dense": lambda: dense(q, k, v)}
     if gpu:
         calls |= {"composed": ours("tiled"), "flex": flex(shape, tables, q, k, v)}
-    else:
+    elif shape.copied_bytes(packed.shape[0], packed.element_size()) <= MOST_COPIES:
         calls["gather"] = ours("reference")
     if shape.op == "neighborhood" and find_spec("natten") is not None:
         from natten import na2d
@@ -167,7 +182,8 @@ def both_ways(call: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], 
 
     def step() -> None:
         out = call()
-        torch.autograd.grad(out, leaves, out.detach(), allow_unused=True)  # dense attention has no bias
+        grads = torch.autograd.grad(out, leaves, out.detach(), allow_unused=True)  # dense attention has no bias
+        assert grads[0] is not None
 
     return step
 
@@ -222,9 +238,9 @@ def rows_of(
     packed = torch.randn(batch, shape.side, shape.side, 3, shape.heads, shape.head_dim, device=device, dtype=dtype)
     tables, rows = shape.tables(device, dtype), []
     for name, maps in PASSES.items():
+        leaves = [t.requires_grad_(name == "both") for t in (packed, *tables.values())]
         calls = {peer: call for peer, call in bodies(shape, packed, tables).items() if call is not None}
         if name == "both":
-            leaves = [packed.requires_grad_(), *(t.requires_grad_() for t in tables.values())]
             calls = {peer: both_ways(call, leaves) for peer, call in calls.items()}
         seconds = seconds_of(calls, device, rounds)
         floor = maps * packed.numel() / 3 * packed.element_size() / bandwidth
@@ -243,16 +259,14 @@ def rows_of(
     return rows
 
 
-def measure(device: str, batches: list[int], dtype: torch.dtype, rounds: int, only: str) -> Table:
-    shapes = [shape for shape in SHAPES if only in shape.name]
+def measure(device: str, batches: list[int], dtype: torch.dtype, rounds: int, only: list[str]) -> Table:
+    shapes = [shape for shape in SHAPES if any(word in shape.name for word in only)]
     if not shapes:
-        raise ValueError(f"no shape's name holds {only!r}")
+        raise ValueError(f"no layer's name holds one of {only}")
     bandwidth = copy_bytes_per_second(device)
-    title = f"{str(dtype).removeprefix('torch.')}, median of {rounds} rounds; copy {bandwidth / 1e9:.0f} GB/s"
-    table = Table(title=title)
-    table.add_column("layer")
-    for name in ("batch", "pass", "us", "% of floor", "MB", *(f"{peer}/ours" for peer in PEERS)):
-        table.add_column(name, justify="right")
+    table = Table(title=f"{dtype}, median of {rounds} rounds, copies at {bandwidth / 1e9:.0f} GB/s")
+    for name in ("layer", "batch", "pass", "us", "floor", "MB", *PEERS):
+        table.add_column(name, justify="left" if name in ("layer", "pass") else "right", no_wrap=True)
     for shape in shapes:
         check(shape, dtype, device)
         for batch in batches:
@@ -270,7 +284,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--rounds", type=int, default=5, help="(default %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
-    parser.add_argument("--only", default="", metavar="WORD", help="layers whose name holds this (default all)")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="layers whose name holds one (default all)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
     options = parser.parse_args(arguments)
     if options.threads is not None:

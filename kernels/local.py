@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._launch import on_device, tf32_allowed
 from .halo_logits import halo_logits, halo_logits_backward, padded
-from .local_bias import PROGRAMS, BiasLayout, bias_layout, bias_tiles, local_bias_kernel, share_out, table_gradient
+from .local_bias import PROGRAMS, BiasLayout, bias_layout, bias_tiles, local_bias_kernel, table_gradient, works_of
 from .local_bwd import local_dkv_kernel, local_dq_kernel
 from .local_fwd import local_forward_kernel
 from .local_plan import Pattern, Plan, launch_shape, make_plan
@@ -137,9 +137,7 @@ def launch_dbias(launch: Launch, q, k, v, bias, grad, lse, delta) -> Tensor:
     """Return the gradient of the bias table, (heads, cells) in fp32."""
     plan = launch.plan("dbias")
     layout, (tiles_of_bias, *_) = _bias_arguments(launch, plan, bias, q)
-    works = share_out([len(t) for t in layout.tiles], launch.images, PROGRAMS // (launch.heads * plan.steps))
-    entries = torch.tensor([tile for variant in layout.tiles for tile in variant], dtype=torch.int32, device=q.device)
-    shares = torch.tensor(works, dtype=torch.int32, device=q.device)
+    works, entries, shares = works_of(layout, launch.images, PROGRAMS // (launch.heads * plan.steps))
     sums = q.new_empty(len(works), launch.heads, plan.steps, plan.owners, plan.walked, dtype=torch.float32)
     local_bias_kernel[(len(works) * launch.heads * plan.steps,)](
         q, k, v, tiles_of_bias, grad, lse, delta, entries, shares, sums, *_strides(q, k, v, grad),

@@ -23,7 +23,7 @@ from .local_plan import Axis, Pattern, Plan
 PROGRAMS = 1024  # of one launch: a few waves on a large GPU, and few enough partial sums (EST)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one of a kind: caches know it by identity
 class BiasLayout:
     """How one plan reads a table; tensors on the device of the maps."""
 
@@ -197,6 +197,14 @@ def share_out(tiles: list[int], images: int, programs: int) -> list[tuple[int, i
         works += [(variant, first, count, begin, min(begin + most, pairs)) for begin in range(0, pairs, most)]
         first += count
     return works
+
+
+@lru_cache(maxsize=64)
+def works_of(layout: BiasLayout, images: int, programs: int) -> tuple[list[tuple[int, ...]], Tensor, Tensor]:
+    """The works of `share_out`, and on the device of the layout: the tiles of all variants, and the works."""
+    works = share_out([len(t) for t in layout.tiles], images, programs)
+    tiles = [tile for variant in layout.tiles for tile in variant]
+    return works, *(torch.tensor(x, dtype=torch.int32, device=layout.cells.device) for x in (tiles, works))
 
 
 def table_gradient(sums: Tensor, works: list[tuple[int, int, int, int, int]], layout: BiasLayout) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from foveate.attention_ops import circle_attention
+from foveate.attention_ops.macs import count_macs
 
 
 def by_loop(q, k, v, radius, scale):
@@ -82,3 +83,15 @@ def test_asking_for_fused_never_falls_back():
 def test_an_empty_batch_gives_an_empty_result():
     q = torch.zeros(0, 9, 13, 2, 8)
     assert circle_attention(q, q, q, 2).shape == q.shape
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+def test_its_cost_is_counted_by_what_is_seen(impl):
+    class Attend(torch.nn.Module):
+        def forward(self, x):
+            return circle_attention(x, x, x, 3, impl=impl)
+
+    pairs = sum(
+        (y - i) ** 2 + (x - j) ** 2 < 9 for y in range(9) for x in range(13) for i in range(9) for j in range(13)
+    )
+    assert count_macs(Attend(), torch.randn(2, 9, 13, 2, 8)) == 2 * 2 * 2 * 8 * pairs

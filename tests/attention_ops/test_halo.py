@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from foveate.attention_ops import HaloAttention2d, halo_attention, window_attention
-from foveate.attention_ops import halo as halo_module
+from foveate.attention_ops import HaloAttention2d, halo_attention, halo_tiled, window_attention
+from foveate.attention_ops.macs import count_macs
 
 
 def by_loop(q, k, v, block, halo, stride, rel_h, rel_w, scale):
@@ -137,11 +137,26 @@ def test_asking_for_fused_never_falls_back():
         halo_attention(q, q, q, 4, 1, impl="fused")
 
 
-def test_inference_in_parts_of_images_and_heads_equals_the_whole(monkeypatch):
-    q, k, v = (torch.randn(3, 6, 9, 4, 8) for _ in range(3))
-    tables = {"rel_h": torch.randn(11, 8), "rel_w": torch.randn(15, 8)}
-    whole = halo_attention(q.requires_grad_(), k, v, (2, 4), (2, 2), **tables)
-    for logits in (1, 2000, 20_000):  # a head of an image, some heads, some images at a time
-        monkeypatch.setattr(halo_module, "CHUNK_LOGITS", logits)
-        with torch.no_grad():
-            torch.testing.assert_close(halo_attention(q, k, v, (2, 4), (2, 2), **tables), whole)
+@pytest.mark.parametrize("logits", [1, 2000, 20_000], ids=["one head", "some heads", "some images"])
+def test_parts_of_images_and_heads_equal_the_whole(monkeypatch, logits):
+    torch.manual_seed(0)
+    leaves = [torch.randn(s).requires_grad_() for s in ((6, 6, 9, 4, 8), (6, 6, 9, 4, 20), (11, 8), (15, 8))]
+
+    def results():
+        q, kv, rel_h, rel_w = leaves
+        out = halo_attention(q, kv[..., :8], kv[..., 8:], (2, 4), (2, 2), rel_h=rel_h, rel_w=rel_w)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    whole = results()
+    monkeypatch.setattr(halo_tiled, "CHUNK_LOGITS", logits)
+    torch.testing.assert_close(results(), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+def test_its_cost_is_counted_by_what_is_seen(impl):
+    class Attend(torch.nn.Module):
+        def forward(self, x):
+            table = torch.zeros(11, 8)
+            return halo_attention(x, x, x, 4, 1, rel_h=table, rel_w=table, impl=impl)
+
+    assert count_macs(Attend(), torch.randn(2, 6, 9, 2, 8)) == 2 * 6 * 9 * 2 * (36 * (8 + 8) + (6 + 6) * 8)

@@ -41,11 +41,18 @@ def test_flex_attention_cannot_do_halos():
     assert flex(SMALL["halo"], tables, *packed.unbind(3)) is None
 
 
+def test_gather_is_left_out_where_it_would_copy_too_much(monkeypatch):
+    shape = SMALL["halo"]
+    assert shape.copied_bytes(2, 4) == 2 * 2 * 8 * 8 * 6 * 6 * 2 * 16 * 4
+    monkeypatch.setattr(local_attention, "MOST_COPIES", 1000)
+    assert "gather" not in bodies(shape, *inputs(shape))
+
+
 def test_a_wrong_result_is_not_timed(monkeypatch):
     monkeypatch.setattr(local_attention, "SHAPES", (SMALL["circle"],))
     monkeypatch.setitem(OPS, "circle", lambda q, k, v, radius, impl: v if impl == "tiled" else q)
     with pytest.raises(RuntimeError, match="the result is wrong"):
-        measure("cpu", [1], torch.float32, 1, "")
+        measure("cpu", [1], torch.float32, 1, [""])
 
 
 def test_every_op_and_the_papers_maps_are_in_the_table():
@@ -58,5 +65,10 @@ def test_a_report_says_command_machine_and_ratios(monkeypatch, tmp_path, capsys)
     main(["--device", "cpu", "--batch", "1", "2", "--rounds", "1", "--only", "n", "--out", str(tmp_path / "out.txt")])
     text = (tmp_path / "out.txt").read_text()
     assert "python -m foveate.benchmarks.local_attention" in text and "CPU " in text
-    assert "gather/ours" in text and "forward" in text and "both" in text
-    assert "gather/ours" in capsys.readouterr().out
+    assert "gather" in text and "forward" in text and "both" in text
+    assert "gather" in capsys.readouterr().out
+
+
+def test_a_filter_that_matches_nothing_is_refused():
+    with pytest.raises(ValueError, match="no layer's name holds one of"):
+        measure("cpu", [1], torch.float32, 1, ["nothing"])

@@ -1,5 +1,6 @@
 """Local attention's kernels in the interpreter: every pattern and gradient against the definition in float64."""
 
+import random
 from dataclasses import dataclass, field
 
 import pytest
@@ -141,6 +142,35 @@ def test_it_is_the_definition_with_every_gradient(case):
     inputs = case.inputs()
     exact = results(case, [x.double() for x in inputs], "reference")
     assert max(errors(results(case, inputs, "fused"), exact)) < 1e-5
+
+
+def random_case(seed: int) -> Case:
+    draw = random.Random(seed)
+    op, table, dim = draw.choice(list(OPS)), draw.random() < 0.6, draw.choice((8, 16, 24, 32))
+    if op == "neighborhood":
+        kernel, dilation = [draw.randint(1, 9) for _ in "yx"], [draw.randint(1, 3) for _ in "yx"]
+        size = tuple(k * d + draw.randint(0, 9) for k, d in zip(kernel, dilation, strict=True))
+        causal = tuple(draw.random() < 0.3 for _ in "yx")
+        return na(size, tuple(kernel), tuple(dilation), causal, table=table, dim=dim)
+    if op == "circle":
+        size = (draw.randint(1, 20), draw.randint(1, 20))
+        return Case("circle", size, {"radius": draw.randint(1, 12)}, dim=dim)
+    block = tuple(draw.choice((1, 2, 3, 4, 5, 7, 8, 9, 12)) for _ in "yx")
+    if op == "window":
+        return Case("window", tuple(b * draw.randint(1, 3) for b in block), {"window_size": block}, table, dim=dim)
+    stride = draw.choice([s for s in (1, 2, 4) if block[0] % s == block[1] % s == 0])
+    size, reach = [tuple(draw.randint(low, high) for _ in "yx") for low, high in ((1, 20), (0, 5))]
+    return halos(size, block, reach, stride, table=table, dim=dim, value_dim=draw.choice((dim, 16, 40)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60))
+def test_random_shapes_are_the_definition_with_every_gradient(seed):
+    case = random_case(seed)
+    inputs = case.inputs(batch=seed % 2 + 1)
+    exact = results(case, [x.double() for x in inputs], "reference")
+    for found, truth in zip(results(case, inputs, "fused"), exact, strict=True):
+        assert (found.double() - truth).abs().max() <= 1e-5 * max(float(truth.abs().max()), 1.0), case
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)], ids=str)
