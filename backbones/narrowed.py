@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
-import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -32,10 +31,13 @@ def narrowed(pretrained: bool = False, of: str = "", widths: Mapping[str, Any] |
     if not of or widths is None:
         raise ValueError(f"narrowed: wants of= (a timm model name) and widths=, got {of!r} and {widths!r}")
 
-    def make(**arguments: Any) -> nn.Module:
-        return narrow(timm.create_model(of, **arguments), widths)
+    given = "out_indices" in kwargs
+    feature_cfg: dict[str, Any] = {"feature_cls": "getter"}
 
-    if kwargs.get("features_only") and "out_indices" not in kwargs:
-        with torch.device("meta"):
-            kwargs["out_indices"] = tuple(range(len(timm.create_model(of).feature_info)))
-    return build_model_with_cfg(make, "narrowed", pretrained, feature_cfg={"feature_cls": "getter"}, **kwargs)
+    def make(**arguments: Any) -> nn.Module:
+        model = narrow(timm.create_model(of, **arguments), widths)
+        if not given:  # timm reads them after the model was made
+            feature_cfg["out_indices"] = tuple(range(len(model.feature_info)))
+        return model
+
+    return build_model_with_cfg(make, "narrowed", pretrained, feature_cfg=feature_cfg, **kwargs)

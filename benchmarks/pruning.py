@@ -50,12 +50,11 @@ def measure(name: str, batch: int, img_size: int, rounds: int, *, with_onnx: boo
         scope: plan(dense, "dimap", RATIO, structure=STRUCTURE, scope=scope, img_size=img_size) for scope in SCOPES
     }
     nets = {"dense": dense} | {scope: _checked(p, dense, images) for scope, p in plans.items()}
-    calls = {("torch", key): _eager(net, images) for key, net in nets.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        if with_onnx:
-            for key, net in nets.items():
-                calls["onnx", key] = _session(net, Path(folder) / f"{key}.onnx", images)
-        seconds = interleaved_seconds(calls, rounds=rounds)
+    seconds = interleaved_seconds({("torch", key): _eager(net, images) for key, net in nets.items()}, rounds=rounds)
+    if with_onnx:  # apart: threads of ONNX Runtime that wait would slow torch down
+        with tempfile.TemporaryDirectory() as folder:
+            calls = {("onnx", key): _session(net, Path(folder) / f"{key}.onnx", images) for key, net in nets.items()}
+            seconds |= interleaved_seconds(calls, rounds=rounds)
     return [_row(name, scope, plans[scope], seconds) for scope in SCOPES]
 
 
@@ -87,6 +86,7 @@ def _session(net: nn.Module, path: Path, images: Tensor) -> Callable[[], object]
     verify(net, path, images, batch_sizes=(len(images),))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # one session must not slow the next
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name, array = session.get_inputs()[0].name, images.numpy()
     return lambda: session.run(None, {name: array})

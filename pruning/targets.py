@@ -66,28 +66,26 @@ def plan_until(
     Raises:
         PruningError: no ratio meets the target.
     """
-    low, high = 0.0, HIGHEST_RATIO
     if not target > 0:
         raise PruningError(f"the target must be above 0 {unit}, got {target:g}")
-    found, least = None, float("inf")
-    candidates = [0.0] + [None] * steps
-    for ratio in candidates:
-        ratio = (low + high) / 2 if ratio is None else ratio
+    found = make_plan(0.0)
+    least = cost(found, model)
+    if least <= target:
+        return found
+    found, low, high = None, 0.0, HIGHEST_RATIO
+    for _ in range(steps):
+        ratio = (low + high) / 2
         try:
             plan = make_plan(ratio)
         except PruningError:
-            if ratio == 0:
-                raise
             high = ratio
             continue
         reached = cost(plan, model)
         least = min(least, reached)
-        if reached > target:
+        if reached <= target:
+            found, high = plan, ratio
+        else:
             low = ratio
-            continue
-        found, high = plan, ratio
-        if ratio == 0:
-            break
     if found is None:
         raise PruningError(f"no ratio brings the model to {target:g} {unit}: the least was {least:.4g} {unit}")
     return found

@@ -38,7 +38,7 @@ def small(name, **kwargs):
 
 def test_all_models_of_the_families_are_listed():
     sizes = {"van": 7, "nat": 4 + 2, "dinat": 7 + 5 + 2, "vitrpb": 2, "biformer": 5, "litv2": 3}
-    sizes |= {"fv_davit": 8, "fv": 13, "eca": 6, "ela": 24}
+    sizes |= {"fv_davit": 8, "fv": 13, "eca": 6, "ela": 30}
     assert len(MODELS) == sum(sizes.values())
     assert set(MODELS) <= set(timm.list_models())
     assert foveate.list_models("van_*") == [f"van_b{i}" for i in range(7)]

@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 
+from foveate.export import save_hub
 from foveate.pruning import PruningError, plan
-from foveate.train import TrainError, train
+from foveate.train import TrainError, load_net, train
 from foveate.train.checkpoints import net_weights, read_checkpoint
 
 MICRO = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "kernel_size": 3, "in_chans": 1, "num_classes": 10}
@@ -72,3 +73,18 @@ def test_a_hook_that_cannot_be_built_is_refused_before_anything_is_written(hook,
     with pytest.raises(TrainError, match=message):
         train(recipe(tmp_path, hooks=(hook,)), work_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cut_net_is_tuned_from_its_folder_and_stays_narrow(tmp_path):
+    torch.manual_seed(0)
+    net = timm.create_model("nat_mini", **MICRO)
+    smaller = plan(net, "dimap", 0.5, structure=["heads", "mlp"], img_size=28).cut(net)
+    folder = save_hub(smaller, tmp_path / "cut")
+    model = recipe(tmp_path)["model"] | {"checkpoint": str(folder / "model.safetensors")}
+    wish = recipe(tmp_path, model=model | {"widths": str(folder / "config.json")})
+    done = train(wish, work_dir=tmp_path / "run")
+    (folder / "config.json").unlink()  # the checkpoint knows the widths by itself
+    back = load_net(done.last_checkpoint)
+    assert str(back) == str(smaller.eval())
+    with pytest.raises(TrainError, match=r"model\.widths .* is no config\.json of a pruned model"):
+        train(wish, work_dir=tmp_path / "other")
