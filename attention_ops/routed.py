@@ -110,7 +110,7 @@ def routed_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, a region size does not divide its map, or routes are out of
-            range (looked at on a CPU only, where it costs nothing).
+            range. Routes on a GPU are not waited for: there an assertion on the device stops the stream.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
     region_size = pair(OP, "region_size", region_size)
@@ -298,33 +298,38 @@ def _token_mask(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -> Tenso
 
 @dataclass(frozen=True)
 class _Part:
-    """Some images, all their queries; or one image, the queries of some rows of regions. All keys in both cases."""
+    """Some images, all their queries; or one image, the queries of a rectangle of regions. All keys in both cases."""
 
     images: slice
-    bands: slice  # rows of regions
+    rows: slice  # of regions
+    cols: slice
+
+    def of(self, x: Tensor, plan: RegionPlan) -> Tensor:
+        """(B, H, W, heads, d) -> this part's queries, seen as by `_by_region`."""
+        return _by_region(x, plan)[self.images, self.rows, :, self.cols]
 
     def queries(self, x: Tensor, plan: RegionPlan) -> Tensor:
-        return _by_region(x, plan)[self.images, self.bands].flatten(3, 4).flatten(1, 2)
+        return self.of(x, plan).flatten(3, 4).flatten(1, 2)
 
-    def routes(self, routes: Tensor, bands: int) -> Tensor:
-        return routes.unflatten(1, (bands, -1))[self.images, self.bands].flatten(1, 2)
+    def routes(self, routes: Tensor, q: Tensor, plan: RegionPlan) -> Tensor:
+        return routes.unflatten(1, (q.shape[1] // plan.region[0], -1))[self.images, self.rows, self.cols].flatten(1, 2)
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Iterator[_Part]:
-    """Cut images, and large ones into rows of regions, so that one part's scratch fits the tiled body's budget."""
-    bands = q.shape[1] // plan.region[0]
-    per_token = routes.shape[2] * plan.kv_region[0] * plan.kv_region[1] * q.shape[3]  # logits
-    per_key = (q.shape[4] + v.shape[4]) / (plan.region[0] * plan.region[1])  # a query's share of the copies
-    scratch = max(1, per_key) * per_token
-    if masking_is_cheaper(q, k, routes, plan):
-        scratch = k.shape[1] * k.shape[2]
-    budget = torch.get_num_threads() * tiles.CHUNK_LOGITS
-    per_band = q.shape[1] * q.shape[2] * scratch / bands
-    images = max(1, int(budget / (bands * per_band)))
-    step = bands if bands * per_band <= budget else max(1, int(budget / per_band))
+def _parts(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan, budget: int) -> Iterator[_Part]:
+    """Cut the batch, and large images too, so that one part's scratch is at most `budget` numbers, if it can."""
+    rows, cols = q.shape[1] // plan.region[0], q.shape[2] // plan.region[1]
+    if masking_is_cheaper(q, k, routes, plan):  # a mask, which has no heads
+        scratch = plan.region[0] * plan.region[1] * k.shape[1] * k.shape[2]
+    else:  # the copies of a region's keys and values; SDPA keeps no logits
+        keys = routes.shape[2] * plan.kv_region[0] * plan.kv_region[1]
+        scratch = keys * q.shape[3] * (q.shape[4] + v.shape[4])
+    regions = max(1, budget // scratch)
+    images, band = max(1, regions // (rows * cols)), min(rows, max(1, regions // cols))
+    step = min(cols, regions)
     for start in range(0, q.shape[0], images):
-        for band in range(0, bands, step):
-            yield _Part(slice(start, start + images), slice(band, band + step))
+        for row in range(0, rows, band):
+            for col in range(0, cols, step):
+                yield _Part(slice(start, start + images), slice(row, row + band), slice(col, col + step))
 
 
 class _RoutedAttention(torch.autograd.Function):
@@ -334,14 +339,13 @@ class _RoutedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, routes, plan):
         ctx.save_for_backward(q, k, v, routes)
         ctx.plan = plan
-        parts = list(_parts(q, k, v, routes, plan))
+        parts = list(_parts(q, k, v, routes, plan, torch.get_num_threads() * tiles.CHUNK_LOGITS))
         if len(parts) == 1:
             return _attend(q, k, v, routes, plan).reshape(*q.shape[:4], v.shape[-1])
         out = q.new_empty(*q.shape[:4], v.shape[-1])
-        by_region = _by_region(out, plan)
         for part in parts:
-            queries, seen = part.queries(q, plan), part.routes(routes, by_region.shape[1])
-            by_region[part.images, part.bands] = _attend(queries, k[part.images], v[part.images], seen, plan)
+            queries, seen = part.queries(q, plan), part.routes(routes, q, plan)
+            part.of(out, plan).copy_(_attend(queries, k[part.images], v[part.images], seen, plan))
         return out
 
     @staticmethod
@@ -352,12 +356,12 @@ class _RoutedAttention(torch.autograd.Function):
             torch.empty_like(q, memory_format=torch.contiguous_format),
             (k.new_zeros(x.shape) for x in (k, v)),
         )
-        dq_by_region, grad_by_region = _by_region(dq, plan), _by_region(grad_out, plan)
-        for part in _parts(q, k, v, routes, plan):
-            queries, grad = part.queries(q, plan), grad_by_region[part.images, part.bands]
-            seen, image = part.routes(routes, dq_by_region.shape[1]), part.images
+        # Copies have gradients as large as they are, hence half of the budget.
+        for part in _parts(q, k, v, routes, plan, torch.get_num_threads() * tiles.CHUNK_LOGITS // 2):
+            queries, seen, image = part.queries(q, plan), part.routes(routes, q, plan), part.images
+            grad = part.of(grad_out, plan)
             value = _add_gradients(queries, k[image], v[image], seen, grad, dk[image], dv[image], plan)
-            dq_by_region[part.images, part.bands] = _by_region(value, plan)
+            part.of(dq, plan).copy_(_by_region(value, plan))
         return dq, dk, dv, None, None
 
 

@@ -53,22 +53,24 @@ def dilated_gate_kernel(
     tl.store(out_ptr + p[:, None] * C + n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def gate_tiles(channels: int) -> tuple[int, int, int]:
-    """(pixels, channels of a step, channels) of a tile; 64 accumulators for each of 256 threads at 1024 channels."""
-    block_n = max(triton.next_power_of_2(channels), 16)
-    return max(16, min(64, 2**14 // block_n)), min(block_n, 32), block_n
+def gate_tiles(channels: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(pixels, channels of a step, channels, warps) of a tile; at most 64 accumulators a thread, in fp32 half of it."""
+    block_n, wide = max(triton.next_power_of_2(channels), 16), itemsize == 4
+    block_p = max(16, min(64, 2 ** (13 if wide else 14) // block_n))
+    warps = 4 if block_n <= 64 else 16 if wide and block_n > 512 else 8
+    return block_p, min(block_n, 16 if wide and block_n >= 512 else 32), block_n, warps
 
 
 def launch_dilated_gate(x, y, taps, taps_bias, weight, bias, dilation: int, out) -> None:
     """All maps channels last; taps (C, 1, rows, columns), weight (C, C, 1, 1), biases (C,)."""
     batch, channels, height, width = x.shape
-    block_p, block_k, block_n = gate_tiles(channels)
+    block_p, block_k, block_n, warps = gate_tiles(channels, x.itemsize)
     dilated_gate_kernel[(triton.cdiv(batch * height * width, block_p),)](
         x, y, taps.flatten(1).t().contiguous(), taps_bias, weight.flatten(1).contiguous(), bias, out,
         batch * height * width, height, width,
         C=channels, ROWS=taps.shape[2], COLS=taps.shape[3], DILATION=dilation,
         BLOCK_P=block_p, BLOCK_K=block_k, BLOCK_N=block_n, PRECISION=precision(x.dtype),
-        num_warps=8 if block_n > 64 else 4, num_stages=2, enable_fp_fusion=True,
+        num_warps=warps, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
 
 

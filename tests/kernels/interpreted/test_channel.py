@@ -22,7 +22,7 @@ def plain(q, k, v, scale):
     return ((q * scale) @ k.mT).softmax(-1) @ v
 
 
-def compare(layout, dtype, size=(9, 7), heads=2, dim=8, batch=2, scale=None):
+def assert_exact(layout, dtype, size=(9, 7), heads=2, dim=8, batch=2, scale=None):
     shape, view = layout
     torch.manual_seed(0)
     leaves = [torch.randn(shape(batch, *size, heads, dim)).to(dtype).requires_grad_() for _ in range(3)]
@@ -48,18 +48,18 @@ def compare(layout, dtype, size=(9, 7), heads=2, dim=8, batch=2, scale=None):
 @every_layout
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_fused_is_as_exact_as_torch_with_every_gradient(layout, dtype):
-    compare(layout, dtype)
+    assert_exact(layout, dtype)
 
 
 @pytest.mark.parametrize(("size", "dim", "heads"), [((1, 1), 8, 1), ((3, 45), 24, 3), ((2, 5), 33, 1)])
 def test_any_map_and_any_width_of_heads(size, dim, heads):
-    compare(LAYOUTS["a slice of a packed qkv"], torch.float32, size, heads, dim)
+    assert_exact(LAYOUTS["a slice of a packed qkv"], torch.float32, size, heads, dim)
 
 
 def test_many_tokens_are_summed_in_parts():
     splits, chunk = kernels.token_splits(2, 31 * 23, 32)
     assert splits == 2 and splits * chunk >= 31 * 23
-    compare(LAYOUTS["channels before tokens"], torch.float32, (31, 23), heads=1)
+    assert_exact(LAYOUTS["channels before tokens"], torch.float32, (31, 23), heads=1)
 
 
 @pytest.mark.parametrize("tokens", [1, 49, 196, 3136, 12544, 99999])
@@ -70,11 +70,11 @@ def test_the_parts_cover_all_tokens_and_none_is_empty(tokens, heads):
 
 
 def test_scale_is_used():
-    compare(LAYOUTS["a crop"], torch.float32, scale=0.05)
+    assert_exact(LAYOUTS["a crop"], torch.float32, scale=0.05)
 
 
 def test_the_scale_by_tokens_of_florence_2():
-    compare(LAYOUTS["channels before tokens"], torch.float32, scale=(9 * 7) ** -0.5)
+    assert_exact(LAYOUTS["channels before tokens"], torch.float32, scale=(9 * 7) ** -0.5)
 
 
 def test_the_kernels_stay_inside_their_tensors(fenced):

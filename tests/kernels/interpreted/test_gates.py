@@ -32,7 +32,7 @@ def plain_strip_gate(x, weight, norm_weight, norm_bias, groups):
     return x * gate(x.mean(3))[:, :, :, None] * gate(x.mean(2))[:, :, None]
 
 
-def compare(fused, plain, layout, shape, parameters, dtype):
+def assert_exact(fused, plain, layout, shape, parameters, dtype):
     lies, view = layout
     torch.manual_seed(0)
     tensors = [torch.randn(lies(*shape)), *(torch.randn(size) for size in parameters)]
@@ -52,27 +52,27 @@ def compare(fused, plain, layout, shape, parameters, dtype):
     assert ours[0].stride() == torch.empty_like(view(leaves[0])).stride()
 
 
-def compare_channel_gate(layout, shape, kernel, dtype=torch.float32):
+def assert_channel_gate_exact(layout, shape, kernel, dtype=torch.float32):
     def fused(x, weight):
         return channel_gate(x, weight, impl="fused")
 
-    compare(fused, plain_channel_gate, layout, shape, [(1, 1, kernel)], dtype)
+    assert_exact(fused, plain_channel_gate, layout, shape, [(1, 1, kernel)], dtype)
 
 
-def compare_strip_gate(layout, shape, weight, norm_groups, dtype=torch.float32):
+def assert_strip_gate_exact(layout, shape, weight, norm_groups, dtype=torch.float32):
     def fused(*tensors):
         return strip_gate(*tensors, norm_groups, impl="fused")
 
     def plain(*tensors):
         return plain_strip_gate(*tensors, norm_groups)
 
-    compare(fused, plain, layout, shape, [weight, shape[1:2], shape[1:2]], dtype)
+    assert_exact(fused, plain, layout, shape, [weight, shape[1:2], shape[1:2]], dtype)
 
 
 @every_layout
 @every_dtype
 def test_a_channel_gate_is_as_exact_as_torch_with_every_gradient(layout, dtype):
-    compare_channel_gate(layout, (2, 20, 9, 7), 5, dtype)
+    assert_channel_gate_exact(layout, (2, 20, 9, 7), 5, dtype)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_channel_gate_is_as_exact_as_torch_with_every_gradient(layout, dtype):
 )
 @pytest.mark.parametrize("layout", ["nchw", "channels last"])
 def test_a_channel_gate_on_maps_of_any_size(layout, shape, kernel):
-    compare_channel_gate(LAYOUTS[layout], shape, kernel)
+    assert_channel_gate_exact(LAYOUTS[layout], shape, kernel)
 
 
 def test_sums_over_large_maps_are_made_in_parts():
@@ -91,7 +91,7 @@ def test_sums_over_large_maps_are_made_in_parts():
 @every_layout
 @every_dtype
 def test_a_strip_gate_is_as_exact_as_torch_with_every_gradient(layout, dtype):
-    compare_strip_gate(layout, (2, 16, 9, 7), (16, 2, 5), 4, dtype)
+    assert_strip_gate_exact(layout, (2, 16, 9, 7), (16, 2, 5), 4, dtype)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_strip_gate_is_as_exact_as_torch_with_every_gradient(layout, dtype):
 )
 @pytest.mark.parametrize("layout", ["nchw", "channels last"])
 def test_a_strip_gate_on_maps_of_any_size(layout, shape, weight, norm_groups):
-    compare_strip_gate(LAYOUTS[layout], shape, weight, norm_groups)
+    assert_strip_gate_exact(LAYOUTS[layout], shape, weight, norm_groups)
 
 
 def test_eps_is_used():

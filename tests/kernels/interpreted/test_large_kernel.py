@@ -28,7 +28,7 @@ def plain(x, w0, b0, w1, b1, w2, b2, dilation):
     return x * F.conv2d(gate, w2, b2)
 
 
-def compare(tensors, dilation, dtype):
+def assert_exact(tensors, dilation, dtype):
     exact, torchs = plain(*(t.double() for t in tensors), dilation), plain(*tensors, dilation)
     ours = large_kernel_attention(*tensors, dilation, impl="fused")
     error, floor = (ours - exact).abs().max(), torch.finfo(dtype).eps * exact.abs().max()
@@ -42,7 +42,7 @@ def compare(tensors, dilation, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_fused_is_as_exact_as_torch(dtype, layout):
     x, *weights = inputs(20, (9, 7), (5, 5), (7, 7), dtype)
-    compare([x.contiguous(memory_format=layout), *weights], 3, dtype)
+    assert_exact([x.contiguous(memory_format=layout), *weights], 3, dtype)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_fused_is_as_exact_as_torch(dtype, layout):
     [(40, (1, 2), (3, 3), (5, 5), 4), (3, (13, 6), (1, 5), (3, 7), 1), (130, (4, 3), (3, 1), (1, 1), 2)],
 )
 def test_any_map_and_any_kernels(channels, size, local, dilated, dilation):
-    compare(inputs(channels, size, local, dilated, torch.float32), dilation, torch.float32)
+    assert_exact(inputs(channels, size, local, dilated, torch.float32), dilation, torch.float32)
 
 
 def test_a_crop_and_missing_biases():
