@@ -41,7 +41,14 @@ def randomised(name):
     return model.eval()
 
 
-@pytest.mark.parametrize(("name", "size"), [("halonet26t", 256), ("haloregnetz_b", 224), ("davit_tiny", 96)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("halonet26t", 256),
+        pytest.param("haloregnetz_b", 224, marks=pytest.mark.slow),
+        pytest.param("davit_tiny", 96, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_and_gradients_are_timms_in_float64(name, size):
     theirs = randomised(name)
     ours = timm.create_model(f"fv_{name}", num_classes=5).double().eval()
