@@ -22,7 +22,6 @@ from torch import nn
 
 from ..attention_ops import EfficientChannelAttention, HaloAttention2d
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import take_images_channels_last
 from ._prunable import AttentionLayout, Projection, Prunable
 
 register_notrace_module(HaloAttention2d)
@@ -153,7 +152,6 @@ class HaloNet(ByobNet):
 
     def __init__(self, config: HaloNetConfig | TimmHaloConfig, **kwargs) -> None:
         super().__init__(config.byob(), **kwargs)
-        take_images_channels_last(self)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:
