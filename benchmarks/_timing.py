@@ -1,5 +1,6 @@
 """Measure calls side by side in one process: interleaved rounds, medians, memory of one call, and on what machine."""
 
+import argparse
 import ctypes
 import gc
 import os
@@ -71,6 +72,22 @@ def describe_machine(device: str = "cpu") -> str:
             f"Versions {versions}, Python {platform.python_version()}, {platform.system()}",
         ]
     )
+
+
+def common_parser(module: str, doc: str, *, rounds: int = 5) -> argparse.ArgumentParser:
+    """Return a parser of --rounds, --threads and --out; the first line of `doc` is its description."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds, help="(default %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
+    return parser
+
+
+def parse_and_set_threads(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return options
 
 
 def write_report(table: Table, *, module: str, machine: str, out: Path | None) -> None:

@@ -10,10 +10,8 @@ Floor      On a GPU: the time that the least passes over the map take at the car
 Model      VAN-B0 against the same weights run as plain NCHW layers.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 import torch
@@ -22,7 +20,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..attention_ops import LargeKernelAttention, channel_attention, channel_gate, large_kernel_attention, strip_gate
-from ._timing import describe_machine, interleaved_seconds, peak_bytes, write_report
+from ._timing import (
+    common_parser,
+    describe_machine,
+    interleaved_seconds,
+    parse_and_set_threads,
+    peak_bytes,
+    write_report,
+)
+
+MODULE = "foveate.benchmarks.channel_and_gates"
 
 H200_BYTES_PER_SECOND = 4.3e12  # of plain copies
 IMAGE_PX = 224
@@ -202,22 +209,14 @@ def measure_model(batch: int, rounds: int, device: str) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m foveate.benchmarks.channel_and_gates", description=__doc__.splitlines()[0]
-    )
+    parser = common_parser(MODULE, __doc__)
     parser.add_argument("what", nargs="?", choices=["ops", "model"], default="ops", help="(default %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
-    options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = parse_and_set_threads(parser, arguments)
     measure = measure_ops if options.what == "ops" else measure_model
     table = measure(options.batch, options.rounds, options.device)
-    module = "foveate.benchmarks.channel_and_gates"
-    write_report(table, module=module, machine=describe_machine(options.device), out=options.out)
+    write_report(table, module=MODULE, machine=describe_machine(options.device), out=options.out)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,9 @@ Peers      Their time over ours: above 1 ours is faster. A dash: not to be had h
 Layer      Model, image side in px, rows x columns x heads of the map, then dilation, window, block + halo or radius.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +29,16 @@ from torch import Tensor
 
 from ..attention_ops import circle_attention, halo_attention, neighborhood_attention, window_attention
 from ..attention_ops.neighborhood import axis_window
-from ._timing import describe_machine, interleaved_seconds, peak_bytes, write_report
+from ._timing import (
+    common_parser,
+    describe_machine,
+    interleaved_seconds,
+    parse_and_set_threads,
+    peak_bytes,
+    write_report,
+)
+
+MODULE = "foveate.benchmarks.local_attention"
 
 OPS = {
     "neighborhood": neighborhood_attention,
@@ -276,25 +283,18 @@ def measure(device: str, batches: list[int], dtype: torch.dtype, rounds: int, on
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m foveate.benchmarks.local_attention", description=__doc__.splitlines()[0]
-    )
+    parser = common_parser(MODULE, __doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[8], help="images (default %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--rounds", type=int, default=5, help="(default %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="WORD", help="layers whose name holds one (default all)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
-    options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = parse_and_set_threads(parser, arguments)
     dtype = DTYPES[options.dtype or ("bfloat16" if options.device == "cuda" else "float32")]
     table = measure(options.device, options.batch, dtype, options.rounds, options.only)
     machine = describe_machine(options.device)
-    write_report(table, module="foveate.benchmarks.local_attention", machine=machine, out=options.out)
+    write_report(table, module=MODULE, machine=machine, out=options.out)
 
 
 if __name__ == "__main__":

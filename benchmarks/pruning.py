@@ -8,7 +8,6 @@ Pruned     Half of all heads and half of all hidden channels of the MLPs by the 
 Checked    The cut net's logits against the full net's with zeros, and the ONNX file's against PyTorch's.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
@@ -22,7 +21,15 @@ from torch import Tensor, nn
 
 from ..export import export_onnx, verify
 from ..pruning import Plan, plan
-from ._timing import describe_machine, interleaved_seconds, write_report
+from ._timing import (
+    common_parser,
+    describe_machine,
+    interleaved_seconds,
+    parse_and_set_threads,
+    write_report,
+)
+
+MODULE = "foveate.benchmarks.pruning"
 
 MODELS = ("nat_mini", "fv_davit_tiny", "biformer_tiny")
 SCOPES = ("layer", "group")
@@ -116,21 +123,16 @@ def _cells(row: Row, batch: int) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m foveate.benchmarks.pruning", description=__doc__.splitlines()[0])
+    parser = common_parser(MODULE, __doc__, rounds=7)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="timm model names")
     parser.add_argument("--batch", type=int, default=4, help="images (default %(default)s)")
     parser.add_argument("--img-size", type=int, default=224, help="px (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="(default %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
     parser.add_argument("--no-onnx", action="store_true", help="leave ONNX Runtime out")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
-    options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = parse_and_set_threads(parser, arguments)
     sizes = (options.batch, options.img_size, options.rounds)
     rows = [row for name in options.models for row in measure(name, *sizes, with_onnx=not options.no_onnx)]
     machine = describe_machine()
-    write_report(tabulate(rows, *sizes), module="foveate.benchmarks.pruning", machine=machine, out=options.out)
+    write_report(tabulate(rows, *sizes), module=MODULE, machine=machine, out=options.out)
 
 
 if __name__ == "__main__":

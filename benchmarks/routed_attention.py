@@ -12,9 +12,7 @@ Memory     Of forward and backward beyond the inputs, over the bytes of q, k, v 
 Model      The whole BiFormer-T, its routed layers replaced by the gathering form with the same weights.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
@@ -22,7 +20,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..attention_ops import BiLevelRoutingAttention, bi_level_routes, routed_attention
-from ._timing import describe_machine, interleaved_seconds, peak_bytes, write_report
+from ._timing import (
+    common_parser,
+    describe_machine,
+    interleaved_seconds,
+    parse_and_set_threads,
+    peak_bytes,
+    write_report,
+)
+
+MODULE = "foveate.benchmarks.routed_attention"
 
 HEAD_DIM = 32
 REGIONS = 7  # a side
@@ -164,23 +171,14 @@ def measure_model(batch: int, rounds: int, device: str) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m foveate.benchmarks.routed_attention", description=__doc__.splitlines()[0]
-    )
+    parser = common_parser(MODULE, __doc__)
     parser.add_argument("what", nargs="?", choices=["op", "model"], default="op", help="(default %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
-    options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = parse_and_set_threads(parser, arguments)
     measure = measure_op if options.what == "op" else measure_model
     table = measure(options.batch, options.rounds, options.device)
-    write_report(
-        table, module="foveate.benchmarks.routed_attention", machine=describe_machine(options.device), out=options.out
-    )
+    write_report(table, module=MODULE, machine=describe_machine(options.device), out=options.out)
 
 
 if __name__ == "__main__":
