@@ -9,15 +9,13 @@ Layout     channels-last on a CPU, by itself.
 """
 
 import re
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import checkpoint_seq, generate_default_cfgs, load_state_dict, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from ..attention_ops import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw
@@ -26,6 +24,8 @@ from ._build import StateDict, build, cfg, check_fits, unwrap
 from ._layers import DepthwiseMlp, MapGELU, MapMlp, scaled
 from ._prunable import AttentionLayout, Prunable
 from ._staged import StagedBackbone
+
+USE_EMA = False  # the published accuracy is of `model`, where timm's loader would take `model_ema`
 
 register_notrace_module(BiLevelRoutingAttention)  # they cut maps by their size
 register_notrace_module(BiLevelRoutingAttentionNchw)
@@ -344,29 +344,15 @@ STL = BiFormerConfig(dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), mlp_ratio=4.
 
 def _create_biformer(variant: str, config: BiFormerConfig, pretrained: bool, **kwargs) -> BiFormer:
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    raw = _raw_weights(overlay["file"]) if pretrained and overlay.get("file") else None
-    if raw is None:
+    if not (pretrained and overlay.get("file")):
         return build(BiFormer, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
     def filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
         del model.pretrained_cfg["state_dict"]  # or it would hold the weights as long as the model lives
         return checkpoint_filter_fn(state_dict, model)
 
-    kwargs["pretrained_cfg_overlay"] = overlay | {"state_dict": raw}
+    kwargs["pretrained_cfg_overlay"] = overlay | {"state_dict": load_state_dict(overlay["file"], use_ema=USE_EMA)}
     return build(BiFormer, config, variant, pretrained, filter_fn, **kwargs)
-
-
-def _raw_weights(file: str | Path) -> dict[str, Any] | None:
-    """Return the `model` entry of a training file of the authors, for which timm's loader would take `model_ema`.
-
-    None for files without such a choice, which that loader reads as well.
-    """
-    if str(file).endswith(".safetensors"):
-        return None
-    with torch.serialization.safe_globals([Namespace]):  # the authors' `args`; as timm's own loader does
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    both = isinstance(checkpoint, dict) and {"model", "model_ema"} <= checkpoint.keys()
-    return checkpoint["model"] if both else None
 
 
 @register_model

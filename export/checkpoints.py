@@ -18,8 +18,10 @@ _SHAPE_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\]
 _NAMES_SHOWN = 3
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Return the state dict of a .pth, .pth.tar, .bin or .safetensors file, EMA weights where the file has them.
+def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> dict[str, Tensor]:
+    """Return the state dict of a .pth, .pth.tar, .bin or .safetensors file.
+
+    Where the file holds raw weights and their moving averages, `use_ema` takes the averages.
 
     A prefix that every key shares (`backbone.` of a training wrapper, `module.` of DDP) is cut.
 
@@ -32,7 +34,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ExportError(f"checkpoint {path} does not exist")
     try:
-        state = _load(path)
+        state = _load(path, use_ema)
     except Exception as error:  # torch and safetensors raise eight types for one fact
         raise ExportError(f"checkpoint {path} {_why_unreadable(error)}") from error
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -59,14 +61,14 @@ def explain_mismatch(error: Exception) -> str:
     return "; ".join(facts) + ("" if missing or unknown else _hint(shapes))
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path, use_ema: bool) -> dict[str, Tensor]:
     try:
-        return load_state_dict(str(path))
+        return load_state_dict(str(path), use_ema)
     except RuntimeError as error:
         if "mmengine.logging.history_buffer" not in str(error):
             raise
         with torch.serialization.safe_globals(_mmengine_log_types()):
-            return load_state_dict(str(path))
+            return load_state_dict(str(path), use_ema)
 
 
 def _mmengine_log_types() -> list:

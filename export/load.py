@@ -1,11 +1,12 @@
 """Make a model from a name and a checkpoint, or say in one line why not."""
 
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import get_arch_pretrained_cfgs, is_model, parse_model_name, split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, is_model, model_entrypoint, parse_model_name, split_model_name_tag
 from torch import nn
 
 from .._errors import first_line
@@ -50,10 +51,17 @@ def _overlay(name: str, checkpoint: str | Path, kwargs: dict[str, Any]) -> dict[
     if kwargs.get("features_only"):  # timm loads these leniently: let the whole model take the file first
         whole = load_model(name, checkpoint, **{k: v for k, v in kwargs.items() if k not in _FEATURE_ARGS})
         return {**_NO_OTHER_SOURCE, "state_dict": whole.state_dict()}
-    overlay = {**_NO_OTHER_SOURCE, "state_dict": read_checkpoint(checkpoint)}
+    overlay = {**_NO_OTHER_SOURCE, "state_dict": read_checkpoint(checkpoint, use_ema=_prefers_averages(name))}
     if "num_classes" in kwargs:  # else timm drops the file's classifier and keeps a random one
         overlay |= {"num_classes": kwargs["num_classes"], "label_offset": None}
     return overlay
+
+
+def _prefers_averages(name: str) -> bool:
+    """Whether a family's published weights are the moving averages of its training files: most are."""
+    architecture, _ = split_model_name_tag(name)
+    family = sys.modules[model_entrypoint(architecture).__module__] if is_model(architecture) else None
+    return getattr(family, "USE_EMA", True)
 
 
 def _check_name(name: str) -> str | None:

@@ -56,6 +56,18 @@ def test_a_checkpoint_of_every_layout_is_loaded(layout, net, tmp_path):
     assert not model.training
 
 
+@pytest.mark.parametrize("options", [{}, {"features_only": True}], ids=["whole", "features"])
+def test_of_a_biformer_training_file_the_weights_of_the_published_accuracy_are_taken(options, tmp_path):
+    net = timm.create_model("biformer_tiny", num_classes=7, depths=(1, 1, 1, 1))
+    state = net.state_dict()
+    average = {key: value + 1 if value.is_floating_point() else value for key, value in state.items()}
+    file = torch_file({"model": state, "model_ema": average}, tmp_path / "net.pth")
+    loaded = load_model("biformer_tiny", file, num_classes=7, depths=(1, 1, 1, 1), **options)
+    loaded = getattr(loaded, "model", loaded)  # features_only wraps
+    key = "stages.0.blocks.0.attn.qkv.weight"
+    assert torch.equal(loaded.state_dict()[key], state[key])
+
+
 def test_safetensors_are_loaded(net, tmp_path):
     save_file(net.state_dict(), tmp_path / "net.safetensors")
     assert_same_weights(load_model("test_resnet", tmp_path / "net.safetensors", num_classes=7), net.state_dict())
