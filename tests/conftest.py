@@ -1,7 +1,8 @@
-"""What all tests share: two threads, and the official code's outputs."""
+"""What all tests share: two threads (one where pytest-xdist runs several processes), and the official code's outputs."""
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 GOLDENS = Path(__file__).parent / "goldens"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")
