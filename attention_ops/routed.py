@@ -7,19 +7,18 @@ We differ  soft routing and the authors' ways of pooling keys are not here (no r
            `kv_region_size` serves callers who pool keys themselves.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import tiled_attention as tiles
 from ._autocast import cast_for_autocast, no_autocast
 from ._checks import check_at_least, pair
 from ._choice import Impl, choose
 from ._fused import why_no_kernel
+from .routed_parts import RegionPlan
+from .routed_tiled import routed_attention_tiled
 from .tiling import merge_windows, pad_to_windows, split_windows
 
 OP = "routed_attention"
@@ -196,15 +195,6 @@ def _check_routes(routes: Tensor, q: Tensor, regions: int) -> None:
             raise ValueError(f"{OP}: routes must be in 0 ... {regions - 1}, got {low} ... {high}")
 
 
-@dataclass(frozen=True)
-class RegionPlan:
-    """How maps are cut, in tokens, and the scale of the logits."""
-
-    region: tuple[int, int]
-    kv_region: tuple[int, int]
-    scale: float
-
-
 def routed_attention_reference(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
     """The definition: every region gathers its own keys, topk copies of k and v. float32 inside at least."""
     wide = tiles.accumulator(q.dtype)
@@ -217,167 +207,3 @@ def routed_attention_reference(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, 
     logits = torch.matmul(queries.transpose(1, 2) * plan.scale, keys.mT)
     out = torch.matmul(logits.softmax(-1), values).transpose(1, 2)
     return merge_windows(out, (q.shape[1], q.shape[2]), plan.region).to(q.dtype)
-
-
-def routed_attention_tiled(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
-    """SDPA over copies of the routed keys, or over all keys with a mask, whichever is cheaper; images in chunks."""
-    if type(q) is not Tensor:  # a compiler or exporter is tracing: give it plain differentiable ops
-        return _attend(q, k, v, routes, plan).reshape(*q.shape[:4], v.shape[-1])
-    return _RoutedAttention.apply(q, k, v, routes, plan)
-
-
-# Copying a key costs as much as so many logits; see neighborhood_tiled.py for how the figure came about.
-LOGITS_PER_KEY = 45
-
-
-def masking_is_cheaper(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -> bool:
-    """Say whether all logits of a region cost less than the copy of its routed keys and their logits."""
-    queries, keys = plan.region[0] * plan.region[1], plan.kv_region[0] * plan.kv_region[1]
-    return queries * k.shape[1] * k.shape[2] <= routes.shape[2] * keys * (queries + LOGITS_PER_KEY)
-
-
-def _by_region(x: Tensor, plan: RegionPlan) -> Tensor:
-    """(B, H, W, heads, d) -> (B, region rows, rows, region columns, columns, heads, d), always a view."""
-    return x.unflatten(2, (-1, plan.region[1])).unflatten(1, (-1, plan.region[0]))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
-    """Return the output seen as by `_by_region`, not yet copied there: the caller does so once, into its own map."""
-    if masking_is_cheaper(q, k, routes, plan):
-        return _attend_masked(q, k, v, routes, plan)
-    tokens = _routed_tokens(k, routes, plan)
-    return _attend_copies(q, _copies(k, tokens), _copies(v, tokens), plan)
-
-
-def _copies(x: Tensor, tokens: Tensor) -> Tensor:
-    """(B, Hk, Wk, heads, d) -> (B * regions, topk * Tk, heads, d)."""
-    return x.flatten(0, 2).flatten(1).index_select(0, tokens.flatten()).view(*tokens.shape, *x.shape[3:])
-
-
-def _add_copies(total: Tensor, copies: Tensor, tokens: Tensor) -> None:
-    """Add what belongs to copies of keys to (B, Hk, Wk, heads, d), contiguous: the adjoint of `_copies`."""
-    rows = total.view(-1, total.shape[3] * total.shape[4])
-    rows.scatter_add_(0, tokens.flatten()[:, None].expand(-1, rows.shape[1]), copies.reshape(-1, rows.shape[1]))
-
-
-def _attend_copies(q: Tensor, keys: Tensor, values: Tensor, plan: RegionPlan) -> Tensor:
-    by_region = _by_region(q, plan).transpose(2, 3)  # (B, region rows, region columns, rows, columns, heads, d)
-    queries = by_region.flatten(3, 4).flatten(0, 2)  # (B * regions, T, heads, d)
-    parts = (x.transpose(1, 2) for x in (queries, keys, values))
-    out = F.scaled_dot_product_attention(*parts, scale=plan.scale).transpose(1, 2)
-    return out.unflatten(1, plan.region).unflatten(0, by_region.shape[:3]).transpose(2, 3)
-
-
-def _routed_tokens(k: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
-    """(B * regions, topk * Tk): the keys that every region sees, as rows of k seen as (B * Hk * Wk, ...)."""
-    (batch, height, width), (rows, cols) = k.shape[:3], plan.kv_region
-    row = (routes // (width // cols) * rows)[..., None, None] + torch.arange(rows, device=k.device)[:, None]
-    col = (routes % (width // cols) * cols)[..., None, None] + torch.arange(cols, device=k.device)
-    image = torch.arange(batch, device=k.device).view(-1, 1, 1, 1, 1) * (height * width)
-    return (image + row * width + col).flatten(2).flatten(0, 1)
-
-
-def _attend_masked(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
-    mask = _token_mask(q, k, routes, plan)
-    maps = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, d), views
-    out = F.scaled_dot_product_attention(*maps, attn_mask=mask, scale=plan.scale)
-    return _by_region(out.transpose(1, 2).unflatten(1, q.shape[1:3]), plan)
-
-
-def _token_mask(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
-    """(B, 1, query tokens, key tokens), 0 where a query sees a key and -inf elsewhere; tokens in the maps' order."""
-    batch, regions, _ = routes.shape
-    (rows, cols), (kv_rows, kv_cols) = plan.region, plan.kv_region
-    grid, kv_grid = (q.shape[1] // rows, q.shape[2] // cols), (k.shape[1] // kv_rows, k.shape[2] // kv_cols)
-    seen = (batch, regions, kv_grid[0] * kv_grid[1])
-    mask = torch.full(seen, -torch.inf, dtype=tiles.accumulator(q.dtype), device=q.device).scatter(2, routes, 0.0)
-    mask = mask.view(batch, grid[0], 1, grid[1], 1, kv_grid[0], 1, kv_grid[1], 1)
-    mask = mask.expand(-1, -1, rows, -1, cols, -1, kv_rows, -1, kv_cols)
-    return mask.reshape(batch, 1, q.shape[1] * q.shape[2], k.shape[1] * k.shape[2])
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some images, all their queries; or one image, the queries of a rectangle of regions. All keys in both cases."""
-
-    images: slice
-    rows: slice  # of regions
-    cols: slice
-
-    def of(self, x: Tensor, plan: RegionPlan) -> Tensor:
-        """(B, H, W, heads, d) -> this part's queries, seen as by `_by_region`."""
-        return _by_region(x, plan)[self.images, self.rows, :, self.cols]
-
-    def queries(self, x: Tensor, plan: RegionPlan) -> Tensor:
-        return self.of(x, plan).flatten(3, 4).flatten(1, 2)
-
-    def routes(self, routes: Tensor, q: Tensor, plan: RegionPlan) -> Tensor:
-        return routes.unflatten(1, (q.shape[1] // plan.region[0], -1))[self.images, self.rows, self.cols].flatten(1, 2)
-
-
-def _parts(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan, budget: int) -> Iterator[_Part]:
-    """Cut the batch, and large images too, so that one part's scratch is at most `budget` numbers, if it can."""
-    rows, cols = q.shape[1] // plan.region[0], q.shape[2] // plan.region[1]
-    if masking_is_cheaper(q, k, routes, plan):  # a mask, which has no heads
-        scratch = plan.region[0] * plan.region[1] * k.shape[1] * k.shape[2]
-    else:  # the copies of a region's keys and values; SDPA keeps no logits
-        keys = routes.shape[2] * plan.kv_region[0] * plan.kv_region[1]
-        scratch = keys * q.shape[3] * (q.shape[4] + v.shape[4])
-    regions = max(1, budget // scratch)
-    images, band = max(1, regions // (rows * cols)), min(rows, max(1, regions // cols))
-    step = min(cols, regions)
-    for start in range(0, q.shape[0], images):
-        for row in range(0, rows, band):
-            for col in range(0, cols, step):
-                yield _Part(slice(start, start + images), slice(row, row + band), slice(col, col + step))
-
-
-class _RoutedAttention(torch.autograd.Function):
-    """Keeps its inputs alone; the backward pass attends once more, part by part, and differentiates that."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, routes, plan):
-        ctx.save_for_backward(q, k, v, routes)
-        ctx.plan = plan
-        parts = list(_parts(q, k, v, routes, plan, torch.get_num_threads() * tiles.CHUNK_LOGITS))
-        if len(parts) == 1:
-            return _attend(q, k, v, routes, plan).reshape(*q.shape[:4], v.shape[-1])
-        out = q.new_empty(*q.shape[:4], v.shape[-1])
-        for part in parts:
-            queries, seen = part.queries(q, plan), part.routes(routes, q, plan)
-            part.of(out, plan).copy_(_attend(queries, k[part.images], v[part.images], seen, plan))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        (q, k, v, routes), plan = ctx.saved_tensors, ctx.plan
-        dq, (dk, dv) = (
-            torch.empty_like(q, memory_format=torch.contiguous_format),
-            (k.new_zeros(x.shape) for x in (k, v)),
-        )
-        # Copies have gradients as large as they are, hence half of the budget.
-        for part in _parts(q, k, v, routes, plan, torch.get_num_threads() * tiles.CHUNK_LOGITS // 2):
-            queries, seen, image = part.queries(q, plan), part.routes(routes, q, plan), part.images
-            grad = part.of(grad_out, plan)
-            value = _add_gradients(queries, k[image], v[image], seen, grad, dk[image], dv[image], plan)
-            part.of(dq, plan).copy_(_by_region(value, plan))
-        return dq, dk, dv, None, None
-
-
-def _add_gradients(q, k, v, routes, grad: Tensor, dk: Tensor, dv: Tensor, plan: RegionPlan) -> Tensor:
-    """Return dq; add to dk and dv, since several parts share the keys. `grad` as `_attend` returns its output."""
-    masked = masking_is_cheaper(q, k, routes, plan)
-    with torch.no_grad():
-        tokens = None if masked else _routed_tokens(k, routes, plan)
-        inputs = (q, k, v) if tokens is None else (q, _copies(k, tokens), _copies(v, tokens))
-    with torch.enable_grad(), no_autocast(q):
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        out = _attend_masked(*leaves, routes, plan) if masked else _attend_copies(*leaves, plan)
-    dq, of_k, of_v = torch.autograd.grad(out, leaves, grad)
-    for total, value in ((dk, of_k), (dv, of_v)):
-        if tokens is None:
-            total += value
-        else:
-            _add_copies(total, value, tokens)
-    return dq

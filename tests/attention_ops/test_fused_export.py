@@ -13,6 +13,7 @@ from foveate.attention_ops import (
     EfficientChannelAttention,
     EfficientLocalAttention,
     HiLoAttention,
+    LargeKernelAttention,
 )
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -22,9 +23,11 @@ LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch
     "routed nchw": (lambda: BiLevelRoutingAttentionNchw(32, 2, 3, 2), "routed_attention_forward", "softmax"),
     "hilo": (lambda: HiLoAttention(32, 4, 2, 0.5), "local_attention_forward", "_softmax"),
     "channel": (lambda: ChannelAttention(32, 2), "channel_attention_forward", "softmax"),
+    "large kernel": (lambda: LargeKernelAttention(32).requires_grad_(False), "large_kernel_gate", "mul"),
     "channel gate": (lambda: EfficientChannelAttention(32), "channel_gate_forward", "sigmoid"),
     "strip gate": (lambda: EfficientLocalAttention(32), "strip_gate_forward", "sigmoid"),
 }
+NCHW = ("routed nchw", "large kernel", "channel gate", "strip gate")
 
 
 def exported_targets(layer, x, dynamic_shapes=None):
@@ -39,7 +42,7 @@ def test_export_for_cuda_shows_the_fused_node(kind, dynamic):
     with FakeTensorMode(), torch.device("cuda"):
         layer: nn.Module = make().eval()
         x = torch.empty(2, 12, 18, 32)
-        x = x.permute(0, 3, 1, 2) if kind in ("routed nchw", "channel gate", "strip gate") else x
+        x = x.permute(0, 3, 1, 2) if kind in NCHW else x
         shapes = ({0: Dim("batch", min=2, max=512)},) if dynamic else None
         targets = exported_targets(layer, x, shapes)
     assert targets.count(f"foveate.{op}.default") == 1
@@ -50,5 +53,5 @@ def test_export_for_cuda_shows_the_fused_node(kind, dynamic):
 def test_export_for_a_cpu_shows_plain_torch(kind):
     make, op, _ = LAYERS[kind]
     x = torch.randn(2, 12, 18, 32)
-    x = x.permute(0, 3, 1, 2) if kind in ("routed nchw", "channel gate", "strip gate") else x
+    x = x.permute(0, 3, 1, 2) if kind in NCHW else x
     assert not any(op in target for target in exported_targets(make().eval(), x))

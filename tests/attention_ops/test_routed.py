@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from foveate.attention_ops import bi_level_routes, routed_attention
-from foveate.attention_ops.routed import RegionPlan, masking_is_cheaper
+from foveate.attention_ops.routed_parts import RegionPlan
+from foveate.attention_ops.routed_tiled import masking_is_cheaper
 
 # (map of q, region of q, map of k, region of k, topk, whether the tiled body masks): never square
 CASES = [
@@ -71,15 +72,30 @@ def test_tiled_equals_reference_with_every_gradient(size, region, kv_size, kv_re
         torch.testing.assert_close(tiled, reference, rtol=0, atol=1e-11)
 
 
-def test_a_batch_of_several_chunks_equals_its_images_one_by_one(monkeypatch):
-    monkeypatch.setattr("foveate.attention_ops.tiled_attention.CHUNK_LOGITS", 1)
-    for size, region, kv_size, kv_region, topk, _ in CASES[3:5]:
-        leaves, (q, k, v), routes = inputs(size, region, kv_size, topk, batch=3)
-        results = []
-        for impl in ("tiled", "reference"):
-            out = routed_attention(q, k, v, routes, region_size=region, kv_region_size=kv_region, impl=impl)
-            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-        torch.testing.assert_close(*results)
+@pytest.mark.parametrize("chunk", [1, 3000, 1 << 19])  # a tile; some of an image or several images; all
+@pytest.mark.parametrize(("size", "region", "kv_size", "kv_region", "topk", "masks"), [CASES[0], CASES[4]])
+def test_a_batch_of_several_parts_equals_the_reference(
+    monkeypatch, size, region, kv_size, kv_region, topk, masks, chunk
+):
+    monkeypatch.setattr("foveate.attention_ops.tiled_attention.CHUNK_LOGITS", chunk)
+    leaves, (q, k, v), routes = inputs(size, region, kv_size, topk, batch=17 if size == (8, 12) else 3)
+    results = []
+    for impl in ("tiled", "reference"):
+        out = routed_attention(q, k, v, routes, region_size=region, kv_region_size=kv_region, impl=impl)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(*results)
+
+
+def test_the_tiled_body_is_deterministic(monkeypatch):
+    monkeypatch.setattr("foveate.attention_ops.tiled_attention.CHUNK_LOGITS", 3000)
+    leaves, (q, k, v), routes = inputs((24, 28), (8, 7), (24, 28), 2, dtype=torch.float32)
+
+    def step():
+        out = routed_attention(q, k, v, routes, region_size=(8, 7))
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    for first, second in zip(step(), step(), strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
