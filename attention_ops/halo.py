@@ -5,7 +5,9 @@ Semantics  those of timm's layer, whose weights load: keys and values outside th
            they take softmax mass; the relative position logits use the unscaled query; a query of a strided layer is
            placed in the down-sampled block, so query i is i keys from the block's edge, not i * stride.
 We differ  a map need not be a multiple of the block: the last blocks overhang, and what they see outside is zeros.
-           timm's layer refuses such maps; where the block divides the map, results agree.
+           timm's layer refuses such maps; where the block divides the map, results agree. Where an odd block divides an
+           odd map under stride 2 (21 by 7), we return ceil(21 / 2) rows, as a shortcut's strided convolution does, and
+           timm the first floor(21 / 2) of them; no whole net of timm's gets there.
 """
 
 from collections.abc import Sequence
@@ -212,7 +214,7 @@ class HaloAttention2d(nn.Module):
     Args:
         dim: channels of the map; dim_out: of the output, as dim when None; heads must divide it.
         stride: 1 or 2; a strided layer has strided queries, or an average pool after it where `avg_down` or the stride
-            does not divide the block. An odd map gives ceil(H / 2) rows.
+            does not divide the block. An odd map gives ceil(H / 2) rows, in either case (timm pools to floor(H / 2)).
         heads: number of heads.
         head_dim: of queries and keys; from dim_out * qk_ratio, rounded to a multiple of 8, when None.
         block_size, halo: in tokens.

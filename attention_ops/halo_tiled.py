@@ -1,7 +1,8 @@
 """Halo attention on tiles: the torch body for CPUs, compilers and exporters.
 
-One key tile holds a block and its halo. Backward computes the logits of a few heads again instead of keeping them, so
-that memory stays at O(one chunk) logits and the chunk in a CPU's cache.
+One key tile holds a block and its halo. Forward walks few tiles with all their heads, which lie side by side in memory,
+so that a tile is copied in long runs; scaled_dot_product_attention takes the relative logits as its bias. Backward
+computes the logits of a few heads again instead of keeping them. Memory stays at O(one chunk) logits either way.
 """
 
 from collections.abc import Iterator
@@ -35,6 +36,12 @@ class HaloPlan:
     queries: tuple[QueryTiling, QueryTiling]
     keys: tuple[AxisTiling, AxisTiling]
     scale: float
+
+    @property
+    def tile_logits(self) -> int:
+        """Of one head and one tile."""
+        queries, keys = self.queries, self.keys
+        return queries[0].tile * queries[1].tile * keys[0].keys * keys[1].keys
 
 
 def halo_attention_tiled(
@@ -114,16 +121,58 @@ def _chunks(q: Tensor, plan: HaloPlan) -> Iterator[tuple]:
             yield slice(image, image + images), slice(None), slice(None), slice(head, head + heads)
 
 
+def _forward(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, plan: HaloPlan) -> Tensor:
+    """Return (B, Y, X, heads, value_dim), with the logits of a few tiles at a time."""
+    heads, value_dim, wide = q.shape[3], v.shape[-1], accumulator(q.dtype)
+    dim = max(q.shape[-1], value_dim)  # SDPA's fast body for CPUs wants one; zeros add nothing
+    q, k, v = (t if t.shape[-1] == dim else F.pad(t, (0, dim - t.shape[-1])) for t in (q, k, v))
+    q, k, v = (t.to(wide).flatten(3) for t in (q, k, v))  # (B, Y, X, heads * dim)
+    tiles = [split_queries(q, *plan.queries), gather_keys(k, *plan.keys), gather_keys(v, *plan.keys)]
+    q, k, v = (t.flatten(0, 1).unflatten(-1, (heads, dim)) for t in tiles)  # (n, tokens, heads, dim)
+    step = torch.get_num_threads() * CHUNK_LOGITS // max(plan.tile_logits * heads, 1)
+    step = min(max(step, 1), len(q))
+    bias, room = None, None if rel_h is None else q.new_empty(step, heads, q.shape[1], k.shape[1])
+    out = torch.empty_like(q)
+    for start in range(0, len(q), step):
+        part = slice(start, start + step)
+        if rel_h is not None and rel_w is not None and room is not None:
+            bias = _bias(q[part], rel_h, rel_w, plan, room[: len(q) - start])
+        few = (t[part].transpose(1, 2) for t in (q, k, v))  # (few, heads, tokens, dim)
+        attended = F.scaled_dot_product_attention(*few, attn_mask=bias, scale=plan.scale)
+        out[part] = attended.transpose(1, 2)
+    out = merge_queries(out.flatten(2).unflatten(0, tiles[0].shape[:2]), *plan.queries)
+    return out.unflatten(-1, (heads, dim))[..., :value_dim]
+
+
+def _bias(q: Tensor, rel_h: Tensor, rel_w: Tensor, plan: HaloPlan, room: Tensor) -> Tensor:
+    """Write the relative logits of (n, T, heads, >= d) queries into `room`, (n, heads, T, keys), and return it.
+
+    A query's logits with every cell of a table are one product; those that it uses begin one cell further left for
+    each place further right in the block, which is a view with a shortened stride.
+    """
+    (rows, cols), (ky, kx), heads = plan.queries, (plan.keys[0].keys, plan.keys[1].keys), q.shape[2]
+    cells = torch.cat([rel_h, rel_w]).to(q.dtype)
+    cells = torch.matmul(q[..., : cells.shape[-1]], cells.mT)  # (n, T, heads, cells of both tables)
+    image, token, head, _ = cells.stride()
+    by_row = (image, head, token * cols.tile - 1, token, 1, 0)  # n, heads, qy, qx, ky, kx
+    by_col = (image, head, token * cols.tile, token - 1, 0, 1)
+    size = (len(q), heads, rows.tile, cols.tile)
+    by_row = cells.as_strided((*size, ky, 1), by_row, ky - 1)
+    by_col = cells.as_strided((*size, 1, kx), by_col, rel_h.shape[0] + kx - 1)
+    torch.add(by_row, by_col, out=room.unflatten(-1, (ky, kx)).unflatten(2, (rows.tile, cols.tile)))
+    return room
+
+
 class _HaloTiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, rel_h, rel_w, plan):
         out = q.new_empty(*q.shape[:4], v.shape[-1])
-        wide = accumulator(q.dtype)
-        for part in _chunks(q, plan):
-            q_tiles, k_tiles, v_tiles = _tiles(*(t[part].to(wide) for t in (q, k, v)), plan)
-            relative = None if rel_h is None else _relative_logits(q_tiles, rel_h, rel_w, plan)
-            attended = torch.matmul(_probs(q_tiles, k_tiles, relative, plan), v_tiles)
-            out[part] = merge_queries(attended, *plan.queries).permute(0, 2, 3, 1, 4)
+        keys, dim = plan.keys, max(q.shape[-1], v.shape[-1])
+        per_image = keys[0].tiles * keys[0].keys * keys[1].tiles * keys[1].keys * q.shape[3] * dim
+        images = max(torch.get_num_threads() * CHUNK_LOGITS // max(per_image, 1), 1)  # keys are gathered for so many
+        for start in range(0, q.shape[0], images):
+            part = slice(start, start + images)
+            out[part] = _forward(q[part], k[part], v[part], rel_h, rel_w, plan)
         ctx.save_for_backward(q, k, v, rel_h, rel_w)
         ctx.plan = plan
         return out

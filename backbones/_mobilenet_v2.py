@@ -1,10 +1,11 @@
 """MobileNetV2 of width 1 (Sandler et al. 2018, arXiv:1801.04381), as timm's EfficientNet class builds it."""
 
+import torch
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
-from torch import nn
+from torch import Tensor, nn
 
-from ._layers import take_images_channels_last
+from ._layers import batch_matters, layers_by_images, take_images_channels_last
 
 # The strings of timm's builder: kind, repeats, kernel, stride, expansion, output channels.
 STAGES = ("ds_r{}_k3_s1_c16", "ir_r{}_k3_s2_e6_c24", "ir_r{}_k3_s2_e6_c32", "ir_r{}_k3_s2_e6_c64")
@@ -25,3 +26,16 @@ class MobileNetV2(EfficientNet):
         stages = [[stage.format(depth)] for stage, depth in zip(STAGES, depths, strict=True)]
         super().__init__(decode_arch_def(stages), act_layer=nn.ReLU6, **kwargs)
         take_images_channels_last(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1280, ceil(H / 32), ceil(W / 32))
+        if torch.jit.is_scripting():
+            return self.bn2(self.conv_head(self.blocks(self.bn1(self.conv_stem(x)))))
+        elif self.grad_checkpointing or batch_matters(self.conv_stem, self.bn1, self.blocks):
+            return super().forward_features(x)
+        else:
+            stages = list(self.blocks)
+            few = [self.conv_stem, self.bn1, *stages[:2]]  # 96 channels at half the side
+            x = layers_by_images(few, x, values_per_pixel=24)
+            for stage in stages[2:]:
+                x = stage(x)
+            return self.bn2(self.conv_head(x))

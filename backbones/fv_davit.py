@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..attention_ops import ChannelAttention, WindowAttention2d
 from ..attention_ops.tiling import cover_with_windows
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import OverwritingGELU, by_images
+from ._layers import OverwritingGELU, add_biases_last, by_images
 from ._prunable import AttentionLayout, Prunable
 from ._staged import StagedBackbone
 
@@ -224,6 +224,7 @@ class Davit(StagedBackbone):
         self.stages = nn.ModuleList()
         for i, own in enumerate(rates):
             self.stages.append(DavitStage(dims[max(i - 1, 0)], i, config, proj_drop_rate, own, **dd))
+        add_biases_last(self.stages)
         self.norm = nn.Identity()
         self.finish(
             dims,

@@ -15,13 +15,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, SelfAttnBlock
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention_ops import EfficientChannelAttention, HaloAttention2d
 from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._layers import batch_matters, layers_by_images
 from ._prunable import AttentionLayout, Projection, Prunable
 
 register_notrace_module(HaloAttention2d)
@@ -152,6 +154,19 @@ class HaloNet(ByobNet):
 
     def __init__(self, config: HaloNetConfig | TimmHaloConfig, **kwargs) -> None:
         super().__init__(config.byob(), **kwargs)
+
+    def forward_features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, ceil(H / 32), ceil(W / 32))
+        if torch.jit.is_scripting():
+            return self.final_conv(self.stages(self.stem(x)))
+        elif self.grad_checkpointing or batch_matters(self.stem, self.stages):
+            return super().forward_features(x)
+        else:
+            stages = list(self.stages)
+            few = [self.stem, *stages[:2]]  # 256 channels at a quarter of the side
+            x = layers_by_images(few, x, values_per_pixel=16)
+            for stage in stages[2:]:
+                x = stage(x)
+            return self.final_conv(x)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:

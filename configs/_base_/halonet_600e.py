@@ -2,7 +2,9 @@
 
 Published of a1h: that it is based on A1 (Wightman, Touvron, Jegou 2021, arXiv:2110.00476), with LAMB, a cosine and
 warm-up, and with stronger dropout, stochastic depth and RandAugment, whose numbers are not published. Here are A1's
-own: rate, decay, augmentation, repeated augmentation of 3, stochastic depth 0.05.
+own, compared with a public second implementation of A1 (OpenMMLab's): rate, decay, warm-up, RandAugment 7 with a
+deviation of 0.5, mixup, cutmix, smoothing, repeated augmentation of 3, stochastic depth 0.05. The rate that warm-up
+starts from is assumed. The paper's H0 to H7 were trained otherwise and have no recipe here.
 Differs from A1: cross-entropy in the place of the binary one, which recipes do not have; 256 pixels.
 """
 
@@ -13,7 +15,7 @@ with read_base():
 
 data.update(img_size=256, train_interpolation="bicubic", crop_pct=0.95)
 augment = dict(
-    randaugment="rand-m7-mstd0.5-mmax9-inc1",
+    randaugment="rand-m7-mstd0.5-inc1",
     hflip=0.5,
     scale=(0.08, 1.0),
     mixup=0.2,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.layers.halo_attn import HaloAttn
 
 from foveate.attention_ops import HaloAttention2d, halo_attention, halo_tiled, window_attention
 from foveate.attention_ops.macs import count_macs
@@ -101,6 +102,18 @@ def test_the_layer_equals_timms(det, golden, relative_error):
     assert tried == 7
 
 
+@pytest.mark.parametrize("avg_down", [False, True], ids=["", "avg_down"])
+@pytest.mark.parametrize(("block", "size"), [(4, (8, 12)), (7, (14, 28)), (7, (7, 21)), (6, (6, 18))])
+def test_the_layer_equals_timms_under_stride_on_every_map_that_timm_takes(block, size, avg_down):
+    theirs = HaloAttn(16, 24, stride=2, num_heads=2, block_size=block, halo_size=2, avg_down=avg_down)
+    ours = HaloAttention2d(16, 24, stride=2, heads=2, block_size=block, halo=2, avg_down=avg_down)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 16, *size)
+    expected, out = theirs(x), ours(x)
+    assert out.shape[2:] == ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    torch.testing.assert_close(out[:, :, : size[0] // 2, : size[1] // 2], expected)  # timm pools odd maps to fewer
+
+
 @pytest.mark.parametrize(("stride", "block", "size"), [(1, 4, (7, 5)), (2, 4, (7, 5)), (2, 7, (9, 8))])
 def test_the_layer_takes_maps_that_blocks_do_not_cover(stride, block, size):
     layer = HaloAttention2d(16, stride=stride, heads=2, block_size=block, halo=1)
@@ -137,8 +150,8 @@ def test_asking_for_fused_never_falls_back():
         halo_attention(q, q, q, 4, 1, impl="fused")
 
 
-@pytest.mark.parametrize("logits", [1, 2000, 20_000], ids=["one head", "some heads", "some images"])
-def test_parts_of_images_and_heads_equal_the_whole(monkeypatch, logits):
+@pytest.mark.parametrize("logits", [1, 2000, 20_000], ids=["one", "a few", "many"])
+def test_parts_of_images_heads_and_tiles_equal_the_whole(monkeypatch, logits):
     torch.manual_seed(0)
     leaves = [torch.randn(s).requires_grad_() for s in ((6, 6, 9, 4, 8), (6, 6, 9, 4, 20), (11, 8), (15, 8))]
 
