@@ -65,9 +65,7 @@ torch.library.define(
 )
 
 
-# CompositeImplicitAutograd: tracers see through to torch ops on a CPU, so backward, export and ONNX need nothing more.
-@torch.library.impl("foveate::window_attention", "CompositeImplicitAutograd")
-def _window_attention(
+def attend_windows(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -77,6 +75,7 @@ def _window_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
+    """What the op does, for ops that consist of it."""
     _check(q, k, v, bias, mask, window_size)
     run = choose(OP, impl, why_not_fused(q, k, v, mask, scale))
     q, k, v = cast_for_autocast(q, k, v)
@@ -88,6 +87,10 @@ def _window_attention(
     body = window_attention_reference if run is Impl.REFERENCE else window_attention_tiled
     with no_autocast(q):
         return body(q, k, v, tuple(window_size), bias=bias, mask=mask, scale=scale)
+
+
+# CompositeImplicitAutograd: tracers see through to torch ops on a CPU, so backward, export and ONNX need nothing more.
+torch.library.impl("foveate::window_attention", "CompositeImplicitAutograd", attend_windows)
 
 
 def why_not_fused(
