@@ -131,12 +131,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tenso
     q, k, v = (t.flatten(0, 1).unflatten(-1, (heads, dim)) for t in tiles)  # (n, tokens, heads, dim)
     step = torch.get_num_threads() * CHUNK_LOGITS // max(plan.tile_logits * heads, 1)
     step = min(max(step, 1), len(q))
-    bias, room = None, None if rel_h is None else q.new_empty(step, heads, q.shape[1], k.shape[1])
-    out = torch.empty_like(q)
+    bias, tables, out = None, None, torch.empty_like(q)
+    if rel_h is not None and rel_w is not None:
+        tables, room = torch.cat([rel_h, rel_w]).to(wide), q.new_empty(step, heads, q.shape[1], k.shape[1])
     for start in range(0, len(q), step):
         part = slice(start, start + step)
-        if rel_h is not None and rel_w is not None and room is not None:
-            bias = _bias(q[part], rel_h, rel_w, plan, room[: len(q) - start])
+        if tables is not None:
+            bias = _bias(q[part], tables, plan, room[: len(q) - start])
         few = (t[part].transpose(1, 2) for t in (q, k, v))  # (few, heads, tokens, dim)
         attended = F.scaled_dot_product_attention(*few, attn_mask=bias, scale=plan.scale)
         out[part] = attended.transpose(1, 2)
@@ -144,21 +145,22 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tenso
     return out.unflatten(-1, (heads, dim))[..., :value_dim]
 
 
-def _bias(q: Tensor, rel_h: Tensor, rel_w: Tensor, plan: HaloPlan, room: Tensor) -> Tensor:
+def _bias(q: Tensor, tables: Tensor, plan: HaloPlan, room: Tensor) -> Tensor:
     """Write the relative logits of (n, T, heads, >= d) queries into `room`, (n, heads, T, keys), and return it.
+
+    `tables` holds the cells of the rows, then those of the columns, (cells, d).
 
     A query's logits with every cell of a table are one product; those that it uses begin one cell further left for
     each place further right in the block, which is a view with a shortened stride.
     """
     (rows, cols), (ky, kx), heads = plan.queries, (plan.keys[0].keys, plan.keys[1].keys), q.shape[2]
-    cells = torch.cat([rel_h, rel_w]).to(q.dtype)
-    cells = torch.matmul(q[..., : cells.shape[-1]], cells.mT)  # (n, T, heads, cells of both tables)
+    cells = torch.matmul(q[..., : tables.shape[-1]], tables.mT)  # (n, T, heads, cells of both tables)
     image, token, head, _ = cells.stride()
     by_row = (image, head, token * cols.tile - 1, token, 1, 0)  # n, heads, qy, qx, ky, kx
     by_col = (image, head, token * cols.tile, token - 1, 0, 1)
     size = (len(q), heads, rows.tile, cols.tile)
     by_row = cells.as_strided((*size, ky, 1), by_row, ky - 1)
-    by_col = cells.as_strided((*size, 1, kx), by_col, rel_h.shape[0] + kx - 1)
+    by_col = cells.as_strided((*size, 1, kx), by_col, 2 * ky - 1 + kx - 1)
     torch.add(by_row, by_col, out=room.unflatten(-1, (ky, kx)).unflatten(2, (rows.tile, cols.tile)))
     return room
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console, RenderableType
 
+H200_BYTES_PER_SECOND = 4.3e12  # of plain copies
 REPORT_COLUMNS = 120
 _RESET_PEAK = "5"  # what Linux's /proc/self/clear_refs takes to start the peak anew
 
@@ -73,10 +74,11 @@ def describe_machine(device: str = "cpu") -> str:
     )
 
 
-def common_parser(module: str, doc: str, *, rounds: int = 5) -> argparse.ArgumentParser:
-    """Return a parser of --rounds, --threads and --out; the first line of `doc` is its description."""
+def common_parser(module: str, doc: str, *, rounds: int | None = 5) -> argparse.ArgumentParser:
+    """Return a parser of --rounds (unless None), --threads and --out; the first line of `doc` is its description."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=rounds, help="(default %(default)s)")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="(default %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
     return parser

@@ -13,7 +13,6 @@ Training           Forward and backward of a cross-entropy, without optimizer; i
 Memory             What one step holds beyond weights, gradients and inputs (see _timing.py).
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,9 @@ from timm.models import is_model, resolve_model_input_args
 from torch import Tensor, nn
 
 from ..attention_ops.macs import count_macs
-from ._timing import describe_machine, interleaved_seconds, peak_bytes, write_report
+from ._timing import common_parser, describe_machine, interleaved_seconds, peak_bytes, write_report
+
+MODULE = "foveate.benchmarks.backbones"
 
 YARDSTICK = "resnet50"
 PEERS = (YARDSTICK, "convnext_tiny", "swin_tiny_patch4_window7_224", "davit_tiny")
@@ -150,15 +151,12 @@ def _step(model: nn.Module, images: Tensor, train: bool) -> Callable[[], object]
 def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path | None]:
     """Read the command line; a wish that cannot be met ends with one line and exit code 2."""
     default = Settings()
-    parser = argparse.ArgumentParser(prog="python -m foveate.benchmarks.backbones", description=__doc__.splitlines()[0])
+    parser = common_parser(MODULE, __doc__, rounds=default.rounds)
     parser.add_argument("--models", nargs="+", default=default.models, metavar="NAME", help="timm model names")
     parser.add_argument("--batch", type=int, default=default.batch, help="images per step (default %(default)s)")
     parser.add_argument("--img-size", type=int, default=default.img_size, help="px (default %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
-    parser.add_argument("--rounds", type=int, default=default.rounds, help="(default %(default)s)")
     parser.add_argument("--train", action="store_true", help="forward and backward in place of inference")
     parser.add_argument("--device", default=default.device, help="cpu or cuda (default %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")
     if out is not None and not out.absolute().parent.is_dir():
@@ -174,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     table = tabulate(measure(settings), settings)
-    write_report(table, module="foveate.benchmarks.backbones", machine=describe_machine(settings.device), out=out)
+    write_report(table, module=MODULE, machine=describe_machine(settings.device), out=out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..attention_ops import LargeKernelAttention, channel_attention, channel_gate, large_kernel_attention, strip_gate
 from ._timing import (
+    H200_BYTES_PER_SECOND,
     common_parser,
     describe_machine,
     interleaved_seconds,
@@ -31,7 +32,6 @@ from ._timing import (
 
 MODULE = "foveate.benchmarks.channel_and_gates"
 
-H200_BYTES_PER_SECOND = 4.3e12  # of plain copies
 IMAGE_PX = 224
 
 

@@ -11,7 +11,6 @@ Tuned      Where a recipe of that name with -dimap is there: after fine-tuning f
            hold).
 """
 
-import argparse
 import statistics
 import tempfile
 from copy import deepcopy
@@ -26,7 +25,9 @@ from ..export import save_hub
 from ..pruning import plan
 from ..train import find_recipe, list_recipes, load_net, load_recipe, train
 from ..train.mnist5k import load_digits
-from ._timing import describe_machine, write_report
+from ._timing import common_parser, describe_machine, parse_and_set_threads, write_report
+
+MODULE = "foveate.benchmarks.pruning_mnist5k"
 
 RECIPES = tuple(name for name in list_recipes() if name.endswith("_mnist5k"))
 METHODS = {  # name in the table -> method, and what is ranked together
@@ -109,26 +110,18 @@ def tabulate(recipe: str, seeds: list[int], runs: list[dict[str, float]]) -> Tab
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m foveate.benchmarks.pruning_mnist5k", description=__doc__.splitlines()[0]
-    )
+    parser = common_parser(MODULE, __doc__, rounds=None)
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES, metavar="NAME", help="(default all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default 0 1 2)")
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="keep the runs there, and go on with them")
-    parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
-    options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = parse_and_set_threads(parser, arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.work_dir or Path(temporary)
         tables = [
             tabulate(name, options.seeds, [measure(name, seed, folder / name / str(seed)) for seed in options.seeds])
             for name in options.recipes
         ]
-    write_report(
-        Group(*tables), module="foveate.benchmarks.pruning_mnist5k", machine=describe_machine(), out=options.out
-    )
+    write_report(Group(*tables), module=MODULE, machine=describe_machine(), out=options.out)
 
 
 if __name__ == "__main__":

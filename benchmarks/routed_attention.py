@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..attention_ops import BiLevelRoutingAttention, bi_level_routes, routed_attention
 from ._timing import (
+    H200_BYTES_PER_SECOND,
     common_parser,
     describe_machine,
     interleaved_seconds,
@@ -35,7 +36,6 @@ HEAD_DIM = 32
 REGIONS = 7  # a side
 LARGE = (154, 126, 2, 1)  # rows, columns, heads, topk
 SHAPES = [(56, 56, 2, 1), (56, 56, 2, 4), (56, 56, 2, 16), (28, 28, 4, 4), (14, 14, 8, 16), LARGE]
-H200_BYTES_PER_SECOND = 4.3e12  # of plain copies
 IMAGE_SIZES = (224, 336)  # px, of the whole model
 
 
