@@ -1,8 +1,8 @@
 """Halo attention on tiles: the torch body for CPUs, compilers and exporters.
 
-One key tile holds a block and its halo. Forward walks few tiles with all their heads, which lie side by side in memory,
-so that a tile is copied in long runs; scaled_dot_product_attention takes the relative logits as its bias. Backward
-computes the logits of a few heads again instead of keeping them. Memory stays at O(one chunk) logits either way.
+One key tile holds a block and its halo; scaled_dot_product_attention takes the relative logits as its bias. On a CPU
+forward walks boxes of tiles (halo_boxes.py), and backward computes the logits of a few heads again instead of keeping
+them: memory stays at O(one chunk) logits either way.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._autocast import no_autocast
+from .halo_boxes import attend_by_boxes
 from .tiled_attention import CHUNK_LOGITS, accumulator
 from .tiling import AxisTiling, gather_keys, merge_queries, scatter_keys, split_queries
 
@@ -36,12 +37,6 @@ class HaloPlan:
     queries: tuple[QueryTiling, QueryTiling]
     keys: tuple[AxisTiling, AxisTiling]
     scale: float
-
-    @property
-    def tile_logits(self) -> int:
-        """Of one head and one tile."""
-        queries, keys = self.queries, self.keys
-        return queries[0].tile * queries[1].tile * keys[0].keys * keys[1].keys
 
 
 def halo_attention_tiled(
@@ -121,60 +116,10 @@ def _chunks(q: Tensor, plan: HaloPlan) -> Iterator[tuple]:
             yield slice(image, image + images), slice(None), slice(None), slice(head, head + heads)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, plan: HaloPlan) -> Tensor:
-    """Return (B, Y, X, heads, value_dim), with the logits of a few tiles at a time."""
-    heads, value_dim, wide = q.shape[3], v.shape[-1], accumulator(q.dtype)
-    dim = max(q.shape[-1], value_dim)  # SDPA's fast body for CPUs wants one; zeros add nothing
-    q, k, v = (t if t.shape[-1] == dim else F.pad(t, (0, dim - t.shape[-1])) for t in (q, k, v))
-    q, k, v = (t.to(wide).flatten(3) for t in (q, k, v))  # (B, Y, X, heads * dim)
-    tiles = [split_queries(q, *plan.queries), gather_keys(k, *plan.keys), gather_keys(v, *plan.keys)]
-    q, k, v = (t.flatten(0, 1).unflatten(-1, (heads, dim)) for t in tiles)  # (n, tokens, heads, dim)
-    step = torch.get_num_threads() * CHUNK_LOGITS // max(plan.tile_logits * heads, 1)
-    step = min(max(step, 1), len(q))
-    bias, tables, out = None, None, torch.empty_like(q)
-    if rel_h is not None and rel_w is not None:
-        tables, room = torch.cat([rel_h, rel_w]).to(wide), q.new_empty(step, heads, q.shape[1], k.shape[1])
-    for start in range(0, len(q), step):
-        part = slice(start, start + step)
-        if tables is not None:
-            bias = _bias(q[part], tables, plan, room[: len(q) - start])
-        few = (t[part].transpose(1, 2) for t in (q, k, v))  # (few, heads, tokens, dim)
-        attended = F.scaled_dot_product_attention(*few, attn_mask=bias, scale=plan.scale)
-        out[part] = attended.transpose(1, 2)
-    out = merge_queries(out.flatten(2).unflatten(0, tiles[0].shape[:2]), *plan.queries)
-    return out.unflatten(-1, (heads, dim))[..., :value_dim]
-
-
-def _bias(q: Tensor, tables: Tensor, plan: HaloPlan, room: Tensor) -> Tensor:
-    """Write the relative logits of (n, T, heads, >= d) queries into `room`, (n, heads, T, keys), and return it.
-
-    `tables` holds the cells of the rows, then those of the columns, (cells, d).
-
-    A query's logits with every cell of a table are one product; those that it uses begin one cell further left for
-    each place further right in the block, which is a view with a shortened stride.
-    """
-    (rows, cols), (ky, kx), heads = plan.queries, (plan.keys[0].keys, plan.keys[1].keys), q.shape[2]
-    cells = torch.matmul(q[..., : tables.shape[-1]], tables.mT)  # (n, T, heads, cells of both tables)
-    image, token, head, _ = cells.stride()
-    by_row = (image, head, token * cols.tile - 1, token, 1, 0)  # n, heads, qy, qx, ky, kx
-    by_col = (image, head, token * cols.tile, token - 1, 0, 1)
-    size = (len(q), heads, rows.tile, cols.tile)
-    by_row = cells.as_strided((*size, ky, 1), by_row, ky - 1)
-    by_col = cells.as_strided((*size, 1, kx), by_col, 2 * ky - 1 + kx - 1)
-    torch.add(by_row, by_col, out=room.unflatten(-1, (ky, kx)).unflatten(2, (rows.tile, cols.tile)))
-    return room
-
-
 class _HaloTiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, rel_h, rel_w, plan):
-        out = q.new_empty(*q.shape[:4], v.shape[-1])
-        keys, dim = plan.keys, max(q.shape[-1], v.shape[-1])
-        per_image = keys[0].tiles * keys[0].keys * keys[1].tiles * keys[1].keys * q.shape[3] * dim
-        images = max(torch.get_num_threads() * CHUNK_LOGITS // max(per_image, 1), 1)  # keys are gathered for so many
-        for start in range(0, q.shape[0], images):
-            part = slice(start, start + images)
-            out[part] = _forward(q[part], k[part], v[part], rel_h, rel_w, plan)
+        out = attend_by_boxes(q, k, v, rel_h, rel_w, plan.queries, plan.keys, plan.scale)
         ctx.save_for_backward(q, k, v, rel_h, rel_w)
         ctx.plan = plan
         return out

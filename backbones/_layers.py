@@ -30,7 +30,7 @@ class ImageConv2d(nn.Conv2d):
     """A network's first convolution: on a CPU it makes its map channels-last in memory, and what follows keeps that.
 
     For networks of timm's classes. ResNet-50 gains a sixth so, MobileNetV2 a third (2 threads of a Xeon with AVX-512).
-    HaloNets do without: under weights that amplify rounding it moved their logits by 5e-5 of their deviation.
+    timm's HaloNets do without: under weights that amplify rounding it moved logits by 5e-5 of their deviation.
     Gradients in eval mode keep the order of sums that timm's networks have, and can be compared with theirs: where a
     ReLU's input is zero but for rounding, another order moves single gradients by a hundredth.
     """

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..attention_ops import EfficientChannelAttention, HaloAttention2d
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import batch_matters, layers_by_images
+from ._layers import batch_matters, layers_by_images, take_images_channels_last
 from ._prunable import AttentionLayout, Projection, Prunable
 
 register_notrace_module(HaloAttention2d)
@@ -154,6 +154,8 @@ class HaloNet(ByobNet):
 
     def __init__(self, config: HaloNetConfig | TimmHaloConfig, **kwargs) -> None:
         super().__init__(config.byob(), **kwargs)
+        if isinstance(config, HaloNetConfig):  # the others amplify rounding too much for sums in another order
+            take_images_channels_last(self)
 
     def forward_features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, ceil(H / 32), ceil(W / 32))
         if torch.jit.is_scripting():

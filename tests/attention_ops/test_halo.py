@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.layers.halo_attn import HaloAttn
 
-from foveate.attention_ops import HaloAttention2d, halo_attention, halo_tiled, window_attention
+from foveate.attention_ops import HaloAttention2d, halo_attention, halo_boxes, halo_tiled, window_attention
 from foveate.attention_ops.macs import count_macs
 
 
@@ -150,6 +150,11 @@ def test_asking_for_fused_never_falls_back():
         halo_attention(q, q, q, 4, 1, impl="fused")
 
 
+def test_a_batch_may_be_empty():
+    q = torch.randn(0, 5, 6, 2, 4)
+    assert halo_attention(q, q, q, 4, 1).shape == q.shape
+
+
 @pytest.mark.parametrize("logits", [1, 2000, 20_000], ids=["one", "a few", "many"])
 def test_parts_of_images_heads_and_tiles_equal_the_whole(monkeypatch, logits):
     torch.manual_seed(0)
@@ -161,7 +166,8 @@ def test_parts_of_images_heads_and_tiles_equal_the_whole(monkeypatch, logits):
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
     whole = results()
-    monkeypatch.setattr(halo_tiled, "CHUNK_LOGITS", logits)
+    for body in (halo_boxes, halo_tiled):  # forward, backward
+        monkeypatch.setattr(body, "CHUNK_LOGITS", logits)
     torch.testing.assert_close(results(), whole, rtol=1e-4, atol=1e-4)
 
 
