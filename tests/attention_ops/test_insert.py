@@ -34,6 +34,16 @@ def test_every_block_has_a_gate_that_learns(name, kind):
     assert all(p.grad is not None and p.grad.any() for gate in gates for p in gate.parameters() if p.dim() > 1)
 
 
+def test_eca_in_a_plain_resnet_is_timms_ecaresnet():
+    torch.manual_seed(0)
+    theirs = timm.create_model("ecaresnet26t", zero_init_last=False).eval()
+    ours = insert_attention(timm.create_model("resnet26t"), "eca").eval()
+    ours.load_state_dict(theirs.state_dict())  # the same names
+    images = torch.randn(2, 3, 96, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))
+
+
 def test_arguments_reach_the_gates_and_they_follow_the_model():
     model = insert_attention(timm.create_model("resnet18").eval().to(torch.bfloat16), "eca", kernel_size=9)
     gate = model.layer1[0].se
