@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import ConvNormAct
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, SelfAttnBlock
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ..attention_ops import EfficientChannelAttention, HaloAttention2d
 from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._folding import conv_norm
 from ._layers import batch_matters, layers_by_images, take_images_channels_last
 from ._prunable import AttentionLayout, Projection, Prunable
 
@@ -55,6 +57,16 @@ class WideValueBlock(SelfAttnBlock):
         wide = self.self_attn.heads * self.self_attn.value_dim
         self.post_attn = layers.norm_act(wide, **dd)
         self.conv3_1x1 = layers.conv_norm_act(wide, out_chs, 1, apply_act=False, **dd)
+
+
+class FoldingConvNormAct(ConvNormAct):
+    """timm's convolution, norm and activation; CPU inference folds the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.bn(self.conv(x))
+        else:
+            return conv_norm(self.conv, self.bn, x)
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,9 @@ class HaloNet(ByobNet):
         super().__init__(config.byob(), **kwargs)
         if isinstance(config, HaloNetConfig):  # the others amplify rounding too much for sums in another order
             take_images_channels_last(self)
+            for layer in self.modules():
+                if type(layer) is ConvNormAct and layer.aa is None:
+                    layer.__class__ = FoldingConvNormAct
 
     def forward_features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, ceil(H / 32), ceil(W / 32))
         if torch.jit.is_scripting():

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..attention_ops import LargeKernelAttention
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import MapGELU, by_images, cpu_inference, hooked
+from ._folding import LEAST_FOLDED, at_rest, slope_and_offset
+from ._layers import MapGELU, by_images
 from ._prunable import Prunable
 from ._staged import StagedBackbone
 
@@ -105,9 +106,6 @@ class VanMlp(nn.Module):
         return by_images(mix, x, self.hidden_dim * x.shape[2] * x.shape[3])
 
 
-LEAST_FOLDED = 1 << 18  # elements of a map; folding takes twenty small operations, as long as the norms of such a map
-
-
 class VanBlock(nn.Module):
     """Attention and MLP, each after a BatchNorm.
 
@@ -138,31 +136,22 @@ class VanBlock(nn.Module):
 
     def can_fold(self, x: Tensor) -> bool:
         """Say whether the layers are plain ones at rest, whose outputs nobody asks for, and the map is worth it."""
-        if not cpu_inference(x) or torch.is_autocast_enabled("cpu"):  # first: a tracer asks no more
-            return False
-        if x.dtype not in (torch.float32, torch.float64) or x.numel() <= LEAST_FOLDED or type(self.mlp) is not VanMlp:
-            return False
         convs = self.attn.proj_1, self.attn.proj_2, self.mlp.fc1, self.mlp.fc2
         norms = self.norm1, self.norm2
+        if not at_rest(x, *convs, *norms, self.attn, self.mlp, self.mlp.drop, self.drop_path):
+            return False
         plain = all(type(m) is nn.Conv2d for m in convs) and all(type(m) is nn.BatchNorm2d for m in norms)
-        passed = *convs, *norms, self.attn, self.mlp, self.mlp.drop, self.drop_path
-        return plain and not any(m.training or hooked(m) for m in passed)
+        return plain and type(self.mlp) is VanMlp and x.numel() > LEAST_FOLDED
 
     def apply_folded(self, x: Tensor) -> Tensor:
-        attn, scale, (slope, offset) = self.attn, self.layer_scale_1, _slope_and_offset(self.norm1)
+        attn, scale, (slope, offset) = self.attn, self.layer_scale_1, slope_and_offset(self.norm1)
         y = F.conv2d(x, *_after(slope, offset, attn.proj_1))
         y = attn.spatial_gating_unit(attn.activation(y))
         weight, bias = _before(scale, attn.proj_2)
         y = F.conv2d(y, weight, bias + scale * offset)  # the shortcut inside the attention brings norm1's offset
         x = y.addcmul_(x, (1 + scale * slope)[:, None, None])
-        first = _after(*_slope_and_offset(self.norm2), self.mlp.fc1)
+        first = _after(*slope_and_offset(self.norm2), self.mlp.fc1)
         return x.add_(self.mlp.apply_folded(x, first, _before(self.layer_scale_2, self.mlp.fc2)))
-
-
-def _slope_and_offset(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm at rest does: slope * x + offset, both (C,)."""
-    slope = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return slope, norm.bias - slope * norm.running_mean
 
 
 def _after(slope: Tensor, offset: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
