@@ -136,12 +136,14 @@ class VanBlock(nn.Module):
 
     def can_fold(self, x: Tensor) -> bool:
         """Say whether the layers are plain ones at rest, whose outputs nobody asks for, and the map is worth it."""
+        if type(self.mlp) is not VanMlp:
+            return False
         convs = self.attn.proj_1, self.attn.proj_2, self.mlp.fc1, self.mlp.fc2
         norms = self.norm1, self.norm2
         if not at_rest(x, *convs, *norms, self.attn, self.mlp, self.mlp.drop, self.drop_path):
             return False
         plain = all(type(m) is nn.Conv2d for m in convs) and all(type(m) is nn.BatchNorm2d for m in norms)
-        return plain and type(self.mlp) is VanMlp and x.numel() > LEAST_FOLDED
+        return plain and x.numel() > LEAST_FOLDED
 
     def apply_folded(self, x: Tensor) -> Tensor:
         attn, scale, (slope, offset) = self.attn, self.layer_scale_1, slope_and_offset(self.norm1)
