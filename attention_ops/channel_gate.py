@@ -3,7 +3,9 @@
 Paper      Wang et al. 2020, arXiv:1910.03151 (ECA-Net), figure 2: average pooling, a 1-D convolution, a sigmoid.
 Kernel     equation 12 gives it from the number of channels, |log2(C) / 2 + 1 / 2| to an odd number; the published
            networks state it stage by stage instead. `adaptive_kernel_size` rounds as timm does, with 3 as the least.
-Tiled      one read of the map for the means, one for the product; the convolution runs on (B, C) numbers.
+Tiled      one read of the map for the means, one for the product; the convolution runs on (B, C) numbers, by conv1d as
+           in the authors' code. A matrix-vector product is a third faster, but its last bit moves ReLUs behind the gate
+           across zero, and single gradients of an ECA-Net18 by 4e-4.
 """
 
 import math
@@ -78,20 +80,10 @@ def channel_gate_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def channel_gate_tiled(x: Tensor, weight: Tensor) -> Tensor:
-    if type(x) is not Tensor:  # a compiler or exporter is tracing: give it the layers that it knows
-        means = x.mean((2, 3))[:, None]  # (B, 1, C)
-        gate = F.conv1d(means, weight.to(means.dtype), padding=weight.shape[-1] // 2).sigmoid()[:, 0]
-    else:
-        means = x.sum((2, 3), dtype=accumulator(x.dtype)) / (x.shape[2] * x.shape[3])
-        gate = _convolve(means, weight.to(means.dtype)).sigmoid()
+    """The authors' layers in their order, but for the mean: the gradient of x.mean would be a map of its own."""
+    means = x.sum((2, 3), dtype=accumulator(x.dtype))[:, None] / (x.shape[2] * x.shape[3])  # (B, 1, C)
+    gate = F.conv1d(means, weight.to(means.dtype), padding=weight.shape[-1] // 2).sigmoid()[:, 0]
     return x * gate.to(x.dtype)[:, :, None, None]
-
-
-def _convolve(means: Tensor, weight: Tensor) -> Tensor:
-    """(B, C) and (1, 1, k) -> (B, C). On 8 x 2048 and 2 threads 0.06 ms, and 0.46 with gradients; conv1d 0.09, 0.77."""
-    reach = weight.shape[-1] // 2
-    around = F.pad(means, (reach, reach)).unfold(1, weight.shape[-1], 1)  # (B, C, k)
-    return torch.mv(around.flatten(0, 1), weight.flatten()).view_as(means)
 
 
 def adaptive_kernel_size(channels: int, gamma: float = 2.0, beta: float = 1.0) -> int:

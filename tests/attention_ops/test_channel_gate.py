@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from foveate.attention_ops import EfficientChannelAttention, channel_gate
 from foveate.attention_ops.channel_gate import adaptive_kernel_size
@@ -78,3 +79,12 @@ def test_an_even_kernel_is_refused():
 def test_asking_for_fused_never_falls_back():
     with pytest.raises(NotImplementedError, match="channel_gate: impl='fused' cannot run here: "):
         channel_gate(torch.zeros(1, 6, 9, 9), torch.zeros(1, 1, 3), impl="fused")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_float32_rounds_as_the_authors_layers(layout):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 96, 7, 9).contiguous(memory_format=layout), torch.randn(1, 1, 5)
+    means = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(1, 2)
+    gate = F.conv1d(means, weight, padding=2).transpose(1, 2).unsqueeze(-1).sigmoid()
+    assert torch.equal(channel_gate(x, weight), x * gate)  # a bit less moves ReLUs behind the gate
