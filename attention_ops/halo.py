@@ -279,7 +279,10 @@ class HaloAttention2d(nn.Module):
         out = torch.ops.foveate.halo_attention(
             q, k, v, rel_h, rel_w, self.block_size, self.halo, self.stride, self.scale, "auto"
         )
-        return self.pool(out.flatten(3).permute(0, 3, 1, 2))
+        out = out.flatten(3).permute(0, 3, 1, 2)
+        if not self.training and torch.is_grad_enabled():  # what follows then sums in the order of timm's nets
+            out = out.contiguous()
+        return self.pool(out)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, block_size={self.block_size[0]}, halo={self.halo[0]}, stride={self.stride}"

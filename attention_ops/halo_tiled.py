@@ -1,8 +1,9 @@
 """Halo attention on tiles: the torch body for CPUs, compilers and exporters.
 
-One key tile holds a block and its halo; scaled_dot_product_attention takes the relative logits as its bias. On a CPU
-forward walks boxes of tiles (halo_boxes.py), and backward computes the logits of a few heads again instead of keeping
-them: memory stays at O(one chunk) logits either way.
+One key tile holds a block and its halo. Inference on a CPU walks boxes of tiles (halo_boxes.py). Training works on a
+few heads at a time, by timm's operations in timm's order: float32 then rounds as timm's layer does (bit for bit on CPUs
+with AVX-512), without which ReLUs behind it cross zero elsewhere, and single gradients of a HaloNet cannot be compared.
+Backward computes the logits again instead of keeping them: memory stays at O(one chunk) logits either way.
 """
 
 from collections.abc import Iterator
@@ -57,6 +58,8 @@ def halo_attention_tiled(
     plan = HaloPlan(queries, keys, scale)
     if type(q) is not Tensor or q.is_cuda or torch.jit.is_tracing():  # tracers want plain ops, a GPU few of them
         return _plain(q, k, v, rel_h, rel_w, plan)
+    if not torch.is_grad_enabled():
+        return attend_by_boxes(q, k, v, rel_h, rel_w, plan.queries, plan.keys, plan.scale)
     return _HaloTiled.apply(q, k, v, rel_h, rel_w, plan)
 
 
@@ -97,10 +100,10 @@ def _by_place(table: Tensor, queries: int) -> Tensor:
 
 
 def _probs(q: Tensor, k: Tensor, relative: tuple[Tensor, Tensor] | None, plan: HaloPlan) -> Tensor:
-    logits = torch.matmul(q * plan.scale, k.mT)  # (B, heads, tiles, T, K)
+    logits = torch.matmul(q, k.mT).mul_(plan.scale)  # (B, heads, tiles, T, K)
     if relative is not None:
-        by_place = logits.unflatten(-1, (plan.keys[0].keys, plan.keys[1].keys))
-        by_place.add_(relative[0][..., :, None]).add_(relative[1][..., None, :])
+        by_row, by_col = relative
+        logits.add_((by_row[..., :, None] + by_col[..., None, :]).flatten(-2))
     return logits.softmax(-1)
 
 
@@ -119,7 +122,9 @@ def _chunks(q: Tensor, plan: HaloPlan) -> Iterator[tuple]:
 class _HaloTiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, rel_h, rel_w, plan):
-        out = attend_by_boxes(q, k, v, rel_h, rel_w, plan.queries, plan.keys, plan.scale)
+        out = q.new_empty(*q.shape[:4], v.shape[-1])
+        for part in _chunks(q, plan):
+            out[part] = _forward(q[part], k[part], v[part], rel_h, rel_w, plan)
         ctx.save_for_backward(q, k, v, rel_h, rel_w)
         ctx.plan = plan
         return out
@@ -139,6 +144,16 @@ class _HaloTiled(torch.autograd.Function):
                     grad += value
         given = [None, None] if rel_h is None else [g.to(t.dtype) for g, t in zip(tables, (rel_h, rel_w), strict=True)]
         return *grads, *given, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, plan: HaloPlan) -> Tensor:
+    wide = accumulator(q.dtype)
+    q, k, v = _tiles(*(t.to(wide) for t in (q, k, v)), plan)
+    relative = None
+    if rel_h is not None and rel_w is not None:
+        relative = _relative_logits(q, rel_h, rel_w, plan)
+    out = torch.matmul(_probs(q, k, relative, plan), v)
+    return merge_queries(out, *plan.queries).permute(0, 2, 3, 1, 4)
 
 
 def _backward(
