@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._autocast import no_autocast
-from .halo_boxes import attend_by_boxes
+from .halo_boxes import attend_by_boxes, by_place
 from .tiled_attention import CHUNK_LOGITS, accumulator
 from .tiling import AxisTiling, gather_keys, merge_queries, scatter_keys, split_queries
 
@@ -85,18 +85,10 @@ def _relative_logits(q: Tensor, rel_h: Tensor, rel_w: Tensor, plan: HaloPlan) ->
     """(B, heads, tiles, T, d) -> (B, heads, tiles, T, key rows) and (.., key columns)."""
     rows, cols = plan.queries
     q = q.unflatten(-2, (rows.tile, cols.tile))  # (B, heads, tiles, qy, qx, d)
-    by_y, by_x = _by_place(rel_h.to(q.dtype), rows.tile), _by_place(rel_w.to(q.dtype), cols.tile)
+    by_y, by_x = by_place(rel_h.to(q.dtype), rows.tile), by_place(rel_w.to(q.dtype), cols.tile)
     by_row = torch.matmul(q, by_y.mT)  # (.., qy, qx, ky): one matrix per row of queries
     by_col = torch.matmul(q.transpose(-2, -3), by_x.mT).transpose(-2, -3)  # (.., qy, qx, kx)
     return by_row.flatten(-3, -2), by_col.flatten(-3, -2)
-
-
-def _by_place(table: Tensor, queries: int) -> Tensor:
-    """(2 * window - 1, d) -> (queries, window, d): the cells that a query at each place of the block uses."""
-    window = (table.shape[0] + 1) // 2
-    place = torch.arange(window, device=table.device)
-    query = torch.arange(queries, device=table.device)[:, None]
-    return table[place - query + window - 1]
 
 
 def _probs(q: Tensor, k: Tensor, relative: tuple[Tensor, Tensor] | None, plan: HaloPlan) -> Tensor:

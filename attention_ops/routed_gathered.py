@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import tiled_attention as tiles
-from .routed_parts import RegionPlan, by_region, cut_into_parts
+from .routed_parts import RegionPlan, cut_into_parts
+from .scratch import Scratch
+from .tiling import by_region
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
     """(B, H, W, heads, d) and so on, as `routed_attention` says -> (B, H, W, heads, width of v)."""
-    out, scratch = q.new_empty(*q.shape[:4], v.shape[-1]), _Scratch(q, q.dtype)
+    out, scratch = q.new_empty(*q.shape[:4], v.shape[-1]), Scratch(q, q.dtype)
     at_once = _regions_at_once(q, k, v, routes, plan)
     cut, cut_out = (_by_head(x, plan.region) for x in (q, out))
     cut_keys = [_by_head(x, plan.kv_region) for x in (k, v)]
@@ -42,7 +44,7 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, grad: Tensor, plan: RegionPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    scratch, grads = _Scratch(q, tiles.accumulator(q.dtype)), [x.new_empty(x.shape) for x in (q, k, v)]
+    scratch, grads = Scratch(q, tiles.accumulator(q.dtype)), [x.new_empty(x.shape) for x in (q, k, v)]
     kinds = (plan.region, plan.kv_region, plan.kv_region, plan.region)
     inputs = [_by_head(x, region) for x, region in zip((q, k, v, grad), kinds, strict=True)]
     places = [_by_head(x, region) for x, region in zip(grads, kinds, strict=False)]
@@ -66,34 +68,6 @@ def backward(
             place = place[images, :, :, heads]
             place.copy_(total.view(place.shape))
     return tuple(grads)
-
-
-class _Scratch:
-    """Buffers by name, used again and again: the first touch of memory costs as much as the arithmetic on it."""
-
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self.like = like
-        self.dtype = dtype
-        self.buffers: dict[str, Tensor] = {}
-        self.views: dict[tuple[str, torch.Size], Tensor] = {}
-
-    def take(self, name: str, shape: torch.Size) -> Tensor:
-        """Return uninitialised memory; what a name asks for first must be the most that it asks for."""
-        if (name, shape) not in self.views:
-            if name not in self.buffers:
-                self.buffers[name] = self.like.new_empty(shape.numel(), dtype=self.dtype)
-            self.views[name, shape] = self.buffers[name][: shape.numel()].view(shape)
-        return self.views[name, shape]
-
-    def load(self, name: str, x: Tensor) -> Tensor:
-        """Copy to contiguous memory."""
-        return self.take(name, x.shape).copy_(x)
-
-    def gather(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
-        """(rows, tokens, ...) by (n, topk) -> (n, topk * tokens, ...)."""
-        copies = self.take(name, torch.Size((index.numel(), *rows.shape[1:])))
-        torch.index_select(rows.flatten(1), 0, index.flatten(), out=copies.flatten(1))
-        return copies.view(len(index), -1, *rows.shape[2:])
 
 
 def _regions_at_once(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> int:
@@ -134,7 +108,7 @@ def _rows(routes: Tensor, images: int, heads: int = 1) -> Tensor:
     return ((image + routes[:, :, None]) * heads + head).view(-1, routes.shape[2])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, scratch: _Scratch) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, scratch: Scratch) -> Tensor:
     """(n, T, d), (n, K, d) and (n, K, w) -> (n, T, w)."""
     if q.dtype in (torch.float16, torch.bfloat16):
         return F.scaled_dot_product_attention(*(x[:, None] for x in (q, k, v)), scale=scale)[:, 0]
@@ -144,7 +118,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, scratch: _Scratch) ->
     return torch.bmm(weights, v, out=scratch.take("out", torch.Size((*q.shape[:2], v.shape[2]))))
 
 
-def _to_gradients(q: Tensor, grad: Tensor, k: Tensor, v: Tensor, scale: float, scratch: _Scratch) -> None:
+def _to_gradients(q: Tensor, grad: Tensor, k: Tensor, v: Tensor, scale: float, scratch: Scratch) -> None:
     """Write the gradients over q (n, T, d), k (n, K, d) and v (n, K, w); that of k lacks the scale. Spoils grad."""
     logits, dlogits = (scratch.take(n, torch.Size((*q.shape[:2], k.shape[1]))) for n in ("logits", "dlogits"))
     torch.baddbmm(logits, q, k.mT, beta=0, alpha=scale, out=logits)

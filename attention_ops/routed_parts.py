@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .tiling import boxes, by_region
+
 
 @dataclass(frozen=True)
 class RegionPlan:
@@ -13,11 +15,6 @@ class RegionPlan:
     region: tuple[int, int]
     kv_region: tuple[int, int]
     scale: float
-
-
-def by_region(x: Tensor, region: tuple[int, int]) -> Tensor:
-    """(B, H, W, heads, d) -> (B, region rows, rows, region columns, columns, heads, d), always a view."""
-    return x.unflatten(2, (-1, region[1])).unflatten(1, (-1, region[0]))
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,6 @@ class Part:
 
 def cut_into_parts(q: Tensor, plan: RegionPlan, regions: int) -> Iterator[Part]:
     """Cut the batch, and large images too, so that a part has at most so many regions (1 if that is below 1)."""
-    rows, cols = q.shape[1] // plan.region[0], q.shape[2] // plan.region[1]
-    regions = max(1, regions)
-    images, band, step = max(1, regions // (rows * cols)), min(rows, max(1, regions // cols)), min(cols, regions)
-    for start in range(0, q.shape[0], images):
-        for row in range(0, rows, band):
-            for col in range(0, cols, step):
-                yield Part(slice(start, start + images), slice(row, row + band), slice(col, col + step))
+    counts = q.shape[0], q.shape[1] // plan.region[0], q.shape[2] // plan.region[1]
+    for box in boxes(counts, regions):
+        yield Part(*box)

@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 from . import routed_gathered as gathered
 from . import tiled_attention as tiles
 from ._autocast import no_autocast
-from .routed_parts import Part, RegionPlan, by_region, cut_into_parts
+from .routed_parts import Part, RegionPlan, cut_into_parts
+from .tiling import by_region
 
 
 def routed_attention_tiled(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:

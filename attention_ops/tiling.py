@@ -7,7 +7,9 @@ ends `after` tokens past its last. Keys outside the map are zeros and must be ma
 Maps are (..., Y, X, d) in this file, with any dimensions in front; tiles are (..., tiles, tokens, d), row-major.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,6 +59,19 @@ class WindowTiling(AxisTiling):
         return 0
 
 
+def boxes(counts: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
+    """Cut a grid of so many tiles a dimension into boxes of at most `most` tiles (1 if that is below 1).
+
+    A box is as long as it can be along the last dimension, then along the one before. The first is the largest.
+    """
+    sizes: list[int] = []
+    for count in reversed(counts):
+        sizes.insert(0, max(1, min(count, most)))
+        most //= max(1, count)
+    for corner in product(*(range(0, count, size) for count, size in zip(counts, sizes, strict=True))):
+        yield tuple(slice(start, start + size) for start, size in zip(corner, sizes, strict=True))
+
+
 def pad_to_windows(x: Tensor, window: list[int]) -> Tensor:
     """Add zeros below and right of (..., Y, X, d) until whole windows cover the map, and no more."""
     rows = (window[0] - x.shape[-3] % window[0]) % window[0]
@@ -76,6 +91,11 @@ def cover_with_windows(x: Tensor, window: list[int]) -> Tensor:
 def _pad(x: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
     known_zero = all(isinstance(p, int) and p == 0 for p in (*rows, *cols))  # asking a symbol would fix it
     return x if known_zero else F.pad(x, (0, 0, *cols, *rows))
+
+
+def by_region(x: Tensor, region: tuple[int, int]) -> Tensor:
+    """(B, H, W, heads, d) -> (B, region rows, rows, region columns, columns, heads, d), always a view."""
+    return x.unflatten(2, (-1, region[1])).unflatten(1, (-1, region[0]))
 
 
 def split_queries(x: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:

@@ -63,6 +63,9 @@ def test_it_is_the_definition_with_every_gradient(size, block, halo, stride, tab
     out = halo_attention(q, k, v, block, halo, stride=stride, rel_h=rel_h, rel_w=rel_w, impl=impl)
     expected = by_loop(q, k, v, block, halo, stride, rel_h, rel_w, q.shape[-1] ** -0.5)
     torch.testing.assert_close(out, expected)
+    with torch.no_grad():  # another body
+        out_alone = halo_attention(q, k, v, block, halo, stride=stride, rel_h=rel_h, rel_w=rel_w, impl=impl)
+    torch.testing.assert_close(out_alone, expected.detach())
     probe = torch.randn_like(expected)
     inputs = [t for t in (q, k, v, rel_h, rel_w) if t is not None]
     torch.testing.assert_close(*(torch.autograd.grad((y * probe).sum(), inputs) for y in (out, expected)))
@@ -153,6 +156,8 @@ def test_asking_for_fused_never_falls_back():
 def test_a_batch_may_be_empty():
     q = torch.randn(0, 5, 6, 2, 4)
     assert halo_attention(q, q, q, 4, 1).shape == q.shape
+    with torch.no_grad():
+        assert halo_attention(q, q, q, 4, 1).shape == q.shape
 
 
 @pytest.mark.parametrize("logits", [1, 2000, 20_000], ids=["one", "a few", "many"])
@@ -162,11 +167,14 @@ def test_parts_of_images_heads_and_tiles_equal_the_whole(monkeypatch, logits):
 
     def results():
         q, kv, rel_h, rel_w = leaves
-        out = halo_attention(q, kv[..., :8], kv[..., 8:], (2, 4), (2, 2), rel_h=rel_h, rel_w=rel_w)
-        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+        inputs = q, kv[..., :8], kv[..., 8:], (2, 4), (2, 2)
+        out = halo_attention(*inputs, rel_h=rel_h, rel_w=rel_w)
+        with torch.no_grad():
+            out_alone = halo_attention(*inputs, rel_h=rel_h, rel_w=rel_w)
+        return [out, out_alone, *torch.autograd.grad(out.square().sum(), leaves)]
 
     whole = results()
-    for body in (halo_boxes, halo_tiled):  # forward, backward
+    for body in (halo_boxes, halo_tiled):  # inference, training
         monkeypatch.setattr(body, "CHUNK_LOGITS", logits)
     torch.testing.assert_close(results(), whole, rtol=1e-4, atol=1e-4)
 
