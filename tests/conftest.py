@@ -14,6 +14,15 @@ GOLDENS = Path(__file__).parent / "goldens"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Import MMEngine before pytest-xdist starts its processes: what it imports, yapf, writes a cache on first use.
+
+    Two processes that do so at once read each other's half-written file, and collect no tests (EOFError).
+    """
+    if not hasattr(config, "workerinput"):
+        import mmengine.config  # noqa: F401
+
+
 @pytest.fixture(scope="session")
 def det():
     """The generator of the goldens' weights and inputs."""
