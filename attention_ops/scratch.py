@@ -19,9 +19,9 @@ class Scratch:
         self.views: dict[tuple[str, torch.Size], Tensor] = {}
 
     def take(self, name: str, shape: torch.Size) -> Tensor:
-        """Return uninitialised memory; what a name asks for first must be the most that it asks for."""
+        """Return uninitialised memory, the same for a name and shape each time; ask for the most first to have one."""
         if (name, shape) not in self.views:
-            if name not in self.buffers:
+            if name not in self.buffers or self.buffers[name].numel() < shape.numel():
                 self.buffers[name] = self.like.new_empty(shape.numel(), dtype=self.dtype)
             self.views[name, shape] = self.buffers[name][: shape.numel()].view(shape)
         return self.views[name, shape]

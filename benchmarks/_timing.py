@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -57,6 +58,20 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
     before = _resident_bytes("VmRSS")
     call()
     return max(_resident_bytes("VmHWM") - before, 0)
+
+
+def peak_tensor_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """Return the most memory that torch's allocator hands out at once during one call: the same figure in each run.
+
+    On a CPU the profiler's record of allocations; what libraries allocate for themselves is not in it.
+    """
+    if device.startswith("cuda"):
+        return peak_bytes(call, device)
+    call()  # so that tensors that are kept between calls are there
+    with torch.autograd.profiler.profile(profile_memory=True) as record:
+        call()
+    events = sorted(record.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events if event.name() == "[memory]"), initial=0))
 
 
 def describe_machine(device: str = "cpu") -> str:

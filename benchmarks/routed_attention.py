@@ -7,7 +7,8 @@ Shapes     The routed stages of BiFormer-T at 224 px (56x56 with 2 heads, 28x28 
 Gather     What plain PyTorch code does, with all gradients by autograd: regions cut out of the maps, the routed ones
            copied for every region (topk copies of k and v), attention with its logits in memory.
 Ours       The fused kernels on a GPU, the tiled body on a CPU.
-Memory     Of forward and backward beyond the inputs, over the bytes of q, k, v and out. Out and the three gradients
+Memory     The most that tensors take at once in forward and backward beyond the inputs, over the bytes of q, k, v and
+           out; `resident` is ours with the allocator's slack, as the system counts it. Out and the three gradients
            alone make 1.0. On a GPU `floor` is the share of the memory bandwidth's floor that the forward pass reaches.
 Model      The whole BiFormer-T, its routed layers replaced by the gathering form with the same weights.
 """
@@ -27,6 +28,7 @@ from ._timing import (
     interleaved_seconds,
     parse_and_set_threads,
     peak_bytes,
+    peak_tensor_bytes,
     write_report,
 )
 
@@ -110,7 +112,7 @@ def both_ways(call: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) ->
 def measure_op(batch: int, rounds: int, device: str) -> Table:
     table = Table(title=f"one layer's attention, batch {batch}, {device}, median ms of {rounds} interleaved rounds")
     table.add_column("map, heads, topk", no_wrap=True)
-    names = ("forward", "gather", "ratio", "backward", "gather", "ratio", "memory", "gather", "floor")
+    names = ("forward", "gather", "ratio", "backward", "gather", "ratio", "memory", "gather", "resident", "floor")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for shape in SHAPES:
@@ -129,14 +131,14 @@ def _cells(shape: tuple[int, int, int, int], batch: int, rounds: int, device: st
     leaves = [leaf.requires_grad_() for leaf in leaves]
     steps = {name: both_ways(call, leaves, grad) for name, call in forms.items()}
     both = interleaved_seconds(steps, rounds=rounds, device=device)
-    peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
+    peaks = [*(peak_tensor_bytes(step, device) for step in steps.values()), peak_bytes(steps["ours"], device)]
     backward = {name: both[name] - forward[name] for name in both}
     maps = 4 * grad.nbytes
     cells = []
     for seconds in (forward, backward):
         ours, gather = seconds["ours"], seconds["gather"]
         cells += [f"{1e3 * ours:.2f}", f"{1e3 * gather:.2f}", f"{gather / ours:.1f}"]
-    cells += ["-" if peak is None else f"{peak / maps:.2f}" for peak in (peaks["ours"], peaks["gather"])]
+    cells += ["-" if peak is None else f"{peak / maps:.2f}" for peak in peaks]
     floor = maps / H200_BYTES_PER_SECOND / forward["ours"]
     return [*cells, f"{floor:.0%}" if device == "cuda" else "-"]
 

@@ -8,7 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from foveate.benchmarks import _timing
-from foveate.benchmarks._timing import describe_machine, interleaved_seconds, peak_bytes, write_report
+from foveate.benchmarks._timing import (
+    describe_machine,
+    interleaved_seconds,
+    peak_bytes,
+    peak_tensor_bytes,
+    write_report,
+)
 
 
 def test_calls_take_turns():
@@ -35,6 +41,16 @@ def test_the_peak_is_that_of_one_call():
 
     assert peak_bytes(lambda: hold(100)) == pytest.approx(100e6, rel=0.05)
     assert peak_bytes(lambda: hold(40)) == pytest.approx(40e6, rel=0.1)  # after a larger one, too
+
+
+def test_the_peak_of_tensors_is_exact():
+    def call() -> None:
+        first = torch.zeros(1000)  # 4000 bytes
+        second = first + 1
+        del first
+        second + torch.zeros(3000)[:1000]  # with second 20,000, and 4000 more for the sum
+
+    assert peak_tensor_bytes(call) == 4 * (1000 + 3000 + 1000)
 
 
 def test_the_machine_is_described():
