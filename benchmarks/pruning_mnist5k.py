@@ -2,9 +2,8 @@
 
     python -m foveate.benchmarks.pruning_mnist5k --seeds 0 1 2 --out results.txt
 
-Nets       The micro nets of the recipes for mnist5k, trained from scratch for each seed; last epoch. With --init fan_in
-           every weight matrix and convolution begins normal with a deviation of (inputs of an output)^-1/2: layers then
-           differ in scale, which the deviation 0.02 of the recipes' Swin and NAT denies a short training.
+Nets       The micro nets of the recipes for mnist5k, trained from scratch for each seed, --epochs instead of the
+           recipe's when given; last epoch.
 One-shot   Top-1 on the 1000 held-out digits right after a share of the weights of QKV, PRJ and MLP was zeroed. Every
            method zeroes the same share of each net: DIMAP in each module group, the others over all groups at once,
            magnitude besides in each group and in each layer (uniform).
@@ -27,7 +26,6 @@ from ..export import save_hub
 from ..pruning import plan
 from ..train import find_recipe, list_recipes, load_net, load_recipe, train
 from ..train.mnist5k import load_digits
-from ..train.model import build_net
 from ._timing import common_parser, describe_machine, parse_and_set_threads, write_report
 
 MODULE = "foveate.benchmarks.pruning_mnist5k"
@@ -42,7 +40,6 @@ METHODS = {  # name in the table -> method, and what is ranked together
     "random": ("random", "model"),
 }
 RATIOS = (0.5, 0.7, 0.8, 0.9)
-INITS = ("recipe", "fan_in")
 TUNED_RATIO = 0.5
 MEAN, STD = 0.1307, 0.3081
 
@@ -64,22 +61,10 @@ def zeroed(net: nn.Module, name: str, ratio: float, *, seed: int, px: int) -> nn
     return plan(net, method, ratio, scope=scope, img_size=px, seed=seed).apply(deepcopy(net))
 
 
-def begin(recipe: str, seed: int, folder: Path, init: str) -> dict[str, str]:
-    """Draw the weights to begin with, if others than the recipe's; return the options that make training take them."""
-    if init == "recipe":
-        return {}
-    torch.manual_seed(seed)
-    net = build_net(load_recipe(find_recipe(recipe)))
-    for layer in net.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-    return {"model.checkpoint": str(_saved(net, folder / "init") / "model.safetensors")}
-
-
-def measure(recipe: str, seed: int, folder: Path, init: str = "recipe") -> dict[str, float]:
+def measure(recipe: str, seed: int, folder: Path, epochs: int | None = None) -> dict[str, float]:
     """Train, prune and, where there is a recipe for it, tune one net; return top-1 in percent, by what was done."""
     images, targets = held_out()
-    options = {"seed": seed, **begin(recipe, seed, folder, init)}
+    options = {"seed": seed} | ({} if epochs is None else {"schedule.epochs": epochs})
     trained = train(recipe, work_dir=folder / "dense", resume=True, cfg_options=options)
     dense = load_net(trained.last_checkpoint)
     found = {"dense": top1(dense, images, targets)}
@@ -99,7 +84,8 @@ def _tune(recipe: str, seed: int, dense: nn.Module, folder: Path) -> dict[str, f
     found = {"dimap 50% tuned": _tuned(recipe, seed, masked, folder, {"hooks": hooks}, images, targets)}
     smaller = plan(dense, "dimap", TUNED_RATIO, structure=("heads", "mlp"), img_size=px).cut(dense)
     found["heads+mlp 50%"] = top1(smaller, images, targets)
-    cut, widths = _saved(smaller, folder / "cut"), {"model.widths": smaller.widths, "hooks": []}
+    cut = _saved(smaller, folder / "cut")
+    widths = {"model.widths": str(cut / "config.json"), "hooks": []}
     found["heads+mlp 50% tuned"] = _tuned(recipe, seed, cut, folder, widths, images, targets)
     return found
 
@@ -116,9 +102,9 @@ def _tuned(recipe: str, seed: int, hub: Path, folder: Path, options: dict, image
     return top1(load_net(done.last_checkpoint), images, targets)
 
 
-def tabulate(recipe: str, seeds: list[int], runs: list[dict[str, float]], init: str = "recipe") -> Table:
-    begun = "" if init == "recipe" else f", begun by {init}"
-    table = Table(title=f"{recipe}{begun}: top-1 on 1000 held-out digits, %")
+def tabulate(recipe: str, seeds: list[int], runs: list[dict[str, float]], epochs: int | None = None) -> Table:
+    trained = "" if epochs is None else f", {epochs} epochs"
+    table = Table(title=f"{recipe}{trained}: top-1 on 1000 held-out digits, %")
     table.add_column("net", no_wrap=True)
     for name in (*(f"seed {seed}" for seed in seeds), "mean"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -132,15 +118,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = common_parser(MODULE, __doc__, rounds=None)
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES, metavar="NAME", help="(default all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default 0 1 2)")
-    parser.add_argument("--init", default="recipe", choices=INITS, help="weights to begin with (default %(default)s)")
+    parser.add_argument("--epochs", type=int, help="train that long (default the recipe's)")
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="keep the runs there, and go on with them")
     options = parse_and_set_threads(parser, arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.work_dir or Path(temporary)
         tables = []
         for name in options.recipes:
-            runs = [measure(name, seed, folder / name / str(seed), options.init) for seed in options.seeds]
-            tables.append(tabulate(name, options.seeds, runs, options.init))
+            runs = [measure(name, seed, folder / name / str(seed), options.epochs) for seed in options.seeds]
+            tables.append(tabulate(name, options.seeds, runs, options.epochs))
     write_report(Group(*tables), module=MODULE, machine=describe_machine(), out=options.out)
 
 

@@ -2,7 +2,8 @@
 
 Command    foveate train swin_micro_1xb64_mnist5k
 Published  -, not a published model
-Ours       95.9, 96.1, 95.2 top-1 after the last epoch with seeds 0, 1, 2, each on one thread of a Xeon with AVX-512
+Ours       98.2, 98.5, 98.1 top-1 after the last epoch with seeds 0, 1, 2; 7 minutes each on one thread of a Xeon with
+           AVX-512
 """
 
 from mmengine.config import read_base
@@ -20,4 +21,4 @@ model = dict(
     num_heads=(3, 6),
 )
 optimizer.update(lr=2e-3)
-schedule.update(dict(epochs=20))
+schedule.update(epochs=100)  # after 20 it gains still: 95.7; see docs/pruning.md for what that does to pruning

@@ -58,15 +58,24 @@ def load_recipe(
 
 
 def _with_widths(data: dict[str, Any]) -> dict[str, Any]:
-    """Put the widths of a pruned model where the recipe names the config.json of its folder."""
+    """Put the widths of a pruned model where the recipe names the config.json of its folder.
+
+    A family of timm's takes none: the name in that file builds it, and is told `of` which model.
+    """
     model = data.get("model")
     if not (isinstance(model, Mapping) and isinstance(path := model.get("widths"), str)):
         return data
     try:
-        widths = json.loads(Path(path).read_text())["model_args"]["widths"]
+        config = json.loads(Path(path).read_text())
+        found = {"widths": config["model_args"]["widths"]}
+        if "of" in config["model_args"]:
+            found |= {"of": config["model_args"]["of"], "name": config["architecture"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainError(f"model.widths {path} is no config.json of a pruned model: {first_line(error)}") from error
-    return {**data, "model": {**model, "widths": widths}}
+    whole, name = found.get("of"), str(model.get("name")).partition(".")[0]
+    if whole is not None and name not in (whole, found["name"]):
+        raise TrainError(f"model.widths {path} was cut from {whole}, not {name}")
+    return {**data, "model": {**model, **found}}
 
 
 def parse_options(options: Iterable[str]) -> dict[str, Any]:
