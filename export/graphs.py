@@ -49,14 +49,12 @@ def export_onnx(
     example = _prepare(model, out := Path(out), ONNX_SUFFIX, img_size, example, dynamic_batch)
     _check_onnx_size(model)
     options = {"dynamo": True, "verbose": False, "external_data": False, "opset_version": opset}
-    shapes = ({0: "batch"},) if dynamic_batch else None
+    shapes, named = (({0: torch.export.Dim("batch")},), ({0: "batch"},)) if dynamic_batch else (None, None)
     with evaluating(model), atomic_path(out) as part:
-        names = _output_names(model, example)
-        _quietly(
-            lambda: torch.onnx.export(
-                model, (example,), part, input_names=[INPUT_NAME], output_names=names, dynamic_shapes=shapes, **options
-            )
-        )
+        options |= {"input_names": [INPUT_NAME], "output_names": _output_names(model, example), "dynamic_shapes": named}
+        # A program first: given the model, torch 2.8 would write one branch of a model that looks at its input.
+        program = _quietly(lambda: torch.export.export(model, (example,), dynamic_shapes=shapes))
+        _quietly(lambda: torch.onnx.export(program, (), part, **options))
     return out
 
 

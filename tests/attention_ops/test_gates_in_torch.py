@@ -49,13 +49,11 @@ def test_export_with_dynamic_batch(kind):
 
 
 @pytest.mark.parametrize("kind", [k for k in LAYERS])
-def test_export_with_dynamic_size(kind):
+def test_export_with_dynamic_size(kind, export_any_size):
     module = layer(kind).eval()
     height, width = (1, 2) if image(kind).shape[-1] == 16 else (2, 3)
     sizes = {0: Dim("batch"), height: Dim("height", min=4, max=512), width: Dim("width", min=4, max=512)}
-    program = torch.export.export(
-        module, (image(kind),), dynamic_shapes=(sizes,), prefer_deferred_runtime_asserts_over_guards=True
-    )
+    program = export_any_size(module, image(kind), sizes)
     for size in [(1, 6, 6), (3, 16, 40), (2, 31, 7)]:
         torch.testing.assert_close(program.module()(image(kind, *size)), module(image(kind, *size)))
 

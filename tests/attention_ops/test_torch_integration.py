@@ -110,12 +110,10 @@ def test_export_with_dynamic_batch(kind):
 
 
 @pytest.mark.parametrize("kind", ["neighborhood", "window", "circle"])
-def test_export_with_dynamic_size(kind):
+def test_export_with_dynamic_size(kind, export_any_size):
     module = layer(kind).eval()
     sizes = {0: Dim("batch"), 1: Dim("height", min=6, max=512), 2: Dim("width", min=6, max=512)}
-    program = torch.export.export(
-        module, (image(),), dynamic_shapes=(sizes,), prefer_deferred_runtime_asserts_over_guards=True
-    )
+    program = export_any_size(module, image(), sizes)
     for size in [(1, 6, 6), (3, 16, 40), (2, 31, 7)]:
         torch.testing.assert_close(program.module()(image(*size)), module(image(*size)))
 
