@@ -48,7 +48,7 @@ def test_the_peak_of_tensors_is_exact():
         first = torch.zeros(1000)  # 4000 bytes
         second = first + 1
         del first
-        second + torch.zeros(3000)[:1000]  # with second 20,000, and 4000 more for the sum
+        second + torch.zeros(3000)[:1000]  # 12,000, beside 4000 each of second and the sum
 
     assert peak_tensor_bytes(call) == 4 * (1000 + 3000 + 1000)
 
