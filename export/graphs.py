@@ -49,12 +49,12 @@ def export_onnx(
     example = _prepare(model, out := Path(out), ONNX_SUFFIX, img_size, example, dynamic_batch)
     _check_onnx_size(model)
     options = {"dynamo": True, "verbose": False, "external_data": False, "opset_version": opset}
-    shapes, named = (({0: torch.export.Dim("batch")},), ({0: "batch"},)) if dynamic_batch else (None, None)
+    names = {"input_names": [INPUT_NAME], "dynamic_shapes": ({0: "batch"},) if dynamic_batch else None}
     with evaluating(model), atomic_path(out) as part:
-        options |= {"input_names": [INPUT_NAME], "output_names": _output_names(model, example), "dynamic_shapes": named}
+        names["output_names"] = _output_names(model, example)
         # A program first: given the model, torch 2.8 would write one branch of a model that looks at its input.
-        program = _quietly(lambda: torch.export.export(model, (example,), dynamic_shapes=shapes))
-        _quietly(lambda: torch.onnx.export(program, (), part, **options))
+        program = _quietly(lambda: _program(model, example, dynamic_batch))
+        _quietly(lambda: torch.onnx.export(program, (), part, **names, **options))
     return out
 
 
@@ -71,13 +71,17 @@ def export_program(
     Arguments and errors are those of `export_onnx`; the name ends in .pt2.
     """
     example = _prepare(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic_batch)
-    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     with evaluating(model), atomic_path(out) as part:
         _output_names(model, example)
         with _OursSpelledOut():
-            program = _quietly(lambda: torch.export.export(model, (example,), dynamic_shapes=shapes))
+            program = _quietly(lambda: _program(model, example, dynamic_batch))
         torch.export.save(program, part)
     return out
+
+
+def _program(model: nn.Module, example: Tensor, dynamic_batch: bool) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    return torch.export.export(model, (example,), dynamic_shapes=shapes)
 
 
 @contextmanager
