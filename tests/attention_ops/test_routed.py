@@ -58,7 +58,7 @@ def test_reference_equals_brute_force(size, region, kv_size, kv_region, topk, ma
     torch.testing.assert_close(out, brute_force(q, k, v, routes, region, kv_region), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("width", [8, 5])
+@pytest.mark.parametrize("width", [8, 5, 11])  # of values; keys have 8
 @every_case
 def test_tiled_equals_reference_with_every_gradient(size, region, kv_size, kv_region, topk, masks, width):
     leaves, (q, k, v), routes = inputs(size, region, kv_size, topk, width=width)
@@ -72,13 +72,14 @@ def test_tiled_equals_reference_with_every_gradient(size, region, kv_size, kv_re
         torch.testing.assert_close(tiled, reference, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("width", [8, 11])
 @pytest.mark.parametrize("chunk", [1, 3000, 1 << 19])  # a tile; some of an image or several images; all
 @pytest.mark.parametrize(("size", "region", "kv_size", "kv_region", "topk", "masks"), [CASES[0], CASES[4]])
 def test_a_batch_of_several_parts_equals_the_reference(
-    monkeypatch, size, region, kv_size, kv_region, topk, masks, chunk
+    monkeypatch, size, region, kv_size, kv_region, topk, masks, chunk, width
 ):
     monkeypatch.setattr("foveate.attention_ops.tiled_attention.CHUNK_LOGITS", chunk)
-    leaves, (q, k, v), routes = inputs(size, region, kv_size, topk, batch=17 if size == (8, 12) else 3)
+    leaves, (q, k, v), routes = inputs(size, region, kv_size, topk, batch=17 if size == (8, 12) else 3, width=width)
     results = []
     for impl in ("tiled", "reference"):
         out = routed_attention(q, k, v, routes, region_size=region, kv_region_size=kv_region, impl=impl)
