@@ -1,6 +1,6 @@
 """2-D attention as ops: each file holds the promise, the checks, the reference and the choice of body."""
 
-from ._choice import Impl
+from ._op import Impl
 from .bi_level_routing import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw, RegionPool
 from .channel import ChannelAttention, channel_attention
 from .channel_gate import EfficientChannelAttention, channel_gate

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_at_least
+from ._op import check_at_least
 from .tiling import pad_to_windows
 
 Routing = Literal["hard", "soft", "differentiable", "learned"]
@@ -203,7 +203,7 @@ class BiLevelRoutingAttention(nn.Module):
             keys, values = self.kv_pool(k, region_size), self.kv_pool(v, region_size)
         queries, keys, values = [t.unflatten(-1, (self.heads, -1)) for t in (q, keys, values)]
         if self.router is None:
-            routes = torch.ops.foveate.bi_level_routes(q, k, region_size, self.topk)
+            routes = torch.ops.foveate.bi_level_routes(q, k, region_size=region_size, topk=self.topk)
         else:
             routes, weights = self.router(q, k, region_size)
             keys = weighted_regions(keys, routes, weights, kv_region_size)
@@ -211,7 +211,7 @@ class BiLevelRoutingAttention(nn.Module):
             kv_region_size = [self.topk * kv_region_size[0], kv_region_size[1]]
             routes = torch.arange(routes.shape[1], device=q.device)[None, :, None].expand(q.shape[0], -1, -1)
         return torch.ops.foveate.routed_attention(
-            queries, keys, values, routes, region_size, kv_region_size, self.scale, "auto"
+            queries, keys, values, routes, region_size=region_size, kv_region_size=kv_region_size, scale=self.scale
         ).flatten(3)
 
     def extra_repr(self) -> str:
@@ -260,10 +260,10 @@ class BiLevelRoutingAttentionNchw(nn.Module):
         q, k, v = qkv.permute(0, 2, 3, 1).chunk(3, dim=-1)
         padded = [pad_to_windows(t, region_size) for t in (q, k, v)]
         regions = (padded[0].shape[1] // region_size[0]) * (padded[0].shape[2] // region_size[1])
-        routes = torch.ops.foveate.bi_level_routes(q, k, region_size, min(self.topk, regions))
+        routes = torch.ops.foveate.bi_level_routes(q, k, region_size=region_size, topk=min(self.topk, regions))
         heads = [t.unflatten(-1, (self.heads, -1)) for t in padded]
         out = torch.ops.foveate.routed_attention(
-            heads[0], heads[1], heads[2], routes, region_size, region_size, self.scale, "auto"
+            heads[0], heads[1], heads[2], routes, region_size=region_size, scale=self.scale
         )
         out = out.flatten(3)[:, :height, :width].permute(0, 3, 1, 2)
         if self.lepe is not None:

@@ -10,14 +10,10 @@ Tiled      two batched products of head_dim x head_dim logits, linear in the map
 import torch
 from torch import Tensor, nn
 
-from ._autocast import cast_for_autocast, no_autocast
-from ._checks import check_qkv
-from ._choice import Impl, choose
-from ._fused import why_no_kernel
-from .tiled_attention import accumulator
+from ._attend import accumulator
+from ._op import Impl, check_qkv, declare, run, why_no_attention_kernel
 
 OP = "channel_attention"
-MOST_HEAD_DIM = 128  # of the kernel
 
 
 def channel_attention(
@@ -39,33 +35,11 @@ def channel_attention(
         ValueError: shapes, dtypes or devices disagree.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return torch.ops.foveate.channel_attention(q, k, v, scale, Impl(impl).value if isinstance(impl, Impl) else impl)
+    return run(OP, locals())
 
 
-torch.library.define(
-    "foveate::channel_attention", "(Tensor q, Tensor k, Tensor v, float? scale=None, str impl='auto') -> Tensor"
-)
-
-
-@torch.library.impl("foveate::channel_attention", "CompositeImplicitAutograd")
-def _channel_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, impl: str = "auto") -> Tensor:
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_qkv(OP, q, k, v)
-    q, k, v = cast_for_autocast(q, k, v)
-    run = choose(OP, impl, why_not_fused(q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with no_autocast(q):
-        if run is Impl.FUSED:
-            from ..kernels.channel import channel_attention_forward  # here, so that CPU users need no Triton
-
-            return channel_attention_forward(q, k, v, scale)[0]
-        return (channel_attention_reference if run is Impl.REFERENCE else channel_attention_tiled)(q, k, v, scale)
-
-
-def why_not_fused(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Return the reason why no fused kernel can run on these tensors, or None."""
-    if q.shape[-1] > MOST_HEAD_DIM:
-        return f"the kernel takes a head_dim of at most {MOST_HEAD_DIM}, got {q.shape[-1]}"
-    return why_no_kernel(q, k, v)
 
 
 def channel_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -76,13 +50,33 @@ def channel_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -
 
 
 def channel_attention_tiled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Two batched products. The sums over all tokens are made in float32: in 16 bits they lose digits or overflow."""
     size, wide = q.shape[1:3], accumulator(q.dtype)
     q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, d)
-    if q.dtype == torch.float16:  # a sum over all tokens must not overflow
-        q, scale = q * scale, 1.0
-    logits = torch.matmul(q.mT, k).to(wide) * scale
+    logits = torch.matmul(q.to(wide).mT, k.to(wide)) * scale
     out = torch.matmul(v, logits.softmax(-1).to(v.dtype).mT)  # (B, heads, N, d)
     return out.transpose(1, 2).unflatten(1, size)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    from ..kernels.channel import channel_attention_forward  # here, so that CPU users need no Triton
+
+    return channel_attention_forward(q, k, v, scale)[0]
+
+
+def _macs(q: Tensor) -> int:
+    return 2 * q.numel() * q.shape[-1]
+
+
+declare(
+    channel_attention,
+    check=_check,
+    reference=channel_attention_reference,
+    tiled=channel_attention_tiled,
+    fused=_fused,
+    why_not_fused=why_no_attention_kernel,
+    macs=_macs,
+)
 
 
 class ChannelAttention(nn.Module):
@@ -113,9 +107,9 @@ class ChannelAttention(nn.Module):
         first, second, third = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         if self.by_tokens:
             first = first * (x.shape[1] * x.shape[2]) ** -0.5  # not as the op's scale: an exported graph knows no size
-            out = torch.ops.foveate.channel_attention(first, second, third, 1.0, "auto")
+            out = torch.ops.foveate.channel_attention(first, second, third, scale=1.0)
         else:
-            out = torch.ops.foveate.channel_attention(second, third, first, self.scale, "auto")
+            out = torch.ops.foveate.channel_attention(second, third, first, scale=self.scale)
         return self.proj(out.flatten(3))
 
     def extra_repr(self) -> str:

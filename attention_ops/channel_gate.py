@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._choice import Impl, choose
-from ._fused import why_no_kernel
-from .tiled_attention import accumulator
+from ._attend import accumulator
+from ._op import Impl, check_device, declare, run, why_no_kernel
 
 OP = "channel_gate"
 
@@ -38,35 +37,18 @@ def channel_gate(x: Tensor, weight: Tensor, *, impl: Impl | str = Impl.AUTO) -> 
         ValueError: x is not a map, or weight is not (1, 1, k) with k odd.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return torch.ops.foveate.channel_gate(x, weight, Impl(impl).value if isinstance(impl, Impl) else impl)
-
-
-torch.library.define("foveate::channel_gate", "(Tensor x, Tensor weight, str impl='auto') -> Tensor")
-
-
-@torch.library.impl("foveate::channel_gate", "CompositeImplicitAutograd")
-def _channel_gate(x: Tensor, weight: Tensor, impl: str = "auto") -> Tensor:
-    _check(x, weight)
-    run = choose(OP, impl, why_not_fused(x))
-    if run is Impl.FUSED:
-        from ..kernels.gates_channel import channel_gate_forward  # here, so that CPU users need no Triton
-
-        return channel_gate_forward(x, weight)[0]
-    body = channel_gate_reference if run is Impl.REFERENCE else channel_gate_tiled
-    return body(x, weight)
-
-
-def why_not_fused(x: Tensor) -> str | None:
-    """Return the reason why no fused kernel can run on this tensor, or None."""
-    return why_no_kernel(x)
+    return run(OP, locals())
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"{OP}: x must be (B, C, H, W), got shape {tuple(x.shape)}")
+    if min(x.shape[1:]) < 1:
+        raise ValueError(f"{OP}: C, H and W must be at least 1, got shape {tuple(x.shape)}")
     shape = tuple(weight.shape)
     if len(shape) != 3 or shape[:2] != (1, 1) or shape[2] % 2 == 0:
         raise ValueError(f"{OP}: weight must be (1, 1, k) with k odd, got {shape}")
+    check_device(OP, "weight", weight, "x", x)
 
 
 def channel_gate_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -84,6 +66,32 @@ def channel_gate_tiled(x: Tensor, weight: Tensor) -> Tensor:
     means = x.sum((2, 3), dtype=accumulator(x.dtype))[:, None] / (x.shape[2] * x.shape[3])  # (B, 1, C)
     gate = F.conv1d(means, weight.to(means.dtype), padding=weight.shape[-1] // 2).sigmoid()[:, 0]
     return x * gate.to(x.dtype)[:, :, None, None]
+
+
+def _fused(x: Tensor, weight: Tensor) -> Tensor:
+    from ..kernels.gates_channel import channel_gate_forward  # here, so that CPU users need no Triton
+
+    return channel_gate_forward(x, weight)[0]
+
+
+def _why_not_fused(x: Tensor) -> str | None:
+    return why_no_kernel(x)
+
+
+def _macs(x: Tensor, weight: Tensor) -> int:
+    return x.shape[0] * x.shape[1] * weight.shape[-1]
+
+
+declare(
+    channel_gate,
+    check=_check,
+    reference=channel_gate_reference,
+    tiled=channel_gate_tiled,
+    fused=_fused,
+    why_not_fused=_why_not_fused,
+    cast=(),
+    macs=_macs,
+)
 
 
 def adaptive_kernel_size(channels: int, gamma: float = 2.0, beta: float = 1.0) -> int:
@@ -109,4 +117,4 @@ class EfficientChannelAttention(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=padding, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        return torch.ops.foveate.channel_gate(x, self.conv.weight, "auto")
+        return torch.ops.foveate.channel_gate(x, self.conv.weight)

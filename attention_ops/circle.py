@@ -10,11 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._autocast import cast_for_autocast, no_autocast
-from ._checks import check_at_least, check_qkv
-from ._choice import Impl, choose
-from ._fused import why_no_local_kernel
-from .tiled_attention import TILES, TilePlan, accumulator, cheapest_tiles, tiled_attention
+from ._attend import accumulator
+from ._op import Impl, check_at_least, check_qkv, declare, run, why_no_local_kernel
+from .tiled_attention import TILES, TiledAttention, TilePlan, cheapest_tiles, from_maps, graph_attention, to_maps
 from .tiling import AxisTiling
 
 OP = "circle_attention"
@@ -41,61 +39,69 @@ def circle_attention(
         ValueError: shapes, dtypes or devices disagree, or radius is below 1.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    impl = Impl(impl).value if isinstance(impl, Impl) else impl
-    return torch.ops.foveate.circle_attention(q, k, v, radius, scale, impl)
+    return run(OP, locals())
 
 
-torch.library.define(
-    "foveate::circle_attention",
-    "(Tensor q, Tensor k, Tensor v, int radius, float? scale=None, str impl='auto') -> Tensor",
-)
-
-
-# CompositeImplicitAutograd: tracers see through to torch ops on a CPU, so backward, export and ONNX need nothing more.
-@torch.library.impl("foveate::circle_attention", "CompositeImplicitAutograd")
-def _circle_attention(
-    q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float | None = None, impl: str = "auto"
-) -> Tensor:
+def _check(q: Tensor, k: Tensor, v: Tensor, radius: int) -> None:
     check_qkv(OP, q, k, v)
     check_at_least(OP, "radius", (radius,), 1)
-    run = choose(OP, impl, why_not_fused(q, k, v, scale))
-    q, k, v = cast_for_autocast(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if run is Impl.FUSED:
-        from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
-
-        pattern = Pattern("circle", (radius, radius), (radius - 1, radius - 1))
-        return local_attention(q, k, v, pattern, scale=scale)
-    body = circle_attention_reference if run is Impl.REFERENCE else circle_attention_tiled
-    with no_autocast(q):
-        return body(q, k, v, radius, scale=scale)
 
 
-def why_not_fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str | None:
-    """Return the reason why no fused kernel can run on these tensors, or None."""
-    return why_no_local_kernel(q, k, v, scale)
-
-
-def circle_attention_reference(q: Tensor, k: Tensor, v: Tensor, radius: int, *, scale: float) -> Tensor:
-    """The definition: every logit of the map, those outside the circle masked. float32 inside at least."""
+def circle_attention_reference(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:
+    """The definition: gather the keys of every query's circle, 3.14 * radius ** 2 copies of k and v. float32 inside."""
     wide = accumulator(q.dtype)
-    rows, cols = (torch.arange(length, device=q.device) for length in q.shape[1:3])
-    apart_y, apart_x = ((x[:, None] - x).square() for x in (rows, cols))
-    seen = apart_y[:, None, :, None] + apart_x[None, :, None, :] < radius * radius  # (H, W, H, W)
-    logits = torch.einsum("bhwnd,bijnd->bnhwij", q.to(wide) * scale, k.to(wide))
-    probs = logits.masked_fill(~seen, -torch.inf).flatten(-2).softmax(-1).view_as(logits)
-    return torch.einsum("bnhwij,bijnd->bhwnd", probs, v.to(wide)).to(q.dtype)
+    away = torch.arange(1 - radius, radius, device=q.device)
+    dy, dx = (t.flatten() for t in torch.meshgrid(away, away, indexing="ij"))
+    near = dy * dy + dx * dx < radius * radius
+    row = torch.arange(q.shape[1], device=q.device)[:, None, None] + dy[near]  # (H, 1, keys)
+    col = torch.arange(q.shape[2], device=q.device)[:, None] + dx[near]  # (W, keys)
+    outside = (row < 0) | (row >= q.shape[1]) | (col < 0) | (col >= q.shape[2])  # (H, W, keys)
+    index = row.clamp(0, q.shape[1] - 1), col.clamp(0, q.shape[2] - 1)
+    k, v = (t.to(wide)[:, index[0], index[1]].masked_fill(outside[..., None, None], 0) for t in (k, v))
+    logits = torch.einsum("bhwnd,bhwknd->bnhwk", q.to(wide) * scale, k)
+    probs = logits.masked_fill(outside, -torch.inf).softmax(-1)
+    return torch.einsum("bnhwk,bhwknd->bhwnd", probs, v).to(q.dtype)
 
 
-def circle_attention_tiled(q: Tensor, k: Tensor, v: Tensor, radius: int, *, scale: float) -> Tensor:
+def circle_attention_tiled(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:
     """Tiles of queries against the one key tile that covers their circles."""
-    size = (q.shape[1], q.shape[2])
-    rows, cols = plan_tiles(size, radius)
-    eager = type(q) is Tensor  # under a tracer, tables must become part of the graph
-    mask = (_cached_mask if eager else tile_mask)(radius, rows, cols, q.device)
-    maps = (x.permute(0, 3, 1, 2, 4)[:, :, None, None] for x in (q, k, v))  # (B, heads, 1, 1, H, W, d)
-    out = tiled_attention(*maps, mask, None, TilePlan(rows, cols, scale))
-    return out[:, :, 0, 0].permute(0, 2, 3, 1, 4)
+    rows, cols = _cheapest_tiles((q.shape[1], q.shape[2]), radius)
+    seen = tile_mask(radius, *(_cached_distances(radius, axis, q.device) for axis in (rows, cols)))
+    return from_maps(TiledAttention(seen, TilePlan(rows, cols, scale))(*to_maps(q, k, v), None))
+
+
+def circle_attention_graph(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:
+    """The same by differentiable operations, whose tables become part of a traced graph."""
+    rows, cols = plan_tiles((q.shape[1], q.shape[2]), radius)
+    seen = tile_mask(radius, *(axis_distances(radius, axis, q.device) for axis in (rows, cols)))
+    return from_maps(graph_attention(*to_maps(q, k, v), None, seen, TilePlan(rows, cols, scale)))
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:
+    from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
+
+    pattern = Pattern("circle", (radius, radius), (radius - 1, radius - 1))
+    return local_attention(q, k, v, pattern, scale=scale)
+
+
+def _macs(q: Tensor, radius: int) -> int:
+    rows, cols = (torch.arange(length) for length in q.shape[1:3])
+    apart_y, apart_x = ((x[:, None] - x).square().flatten().bincount() for x in (rows, cols))  # pairs by distance ** 2
+    near = torch.arange(len(apart_y))[:, None] + torch.arange(len(apart_x)) < radius * radius
+    pairs = int((apart_y[:, None] * apart_x * near).sum())
+    return 2 * q.shape[0] * q.shape[3] * q.shape[4] * pairs
+
+
+declare(
+    circle_attention,
+    check=_check,
+    reference=circle_attention_reference,
+    tiled=circle_attention_tiled,
+    graph=circle_attention_graph,
+    fused=_fused,
+    why_not_fused=why_no_local_kernel,
+    macs=_macs,
+)
 
 
 def plan_tiles(size: tuple[int, int], radius: int) -> tuple[AxisTiling, AxisTiling]:
@@ -115,22 +121,22 @@ def _cheapest_tiles(size: tuple[int, int], radius: int) -> tuple[AxisTiling, Axi
     )
 
 
-def tile_mask(radius: int, rows: AxisTiling, cols: AxisTiling, device: torch.device) -> Tensor:
-    """(tiles, query tokens, key tokens) bool, True where the query sees the key."""
-    apart, inside = [], []
-    for axis in (rows, cols):
-        first = torch.arange(axis.tiles, device=device)[:, None, None] * axis.tile
-        query = first + torch.arange(axis.tile, device=device)[:, None]
-        key = first - axis.before + torch.arange(axis.keys, device=device)
-        apart.append((key - query).square())  # (tiles, tile, keys)
-        # A query past the end is cropped; it sees what lies past the end, since an empty row would make it NaN.
-        inside.append((key >= 0) & ((key < axis.length) | (query >= axis.length)))
-    y, x = apart[0][:, None, :, None, :, None], apart[1][None, :, None, :, None, :]
-    on_map = inside[0][:, None, :, None, :, None] & inside[1][None, :, None, :, None, :]
-    return ((y + x < radius * radius) & on_map).flatten(4, 5).flatten(2, 3).flatten(0, 1)
+def tile_mask(radius: int, rows: Tensor, cols: Tensor) -> Tensor:
+    """Join the distances of two axes: (tiles, query tokens, key tokens) bool, True where a query sees a key."""
+    apart = rows[:, None, :, None, :, None] + cols[None, :, None, :, None, :]  # (ty, tx, qy, qx, ky, kx)
+    return (apart < radius * radius).flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
 
-@lru_cache(maxsize=128)
-def _cached_mask(*key) -> Tensor:
-    with torch.inference_mode(False):  # a mask first made during inference must serve training too
-        return tile_mask(*key)
+def axis_distances(radius: int, axis: AxisTiling, device: torch.device) -> Tensor:
+    """(tiles, query tile, key tile) squared distances; radius ** 2 where the query or the key is outside the map."""
+    first = torch.arange(axis.tiles, device=device)[:, None, None] * axis.tile
+    query = first + torch.arange(axis.tile, device=device)[:, None]
+    key = first - axis.before + torch.arange(axis.keys, device=device)
+    outside = (key < 0) | (key >= axis.length) | (query >= axis.length)
+    return (key - query).square().masked_fill(outside, radius * radius)
+
+
+@lru_cache(maxsize=256)
+def _cached_distances(*key) -> Tensor:
+    with torch.inference_mode(False):  # a table first made during inference must serve training too
+        return axis_distances(*key)

@@ -10,17 +10,12 @@ We differ  a map need not be a multiple of the block: the last blocks overhang, 
            timm the first floor(21 / 2) of them; no whole net of timm's gets there.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from ._autocast import cast_for_autocast, no_autocast
-from ._checks import check_at_least, pair
-from ._choice import Impl, choose
-from ._fused import why_no_local_kernel
-from .halo_tiled import halo_attention_tiled
-from .tiled_attention import accumulator
+from ._attend import accumulator
+from ._op import Impl, Size, check_alike, check_at_least, check_device, declare, run, why_no_local_kernel
+from .halo_tiled import halo_attention_graph, halo_attention_tiled
 
 OP = "halo_attention"
 
@@ -29,8 +24,8 @@ def halo_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    block_size: int | Sequence[int],
-    halo: int | Sequence[int],
+    block_size: Size,
+    halo: Size,
     *,
     stride: int = 1,
     rel_h: Tensor | None = None,
@@ -61,77 +56,25 @@ def halo_attention(
         ValueError: shapes, dtypes or devices disagree, or a size is out of range.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return torch.ops.foveate.halo_attention(
-        q,
-        k,
-        v,
-        rel_h,
-        rel_w,
-        pair(OP, "block_size", block_size),
-        pair(OP, "halo", halo),
-        stride,
-        scale,
-        Impl(impl).value if isinstance(impl, Impl) else impl,
-    )
-
-
-torch.library.define(
-    "foveate::halo_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? rel_h, Tensor? rel_w, int[2] block_size, int[2] halo, int stride=1, "
-    "float? scale=None, str impl='auto') -> Tensor",
-)
-
-
-@torch.library.impl("foveate::halo_attention", "CompositeImplicitAutograd")
-def _halo_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
-    block_size: list[int],
-    halo: list[int],
-    stride: int = 1,
-    scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    _check(q, k, v, rel_h, rel_w, block_size, halo, stride)
-    run = choose(OP, impl, why_not_fused(q, k, v, scale))
-    q, k, v = cast_for_autocast(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if run is Impl.FUSED:
-        from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
-
-        tables = None if rel_h is None or rel_w is None else (rel_h, rel_w)
-        pattern = Pattern("block", tuple(block_size), tuple(halo), stride)
-        return local_attention(q, k, v, pattern, tables=tables, scale=scale)
-    body = halo_attention_reference if run is Impl.REFERENCE else halo_attention_tiled
-    with no_autocast(q):
-        return body(q, k, v, tuple(block_size), tuple(halo), stride=stride, rel_h=rel_h, rel_w=rel_w, scale=scale)
-
-
-def why_not_fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str | None:
-    """Return the reason why no fused kernel can run on these tensors, or None."""
-    return why_no_local_kernel(q, k, v, scale)
+    return run(OP, locals())
 
 
 def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    block_size: tuple[int, int],
+    halo: tuple[int, int],
+    stride: int,
     rel_h: Tensor | None,
     rel_w: Tensor | None,
-    block_size: list[int],
-    halo: list[int],
-    stride: int,
 ) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 5:
             raise ValueError(f"{OP}: {name} must be (B, H, W, heads, head_dim), got shape {tuple(t.shape)}")
-        if t.dtype != q.dtype or not t.is_floating_point():
-            raise ValueError(f"{OP}: q, k, v must be floating point of one dtype, got {name} {t.dtype}, q {q.dtype}")
-        if t.device != q.device:
-            raise ValueError(f"{OP}: {name} must be on the device of q {q.device}, got {t.device}")
+    check_alike(OP, q=q, k=k, v=v)
+    if any(size < 1 for size in (*k.shape[1:], v.shape[4])):  # one by one: no guard between two symbols of a tracer
+        raise ValueError(f"{OP}: H, W, heads and head_dim must be at least 1, got {tuple(k.shape)}, {tuple(v.shape)}")
     check_at_least(OP, "block_size", block_size, 1)
     check_at_least(OP, "halo", halo, 0)
     if stride < 1 or block_size[0] % stride or block_size[1] % stride:
@@ -145,13 +88,16 @@ def _check(
         raise ValueError(f"{OP}: rel_h and rel_w must both be given, or none")
     for name, table, block, reach in zip(("rel_h", "rel_w"), (rel_h, rel_w), block_size, halo, strict=True):
         shape = (2 * (block + 2 * reach) - 1, q.shape[-1])
+        check_device(OP, name, table, "q", q)
         if table is not None and tuple(table.shape) != shape:
             raise ValueError(
                 f"{OP}: {name} must be (2 * (block_size + 2 * halo) - 1, head_dim) = {shape}, got {tuple(table.shape)}"
             )
 
 
-def axis_window(queries: int, keys: int, block: int, halo: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+def axis_window(
+    queries: int, keys: int, block: int, halo: int, stride: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Say what every query of one axis sees; the window is block + 2 * halo keys.
 
     Returns:
@@ -160,7 +106,7 @@ def axis_window(queries: int, keys: int, block: int, halo: int, stride: int) -> 
         rel: (queries, window) cells of the relative position table.
     """
     window = block + 2 * halo
-    index, place = torch.arange(queries)[:, None], torch.arange(window)
+    index, place = torch.arange(queries, device=device)[:, None], torch.arange(window, device=device)
     per_block = block // stride
     position = index // per_block * block - halo + place
     inside = (position >= 0) & (position < keys)
@@ -173,21 +119,19 @@ def halo_attention_reference(
     v: Tensor,
     block_size: tuple[int, int],
     halo: tuple[int, int],
-    *,
-    stride: int = 1,
-    rel_h: Tensor | None = None,
-    rel_w: Tensor | None = None,
+    stride: int,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
     scale: float,
 ) -> Tensor:
     """The definition: gather every query's own keys, window ** 2 copies of k and v. float32 inside at least."""
     wide = accumulator(q.dtype)
     (row, row_in, row_rel), (col, col_in, col_rel) = (
-        tuple(t.to(q.device) for t in axis_window(q.shape[1 + i], k.shape[1 + i], block_size[i], halo[i], stride))
-        for i in (0, 1)
+        axis_window(q.shape[1 + i], k.shape[1 + i], block_size[i], halo[i], stride, q.device) for i in (0, 1)
     )
     near = (row[:, None, :, None], col[None, :, None, :])  # index (Hq, Wq, wh, ww)
-    inside = (row_in[:, None, :, None] & col_in[None, :, None, :])[..., None, None]
-    k, v = (t.to(wide)[:, near[0], near[1]] * inside for t in (k, v))  # (B, Hq, Wq, wh, ww, heads, d)
+    outside = ~(row_in[:, None, :, None] & col_in[None, :, None, :])[..., None, None]
+    k, v = (t.to(wide)[:, near[0], near[1]].masked_fill(outside, 0) for t in (k, v))  # (B, Hq, Wq, wh, ww, heads, d)
     wide_q = q.to(wide)
     logits = torch.einsum("bhwnd,bhwijnd->bnhwij", wide_q, k) * scale
     if rel_h is not None and rel_w is not None:
@@ -195,6 +139,41 @@ def halo_attention_reference(
         logits = logits + torch.einsum("bhwnd,wjd->bnhwj", wide_q, rel_w.to(wide)[col_rel])[..., None, :]
     probs = logits.flatten(-2).softmax(-1).view_as(logits)
     return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v).to(q.dtype)
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: tuple[int, int],
+    halo: tuple[int, int],
+    stride: int,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    scale: float,
+) -> Tensor:
+    from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
+
+    tables = None if rel_h is None or rel_w is None else (rel_h, rel_w)
+    return local_attention(q, k, v, Pattern("block", block_size, halo, stride), tables=tables, scale=scale)
+
+
+def _macs(q: Tensor, v: Tensor, block_size: tuple[int, int], halo: tuple[int, int], rel_h: Tensor | None) -> int:
+    rows, cols = (size + 2 * reach for size, reach in zip(block_size, halo, strict=True))
+    relative = 0 if rel_h is None else q.numel() * (rows + cols)
+    return q[..., 0].numel() * rows * cols * (q.shape[-1] + v.shape[-1]) + relative
+
+
+declare(
+    halo_attention,
+    check=_check,
+    reference=halo_attention_reference,
+    tiled=halo_attention_tiled,
+    graph=halo_attention_graph,
+    fused=_fused,
+    why_not_fused=why_no_local_kernel,
+    macs=_macs,
+)
 
 
 class RelativePosition(nn.Module):
@@ -277,7 +256,7 @@ class HaloAttention2d(nn.Module):
         k, v = kv[..., : self.head_dim], kv[..., self.head_dim :]
         rel_h, rel_w = self.pos_embed.height_rel * self.rel_scale, self.pos_embed.width_rel * self.rel_scale
         out = torch.ops.foveate.halo_attention(
-            q, k, v, rel_h, rel_w, self.block_size, self.halo, self.stride, self.scale, "auto"
+            q, k, v, self.block_size, self.halo, stride=self.stride, rel_h=rel_h, rel_w=rel_w, scale=self.scale
         )
         out = out.flatten(3).permute(0, 3, 1, 2)
         if not self.training and torch.is_grad_enabled():  # what follows then sums in the order of timm's nets

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._attend import accumulator
 from .scratch import Scratch
-from .tiled_attention import CHUNK_LOGITS, accumulator
+from .tiled_attention import CHUNK_LOGITS
 from .tiling import AxisTiling, boxes, by_region
 
 Axes = tuple[AxisTiling, AxisTiling]  # rows, columns

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._autocast import no_autocast
+from ._attend import EagerBody, accumulator
 from .halo_boxes import attend_by_boxes, by_place
-from .tiled_attention import CHUNK_LOGITS, accumulator
+from .tiled_attention import CHUNK_LOGITS
 from .tiling import AxisTiling, gather_keys, merge_queries, scatter_keys, split_queries
 
 
@@ -46,33 +45,77 @@ def halo_attention_tiled(
     v: Tensor,
     block_size: tuple[int, int],
     halo: tuple[int, int],
-    *,
-    stride: int = 1,
-    rel_h: Tensor | None = None,
-    rel_w: Tensor | None = None,
+    stride: int,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
     scale: float,
 ) -> Tensor:
     """Every block of queries against its one key tile."""
-    keys = tuple(AxisTiling(k.shape[1 + i], block_size[i], halo[i], halo[i]) for i in (0, 1))
-    queries = tuple(QueryTiling(q.shape[1 + i], block_size[i] // stride, count=keys[i].tiles) for i in (0, 1))
-    plan = HaloPlan(queries, keys, scale)
-    if type(q) is not Tensor or q.is_cuda or torch.jit.is_tracing():  # tracers want plain ops, a GPU few of them
-        return _plain(q, k, v, rel_h, rel_w, plan)
+    if q.is_cuda:  # a GPU wants few operations
+        return halo_attention_graph(q, k, v, block_size, halo, stride, rel_h, rel_w, scale)
+    plan = _plan(q, k, block_size, halo, stride, scale)
     if not torch.is_grad_enabled():
         return attend_by_boxes(q, k, v, rel_h, rel_w, plan.queries, plan.keys, plan.scale)
-    return _HaloTiled.apply(q, k, v, rel_h, rel_w, plan)
+    return HaloTiles(plan)(q, k, v, rel_h, rel_w)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, plan: HaloPlan) -> Tensor:
-    q_tiles, k_tiles, v_tiles = _tiles(q, k, v, plan)
-    mask = None
-    if rel_h is not None and rel_w is not None:
-        by_row, by_col = _relative_logits(q_tiles, rel_h, rel_w, plan)
-        mask = (by_row[..., :, None] + by_col[..., None, :]).flatten(-2).flatten(0, 1)
-    out = F.scaled_dot_product_attention(
-        *(t.flatten(0, 1) for t in (q_tiles, k_tiles, v_tiles)), attn_mask=mask, scale=plan.scale
-    )
-    return merge_queries(out.unflatten(0, q_tiles.shape[:2]), *plan.queries).permute(0, 2, 3, 1, 4)
+def halo_attention_graph(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: tuple[int, int],
+    halo: tuple[int, int],
+    stride: int,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The same by differentiable operations."""
+    return HaloTiles(_plan(q, k, block_size, halo, stride, scale)).graph(q, k, v, rel_h, rel_w)
+
+
+def _plan(
+    q: Tensor, k: Tensor, block_size: tuple[int, int], halo: tuple[int, int], stride: int, scale: float
+) -> HaloPlan:
+    keys = tuple(AxisTiling(k.shape[1 + i], block_size[i], halo[i], halo[i]) for i in (0, 1))
+    queries = tuple(QueryTiling(q.shape[1 + i], block_size[i] // stride, count=keys[i].tiles) for i in (0, 1))
+    return HaloPlan(queries, keys, scale)
+
+
+class HaloTiles(EagerBody):
+    """Halo attention of a training step, some heads of some images at a time. Tensors: q, k, v, rel_h, rel_w."""
+
+    def __init__(self, plan: HaloPlan) -> None:
+        self.plan = plan
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+        out = q.new_empty(*q.shape[:4], v.shape[-1])
+        for part in _chunks(q, self.plan):
+            out[part] = _forward(q[part], k[part], v[part], rel_h, rel_w, self.plan)
+        return out
+
+    def backward(
+        self, _: None, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+        tables = [None if t is None else torch.zeros_like(t, dtype=accumulator(t.dtype)) for t in (rel_h, rel_w)]
+        for part in _chunks(q, self.plan):
+            *of_maps, of_tables = _backward(q[part], k[part], v[part], grad[part], rel_h, rel_w, self.plan)
+            for whole, value in zip(grads, of_maps, strict=True):
+                whole[part] = value.permute(0, 2, 3, 1, 4)
+            for total, value in zip(tables, of_tables, strict=False):
+                total += value
+        return *grads, *(None if g is None else g.to(t.dtype) for g, t in zip(tables, (rel_h, rel_w), strict=True))
+
+    def graph(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+        q_tiles, k_tiles, v_tiles = _tiles(q, k, v, self.plan)
+        mask = None
+        if rel_h is not None and rel_w is not None:
+            by_row, by_col = _relative_logits(q_tiles, rel_h, rel_w, self.plan)
+            mask = (by_row[..., :, None] + by_col[..., None, :]).flatten(-2).flatten(0, 1)
+        tiles = (t.flatten(0, 1) for t in (q_tiles, k_tiles, v_tiles))
+        out = F.scaled_dot_product_attention(*tiles, attn_mask=mask, scale=self.plan.scale)
+        return merge_queries(out.unflatten(0, q_tiles.shape[:2]), *self.plan.queries).permute(0, 2, 3, 1, 4)
 
 
 def _tiles(q: Tensor, k: Tensor, v: Tensor, plan: HaloPlan) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,33 +152,6 @@ def _chunks(q: Tensor, plan: HaloPlan) -> Iterator[tuple]:
     for image in range(0, q.shape[0], images):
         for head in range(0, q.shape[3], heads):
             yield slice(image, image + images), slice(None), slice(None), slice(head, head + heads)
-
-
-class _HaloTiled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, rel_h, rel_w, plan):
-        out = q.new_empty(*q.shape[:4], v.shape[-1])
-        for part in _chunks(q, plan):
-            out[part] = _forward(q[part], k[part], v[part], rel_h, rel_w, plan)
-        ctx.save_for_backward(q, k, v, rel_h, rel_w)
-        ctx.plan = plan
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        q, k, v, rel_h, rel_w = ctx.saved_tensors
-        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-        tables = [] if rel_h is None else [torch.zeros_like(t, dtype=accumulator(t.dtype)) for t in (rel_h, rel_w)]
-        with no_autocast(q):
-            for part in _chunks(q, ctx.plan):
-                *of_maps, of_tables = _backward(q[part], k[part], v[part], grad_out[part], rel_h, rel_w, ctx.plan)
-                for grad, value in zip(grads, of_maps, strict=True):
-                    grad[part] = value.permute(0, 2, 3, 1, 4)
-                for grad, value in zip(tables, of_tables, strict=True):
-                    grad += value
-        given = [None, None] if rel_h is None else [g.to(t.dtype) for g, t in zip(tables, (rel_h, rel_w), strict=True)]
-        return *grads, *given, None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, plan: HaloPlan) -> Tensor:

@@ -5,27 +5,30 @@ Semantics  those of the authors' code: int(heads * alpha) heads are low-frequenc
            projected to keys and values; windows of one token leave nothing to the high branch, so all heads are low.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._autocast import cast_for_autocast, no_autocast
-from ._checks import check_at_least, check_qkv, pair
-from ._choice import Impl, choose
-from .tiled_attention import accumulator
+from ._attend import accumulator, sdpa
+from ._op import Impl, SymSize, Tensors, check_at_least, check_qkv, declare, run
 from .tiling import pad_to_windows
-from .window import attend_windows
 from .window import why_not_fused as why_no_window_kernel
+from .window import (
+    window_attention_fused,
+    window_attention_graph,
+    window_attention_reference,
+    window_attention_tiled,
+)
 
 OP = "hilo_attention"
 
 
 def hilo_attention(
-    high: Sequence[Tensor],
-    low: Sequence[Tensor],
-    window_size: int | Sequence[int],
+    high: Tensors,
+    low: Tensors,
+    window_size: SymSize,
     *,
     scale: float | None = None,
     impl: Impl | str = Impl.AUTO,
@@ -49,54 +52,14 @@ def hilo_attention(
         ValueError: shapes, dtypes or devices disagree, or window_size does not divide the map.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    impl = Impl(impl).value if isinstance(impl, Impl) else impl
-    return torch.ops.foveate.hilo_attention(*high, *low, pair(OP, "window_size", window_size), scale, impl)
+    return run(OP, locals())
 
 
-torch.library.define(
-    "foveate::hilo_attention",
-    "(Tensor high_q, Tensor high_k, Tensor high_v, Tensor low_q, Tensor low_k, Tensor low_v, SymInt[2] window_size, "
-    "float? scale=None, str impl='auto') -> Tensor",
-)
-
-
-# CompositeImplicitAutograd: tracers see through to torch ops on a CPU, so backward, export and ONNX need nothing more.
-@torch.library.impl("foveate::hilo_attention", "CompositeImplicitAutograd")
-def _hilo_attention(
-    high_q: Tensor,
-    high_k: Tensor,
-    high_v: Tensor,
-    low_q: Tensor,
-    low_k: Tensor,
-    low_v: Tensor,
-    window_size: list[int],
-    scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    high, low = (high_q, high_k, high_v), (low_q, low_k, low_v)
-    _check(high, low, window_size)
-    high, low = cast_for_autocast(*high), cast_for_autocast(*low)
-    scale = high_q.shape[-1] ** -0.5 if scale is None else scale
-    run = choose(OP, impl, why_not_fused(*high, scale))
-    with no_autocast(high_q):
-        pooled = _attend_pooled(*low, scale, run is Impl.REFERENCE) if low_q.shape[3] else None
-        if high_q.shape[3] == 0:
-            assert pooled is not None
-            return pooled
-        # The body, not the op: the exporter spells out an op of ours, but none inside of it.
-        out = attend_windows(*high, None, None, window_size, scale, run.value)
-        return out if pooled is None else torch.cat([out, pooled], dim=3)
-
-
-def why_not_fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """Return the reason why no fused kernel can run on these tensors of the high branch, or None."""
-    if q.shape[3] == 0:
-        return "only the high branch has a kernel, and it has no heads"
-    return why_no_window_kernel(q, k, v, None, scale)
-
-
-def _check(high: tuple[Tensor, ...], low: tuple[Tensor, ...], window_size: list[int]) -> None:
-    for name, (q, k, v) in (("high", high), ("low", low)):
+def _check(high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int]) -> None:
+    for name, branch in (("high", high), ("low", low)):
+        if len(branch) != 3:
+            raise ValueError(f"{OP}: {name} must hold q, k and v, got {len(branch)} tensors")
+        q, k, v = branch
         if q.dim() != 5 or k.dim() != 5:
             shapes = tuple(q.shape), tuple(k.shape)
             raise ValueError(f"{OP}: {name} must hold (B, H, W, heads, head_dim) tensors, got shapes {shapes}")
@@ -119,16 +82,79 @@ def _check(high: tuple[Tensor, ...], low: tuple[Tensor, ...], window_size: list[
         raise ValueError(f"{OP}: window_size {tuple(window_size)} must divide the map {tuple(q.shape[1:3])}")
 
 
-def _attend_pooled(q: Tensor, k: Tensor, v: Tensor, scale: float, reference: bool) -> Tensor:
-    """Every token of q sees all tokens of k: (B, H, W, heads, d)."""
-    q_tokens, k_tokens, v_tokens = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, d)
-    if reference:
+def hilo_attention_reference(
+    high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int], scale: float
+) -> Tensor:
+    """The definition, float32 inside at least."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         wide = accumulator(q.dtype)
-        probs = torch.matmul(q_tokens.to(wide) * scale, k_tokens.to(wide).mT).softmax(-1)
-        out = torch.matmul(probs, v_tokens.to(wide)).to(q.dtype)
-    else:
-        out = F.scaled_dot_product_attention(q_tokens, k_tokens, v_tokens, scale=scale)
-    return out.transpose(1, 2).unflatten(1, (q.shape[1], q.shape[2]))
+        probs = torch.matmul(q.to(wide) * scale, k.to(wide).mT).softmax(-1)
+        return torch.matmul(probs, v.to(wide)).to(q.dtype)
+
+    return _both(window_attention_reference, attend, high, low, window_size, scale)
+
+
+def hilo_attention_tiled(
+    high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int], scale: float
+) -> Tensor:
+    """SDPA on windows, and SDPA to the pooled tokens."""
+    return _both(window_attention_tiled, sdpa, high, low, window_size, scale)
+
+
+def hilo_attention_graph(
+    high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int], scale: float
+) -> Tensor:
+    """The same by differentiable operations."""
+    return _both(window_attention_graph, F.scaled_dot_product_attention, high, low, window_size, scale)
+
+
+def _fused(high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int], scale: float) -> Tensor:
+    return _both(window_attention_fused, F.scaled_dot_product_attention, high, low, window_size, scale)
+
+
+def _both(
+    attend_windows: Callable[..., Tensor],
+    attend: Callable[..., Tensor],
+    high: Sequence[Tensor],
+    low: Sequence[Tensor],
+    window_size: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Give every branch that has heads to its function; heads of the high one first."""
+    outs = []
+    if high[0].shape[3]:
+        outs.append(attend_windows(*high, window_size, None, None, scale))
+    if low[0].shape[3]:
+        tokens = (x.flatten(1, 2).transpose(1, 2) for x in low)  # (B, heads, tokens, d)
+        pooled = attend(*tokens, scale=scale).transpose(1, 2)
+        outs.append(pooled.unflatten(1, (low[0].shape[1], low[0].shape[2])))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=3)
+
+
+def why_not_fused(high: Sequence[Tensor], scale: float) -> str | None:
+    """Return the reason why no fused kernel can run on these tensors, or None."""
+    if high[0].shape[3] == 0:
+        return "only the high branch has a kernel, and it has no heads"
+    return why_no_window_kernel(*high, None, scale)
+
+
+def _macs(high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int]) -> int:
+    pooled = low[1].shape[1] * low[1].shape[2]
+    return 2 * (high[0].numel() * window_size[0] * window_size[1] + low[0].numel() * pooled)
+
+
+declare(
+    hilo_attention,
+    check=_check,
+    reference=hilo_attention_reference,
+    tiled=hilo_attention_tiled,
+    graph=hilo_attention_graph,
+    fused=_fused,
+    why_not_fused=why_not_fused,
+    cast=("high", "low"),
+    macs=_macs,
+)
 
 
 class HiLoAttention(nn.Module):
@@ -193,17 +219,8 @@ class HiLoAttention(nn.Module):
             low = [q, kv[:, :, :, 0], kv[:, :, :, 1]]
             if self.h_qkv is None:
                 high = [q[:, :, :, :0], q[:, :, :, :0], q[:, :, :, :0]]
-        out = torch.ops.foveate.hilo_attention(
-            high[0],
-            high[1],
-            high[2],
-            low[0],
-            low[1],
-            low[2],
-            [self.window_size, self.window_size],
-            self.scale,
-            "auto",
-        )
+        window = [self.window_size, self.window_size]
+        out = torch.ops.foveate.hilo_attention(high, low, window, scale=self.scale)
         return self.project(out)[:, :height, :width]
 
     def pool(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H / window, W / window, C)

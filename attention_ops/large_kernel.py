@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._autocast import cast_for_autocast, no_autocast
-from ._choice import Impl, choose
-from ._fused import why_no_kernel
+from ._op import Impl, check_alike, check_at_least, declare, run, why_no_kernel
 
 OP = "large_kernel_attention"
 MOST_CHANNELS = 1024  # of the kernel
@@ -44,27 +42,16 @@ def large_kernel_attention(
         impl: "auto", "fused", "tiled" or "reference".
 
     Returns:
-        (B, C, H, W).
+        (B, C, H, W), dtype of x (under autocast: the autocast dtype).
 
     Raises:
         ValueError: a weight does not fit x, a kernel is even, or dilation is below 1.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    impl = Impl(impl).value if isinstance(impl, Impl) else impl
-    return torch.ops.foveate.large_kernel_attention(
-        x, local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias, dilation, impl
-    )
+    return run(OP, locals())
 
 
-torch.library.define(
-    "foveate::large_kernel_attention",
-    "(Tensor x, Tensor local_weight, Tensor? local_bias, Tensor dilated_weight, Tensor? dilated_bias, "
-    "Tensor point_weight, Tensor? point_bias, int dilation=3, str impl='auto') -> Tensor",
-)
-
-
-@torch.library.impl("foveate::large_kernel_attention", "CompositeImplicitAutograd")
-def _large_kernel_attention(
+def _check(
     x: Tensor,
     local_weight: Tensor,
     local_bias: Tensor | None,
@@ -72,39 +59,8 @@ def _large_kernel_attention(
     dilated_bias: Tensor | None,
     point_weight: Tensor,
     point_bias: Tensor | None,
-    dilation: int = 3,
-    impl: str = "auto",
-) -> Tensor:
-    _check(x, local_weight, dilated_weight, point_weight, dilation)
-    weights = [local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias]
-    run = choose(OP, impl, why_not_fused(x, weights))
-    if run is Impl.FUSED:
-        return _fused(x, weights, dilation)
-    # A tracer wants the plain graph; a GPU's convolutions do not need the detour.
-    by_groups = run is Impl.TILED and type(x) is Tensor and not x.is_cuda
-    gate = depthwise(x, local_weight, local_bias)
-    gate = (depthwise_by_groups if by_groups else depthwise)(gate, dilated_weight, dilated_bias, dilation)
-    return x * F.conv2d(gate, point_weight, point_bias)
-
-
-def _fused(x: Tensor, weights: list[Tensor | None], dilation: int) -> Tensor:
-    from ..kernels.large_kernel import large_kernel_attention  # here, so that CPU users need no Triton
-
-    low, *weights = (None if t is None else cast_for_autocast(t)[0] for t in (x, *weights))
-    with no_autocast(x):
-        return large_kernel_attention(low, *weights, dilation).to(x.dtype)
-
-
-def why_not_fused(x: Tensor, weights: list[Tensor | None]) -> str | None:
-    """Return the reason why no fused kernel can run on these tensors, or None."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
-        return "the kernel has no gradient; training takes the convolutions of cuDNN"
-    if x.shape[1] > MOST_CHANNELS:
-        return f"the kernel takes at most {MOST_CHANNELS} channels, got {x.shape[1]}"
-    return why_no_kernel(x)
-
-
-def _check(x: Tensor, local_weight: Tensor, dilated_weight: Tensor, point_weight: Tensor, dilation: int) -> None:
+    dilation: int,
+) -> None:
     if x.dim() != 4:
         raise ValueError(f"{OP}: x must be (B, C, H, W), got shape {tuple(x.shape)}")
     channels = x.shape[1]
@@ -114,8 +70,46 @@ def _check(x: Tensor, local_weight: Tensor, dilated_weight: Tensor, point_weight
             raise ValueError(f"{OP}: {name} must be (C = {channels}, 1, k, k) with k odd, got {shape}")
     if tuple(point_weight.shape) != (channels, channels, 1, 1):
         raise ValueError(f"{OP}: point_weight must be {(channels, channels, 1, 1)}, got {tuple(point_weight.shape)}")
-    if dilation < 1:
-        raise ValueError(f"{OP}: dilation must be at least 1, got {dilation}")
+    weights = {"local_weight": local_weight, "dilated_weight": dilated_weight, "point_weight": point_weight}
+    biases = {"local_bias": local_bias, "dilated_bias": dilated_bias, "point_bias": point_bias}
+    given = {name: bias for name, bias in biases.items() if bias is not None}
+    for name, bias in given.items():
+        if tuple(bias.shape) != (channels,):
+            raise ValueError(f"{OP}: {name} must be (C = {channels},), got {tuple(bias.shape)}")
+    check_alike(OP, x=x, **weights, **given)
+    check_at_least(OP, "dilation", (dilation,), 1)
+
+
+def large_kernel_attention_reference(
+    x: Tensor,
+    local_weight: Tensor,
+    local_bias: Tensor | None,
+    dilated_weight: Tensor,
+    dilated_bias: Tensor | None,
+    point_weight: Tensor,
+    point_bias: Tensor | None,
+    dilation: int,
+) -> Tensor:
+    """The definition: three convolutions in the order of the paper. Tracers and GPUs take it for the tiled body too."""
+    gate = depthwise(x, local_weight, local_bias)
+    gate = depthwise(gate, dilated_weight, dilated_bias, dilation)
+    return x * F.conv2d(gate, point_weight, point_bias)
+
+
+def large_kernel_attention_tiled(
+    x: Tensor,
+    local_weight: Tensor,
+    local_bias: Tensor | None,
+    dilated_weight: Tensor,
+    dilated_bias: Tensor | None,
+    point_weight: Tensor,
+    point_bias: Tensor | None,
+    dilation: int,
+) -> Tensor:
+    """The same; on a CPU the dilated convolution runs on dilation groups."""
+    gate = depthwise(x, local_weight, local_bias)
+    gate = (depthwise if x.is_cuda else depthwise_by_groups)(gate, dilated_weight, dilated_bias, dilation)
+    return x * F.conv2d(gate, point_weight, point_bias)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
@@ -134,6 +128,58 @@ def depthwise_by_groups(x: Tensor, weight: Tensor, bias: Tensor | None, dilation
     images = depthwise(images, weight, bias).permute(0, 2, 3, 1)
     x = images.reshape(groups.shape).permute(0, 3, 1, 4, 2, 5)
     return x.flatten(3, 4).flatten(1, 2)[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def _fused(
+    x: Tensor,
+    local_weight: Tensor,
+    local_bias: Tensor | None,
+    dilated_weight: Tensor,
+    dilated_bias: Tensor | None,
+    point_weight: Tensor,
+    point_bias: Tensor | None,
+    dilation: int,
+) -> Tensor:
+    from ..kernels.large_kernel import large_kernel_attention  # here, so that CPU users need no Triton
+
+    weights = local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias
+    return large_kernel_attention(x, *weights, dilation)
+
+
+def why_not_fused(
+    x: Tensor,
+    local_weight: Tensor,
+    local_bias: Tensor | None,
+    dilated_weight: Tensor,
+    dilated_bias: Tensor | None,
+    point_weight: Tensor,
+    point_bias: Tensor | None,
+) -> str | None:
+    """Return the reason why no fused kernel can run on these tensors, or None."""
+    weights = local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+        return "the kernel has no gradient; training takes the convolutions of cuDNN"
+    if x.shape[1] > MOST_CHANNELS:
+        return f"the kernel takes at most {MOST_CHANNELS} channels, got {x.shape[1]}"
+    return why_no_kernel(x)
+
+
+def _macs(x: Tensor, local_weight: Tensor, dilated_weight: Tensor, point_weight: Tensor) -> int:
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return pixels * (local_weight.numel() + dilated_weight.numel() + point_weight.numel())
+
+
+declare(
+    large_kernel_attention,
+    check=_check,
+    reference=large_kernel_attention_reference,
+    tiled=large_kernel_attention_tiled,
+    graph=large_kernel_attention_reference,
+    fused=_fused,
+    why_not_fused=why_not_fused,
+    cast=("x", "local_weight", "local_bias", "dilated_weight", "dilated_bias", "point_weight", "point_bias"),
+    macs=_macs,
+)
 
 
 class LargeKernelAttention(nn.Module):
@@ -173,5 +219,4 @@ class LargeKernelAttention(nn.Module):
             self.conv1.weight,
             self.conv1.bias,
             self.dilation,
-            "auto",
         )

@@ -13,12 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._autocast import cast_for_autocast, no_autocast
-from ._checks import check_at_least, check_qkv, pair
-from ._choice import Impl, choose
-from ._fused import why_no_local_kernel
-from .neighborhood_tiled import neighborhood_attention_tiled
-from .tiled_attention import accumulator
+from ._attend import accumulator
+from ._op import Flags, Impl, Size, check_at_least, check_device, check_qkv, declare, pair, run, why_no_local_kernel
+from .neighborhood_tiled import neighborhood_attention_graph, neighborhood_attention_tiled
 
 OP = "neighborhood_attention"
 
@@ -27,11 +24,11 @@ def neighborhood_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kernel_size: int | Sequence[int],
-    dilation: int | Sequence[int] = 1,
+    kernel_size: Size,
+    dilation: Size = 1,
     *,
     rpb: Tensor | None = None,
-    is_causal: bool | Sequence[bool] = False,
+    is_causal: Flags = False,
     scale: float | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
@@ -62,59 +59,12 @@ def neighborhood_attention(
             kernel_size * dilation.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return torch.ops.foveate.neighborhood_attention(
-        q,
-        k,
-        v,
-        rpb,
-        pair(OP, "kernel_size", kernel_size),
-        pair(OP, "dilation", dilation),
-        pair(OP, "is_causal", is_causal),
-        scale,
-        Impl(impl).value if isinstance(impl, Impl) else impl,
-    )
+    return run(OP, locals())
 
 
-torch.library.define(
-    "foveate::neighborhood_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? rpb, int[2] kernel_size, int[2] dilation=[1, 1], "
-    "bool[2] is_causal=[False, False], float? scale=None, str impl='auto') -> Tensor",
-)
-
-
-# CompositeImplicitAutograd: tracers see through to torch ops on a CPU, so backward, export and ONNX need nothing more.
-@torch.library.impl("foveate::neighborhood_attention", "CompositeImplicitAutograd")
-def _neighborhood_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpb: Tensor | None,
-    kernel_size: list[int],
-    dilation: list[int] = (1, 1),
-    is_causal: list[bool] = (False, False),
-    scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    _check(q, k, v, rpb, kernel_size, dilation)
-    run = choose(OP, impl, why_not_fused(q, k, v, scale))
-    q, k, v = cast_for_autocast(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if run is Impl.FUSED:
-        from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
-
-        pattern = Pattern("neighborhood", tuple(kernel_size), dilation=tuple(dilation), causal=tuple(is_causal))
-        return local_attention(q, k, v, pattern, bias=rpb, scale=scale)
-    body = neighborhood_attention_reference if run is Impl.REFERENCE else neighborhood_attention_tiled
-    with no_autocast(q):
-        return body(q, k, v, tuple(kernel_size), tuple(dilation), rpb=rpb, is_causal=tuple(is_causal), scale=scale)
-
-
-def why_not_fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str | None:
-    """Return the reason why no fused kernel can run on these tensors, or None."""
-    return why_no_local_kernel(q, k, v, scale)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: list[int], dilation: list[int]) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int], rpb: Tensor | None
+) -> None:
     check_qkv(OP, q, k, v)
     check_at_least(OP, "kernel_size", kernel_size, 1)
     check_at_least(OP, "dilation", dilation, 1)
@@ -127,11 +77,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: lis
         table = (q.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
         if tuple(rpb.shape) != table:
             raise ValueError(f"{OP}: rpb must be (heads, 2 * kernel_size - 1) = {table}, got {tuple(rpb.shape)}")
-        if rpb.device != q.device:
-            raise ValueError(f"{OP}: rpb must be on the device of q {q.device}, got {rpb.device}")
+        check_device(OP, "rpb", rpb, "q", q)
 
 
-def axis_window(length: int, kernel: int, dilation: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def axis_window(
+    length: int, kernel: int, dilation: int, causal: bool, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Say what every position of one axis sees.
 
     Returns:
@@ -139,11 +90,11 @@ def axis_window(length: int, kernel: int, dilation: int, causal: bool) -> tuple[
         bias: (length, kernel) cells of the relative position table, 0 ... 2 * kernel - 2.
         seen: (length, kernel) bool, False behind the query of a causal axis.
     """
-    position = torch.arange(length)
+    position = torch.arange(length, device=device)
     group, rank = position % dilation, position // dilation
     group_length = (length - group + dilation - 1) // dilation
     start = (rank - kernel // 2).clamp(min=0).minimum(group_length - kernel)
-    ranks = start[:, None] + torch.arange(kernel)
+    ranks = start[:, None] + torch.arange(kernel, device=device)
     bias = ranks - rank[:, None] + kernel - 1
     return (
         ranks * dilation + group[:, None],
@@ -157,25 +108,55 @@ def neighborhood_attention_reference(
     k: Tensor,
     v: Tensor,
     kernel_size: tuple[int, int],
-    dilation: tuple[int, int] = (1, 1),
-    *,
-    rpb: Tensor | None = None,
-    is_causal: tuple[bool, bool] = (False, False),
+    dilation: tuple[int, int],
+    rpb: Tensor | None,
+    is_causal: tuple[bool, bool],
     scale: float,
 ) -> Tensor:
     """The definition: gather every query's own keys, kernel_size ** 2 copies of k and v. float32 inside at least."""
     wide = accumulator(q.dtype)
     axes = zip(q.shape[1:3], kernel_size, dilation, is_causal, strict=True)
-    (row, row_bias, row_seen), (col, col_bias, col_seen) = (
-        tuple(t.to(q.device) for t in axis_window(*axis)) for axis in axes
-    )
+    (row, row_bias, row_seen), (col, col_bias, col_seen) = (axis_window(*axis, q.device) for axis in axes)
     near = (row[:, None, :, None], col[None, :, None, :])  # index (H, W, kh, kw)
-    logits = torch.einsum("bhwnd,bhwijnd->bnhwij", q.to(wide) * scale, k.to(wide)[:, near[0], near[1]])
+    unseen = ~(row_seen[:, None, :, None] & col_seen[None, :, None, :])
+    k, v = (t.to(wide)[:, near[0], near[1]].masked_fill(unseen[..., None, None], 0) for t in (k, v))
+    logits = torch.einsum("bhwnd,bhwijnd->bnhwij", q.to(wide) * scale, k)
     if rpb is not None:
         logits = logits + rpb.to(wide)[:, row_bias[:, None, :, None], col_bias[None, :, None, :]]
-    seen = row_seen[:, None, :, None] & col_seen[None, :, None, :]
-    probs = logits.masked_fill(~seen, -torch.inf).flatten(-2).softmax(-1).view_as(logits)
-    return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v.to(wide)[:, near[0], near[1]]).to(q.dtype)
+    probs = logits.masked_fill(unseen, -torch.inf).flatten(-2).softmax(-1).view_as(logits)
+    return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v).to(q.dtype)
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    rpb: Tensor | None,
+    is_causal: tuple[bool, bool],
+    scale: float,
+) -> Tensor:
+    from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
+
+    pattern = Pattern("neighborhood", kernel_size, dilation=dilation, causal=is_causal)
+    return local_attention(q, k, v, pattern, bias=rpb, scale=scale)
+
+
+def _macs(q: Tensor, kernel_size: tuple[int, int]) -> int:
+    return 2 * q.numel() * kernel_size[0] * kernel_size[1]  # q k^T and probs v, for every channel of every token
+
+
+declare(
+    neighborhood_attention,
+    check=_check,
+    reference=neighborhood_attention_reference,
+    tiled=neighborhood_attention_tiled,
+    graph=neighborhood_attention_graph,
+    fused=_fused,
+    why_not_fused=why_no_local_kernel,
+    macs=_macs,
+)
 
 
 class NeighborhoodAttention2d(nn.Module):
@@ -244,7 +225,7 @@ class NeighborhoodAttention2d(nn.Module):
             x = F.pad(x, [0, 0, 0, pad_w, 0, pad_h])
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         out = torch.ops.foveate.neighborhood_attention(
-            q, k, v, self.rpb, self.kernel_size, self.dilation, self.is_causal, self.scale, "auto"
+            q, k, v, self.kernel_size, self.dilation, rpb=self.rpb, is_causal=self.is_causal, scale=self.scale
         )
         return self.proj_drop(self.proj(out.flatten(3)[:, :height, :width]))
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiled_attention import TILES, TilePlan, cheapest_tiles, tiled_attention
-from .tiling import AxisTiling, pieces
+from .tiled_attention import TILES, TiledAttention, TilePlan, cheapest_tiles, graph_attention
+from .tiling import AxisTiling, outer_mask, pieces
 
 
 def neighborhood_attention_tiled(
@@ -19,22 +19,38 @@ def neighborhood_attention_tiled(
     k: Tensor,
     v: Tensor,
     kernel_size: tuple[int, int],
-    dilation: tuple[int, int] = (1, 1),
-    *,
-    rpb: Tensor | None = None,
-    is_causal: tuple[bool, bool] = (False, False),
+    dilation: tuple[int, int],
+    rpb: Tensor | None,
+    is_causal: tuple[bool, bool],
     scale: float,
 ) -> Tensor:
     """Tiles of queries against the one key tile that covers their neighborhoods; dilation groups are maps apart."""
-    height, width = q.shape[1:3]
-    shape = ((height, width), kernel_size, dilation, is_causal)
-    rows, cols = plan_tiles((height, width), kernel_size, dilation)
-    eager = type(q) is Tensor  # under a tracer, tables must become part of the graph
-    mask = (_cached_mask if eager else tile_mask)(*shape, rows, cols, q.device)
+    size = (q.shape[1], q.shape[2])
+    rows, cols = _cheapest_tiles(size, kernel_size, dilation)
+    axes = zip(size, kernel_size, dilation, is_causal, (rows, cols), strict=True)
+    seen = outer_mask(*(_cached_axis_mask(*axis, q.device) for axis in axes))
     bias = None if rpb is None else _tile_bias(rpb, rows, cols, kernel_size)
-    grouped = (_to_groups(x, dilation) for x in (q, k, v))
-    out = tiled_attention(*grouped, mask, bias, TilePlan(rows, cols, scale))
-    return _from_groups(out, (height, width))
+    out = TiledAttention(seen, TilePlan(rows, cols, scale))(*(_to_groups(x, dilation) for x in (q, k, v)), bias)
+    return _from_groups(out, size)
+
+
+def neighborhood_attention_graph(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    rpb: Tensor | None,
+    is_causal: tuple[bool, bool],
+    scale: float,
+) -> Tensor:
+    """The same by differentiable operations, whose tables become part of a traced graph."""
+    size = (q.shape[1], q.shape[2])
+    rows, cols = plan_tiles(size, kernel_size, dilation)
+    seen = tile_mask(size, kernel_size, dilation, is_causal, rows, cols, q.device)
+    bias = None if rpb is None else _tile_bias(rpb, rows, cols, kernel_size)
+    out = graph_attention(*(_to_groups(x, dilation) for x in (q, k, v)), bias, seen, TilePlan(rows, cols, scale))
+    return _from_groups(out, size)
 
 
 def _to_groups(x: Tensor, dilation: tuple[int, int]) -> Tensor:
@@ -95,7 +111,7 @@ def _cheapest_tiles(
 
 
 def _axis_mask(length: int, kernel: int, dilation: int, causal: bool, axis: AxisTiling, device: torch.device) -> Tensor:
-    """(dilation, tiles, tile, keys) bool: which key of its tile a query of each dilation group sees."""
+    """(dilation, tiles, tile, keys) bool: the keys of its tile that a query of each group sees; none past the end."""
     group = torch.arange(dilation, device=device)[:, None, None, None]
     first = torch.arange(axis.tiles, device=device)[:, None, None] * axis.tile
     query = first + torch.arange(axis.tile, device=device)[:, None]
@@ -105,7 +121,7 @@ def _axis_mask(length: int, kernel: int, dilation: int, causal: bool, axis: Axis
     seen = (key >= start) & (key < start + kernel)
     if causal:
         seen = seen & (key <= query)
-    return seen | (query >= group_length)  # queries past the end are cropped; an empty row would make them NaN
+    return seen & (query < group_length)
 
 
 def tile_mask(
@@ -117,19 +133,15 @@ def tile_mask(
     cols: AxisTiling,
     device: torch.device,
 ) -> Tensor:
-    """(groups * tiles, query tokens, key tokens) bool, True where the query sees the key."""
-    r, c = (
-        _axis_mask(size[i], kernel_size[i], dilation[i], is_causal[i], axis, device)
-        for i, axis in enumerate((rows, cols))
-    )
-    r, c = r[:, None, :, None, :, None, :, None], c[None, :, None, :, None, :, None, :]
-    return (r & c).flatten(6, 7).flatten(4, 5).flatten(0, 3)  # from (dy, dx, ty, tx, qy, qx, ky, kx)
+    """(groups * tiles, query tokens, key tokens) bool, True where the query sees the key; False past the end."""
+    axes = zip(size, kernel_size, dilation, is_causal, (rows, cols), strict=True)
+    return outer_mask(*(_axis_mask(*axis, device) for axis in axes))
 
 
-@lru_cache(maxsize=128)
-def _cached_mask(*key) -> Tensor:
+@lru_cache(maxsize=256)
+def _cached_axis_mask(*key) -> Tensor:
     with torch.inference_mode(False):  # a mask first made during inference must serve training too
-        return tile_mask(*key)
+        return _axis_mask(*key)
 
 
 def _tile_bias(rpb: Tensor, rows: AxisTiling, cols: AxisTiling, kernel_size: tuple[int, int]) -> Tensor:

@@ -12,20 +12,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import tiled_attention as tiles
-from ._autocast import cast_for_autocast, no_autocast
-from ._checks import check_at_least, pair
-from ._choice import Impl, choose
-from ._fused import why_no_kernel
+from ._attend import accumulator
+from ._op import (
+    Count,
+    Impl,
+    SymSize,
+    check_alike,
+    check_at_least,
+    declare,
+    is_traced,
+    no_autocast,
+    pair,
+    register,
+    run,
+    why_no_attention_kernel,
+)
 from .routed_parts import RegionPlan
-from .routed_tiled import routed_attention_tiled
+from .routed_tiled import routed_attention_graph, routed_attention_tiled
 from .tiling import merge_windows, pad_to_windows, split_windows
 
 OP = "routed_attention"
-MOST_HEAD_DIM = 128  # of the kernel
 
 
-def bi_level_routes(q: Tensor, k: Tensor, *, region_size: int | Sequence[int], topk: int) -> Tensor:
+def bi_level_routes(q: Tensor, k: Tensor, *, region_size: SymSize, topk: Count) -> Tensor:
     """Route every region to the `topk` regions whose mean keys agree most with its mean query.
 
     Regions at the lower and right edge may overhang the map: their means are over the tokens that exist.
@@ -41,14 +50,11 @@ def bi_level_routes(q: Tensor, k: Tensor, *, region_size: int | Sequence[int], t
     Raises:
         ValueError: shapes disagree, a size is below 1, or topk is above the number of regions.
     """
-    return torch.ops.foveate.bi_level_routes(q, k, pair("bi_level_routes", "region_size", region_size), topk)
+    region_size = pair("bi_level_routes", "region_size", region_size)
+    return torch.ops.foveate.bi_level_routes(q, k, region_size=region_size, topk=topk)
 
 
-torch.library.define("foveate::bi_level_routes", "(Tensor q, Tensor k, SymInt[2] region_size, SymInt topk) -> Tensor")
-
-
-@torch.library.impl("foveate::bi_level_routes", "CompositeImplicitAutograd")
-def _bi_level_routes(q: Tensor, k: Tensor, region_size: list[int], topk: int) -> Tensor:
+def _bi_level_routes(q: Tensor, k: Tensor, *, region_size: list[int], topk: int) -> Tensor:
     if q.dim() not in (4, 5) or q.shape != k.shape:
         raise ValueError(
             f"bi_level_routes: q and k must be (B, H, W, heads, head_dim) or (B, H, W, C) of one shape, "
@@ -63,6 +69,9 @@ def _bi_level_routes(q: Tensor, k: Tensor, region_size: list[int], topk: int) ->
         return torch.matmul(means_q, means_k.mT).topk(topk).indices
 
 
+register(bi_level_routes, _bi_level_routes)
+
+
 def region_means(x: Tensor, region_size: Sequence[int]) -> Tensor:
     """(B, H, W, C) -> (B, regions, C): means over the tokens that exist, float32 at least; differentiable."""
     counts = []
@@ -71,7 +80,7 @@ def region_means(x: Tensor, region_size: Sequence[int]) -> Tensor:
         counts.append((length - starts).clamp(max=size))
     x = pad_to_windows(x, list(region_size))
     # One axis after the other: a third of the time of both at once, and no copy where x is a slice of a packed qkv.
-    sums = x.unflatten(2, (-1, region_size[1])).sum(3, dtype=tiles.accumulator(x.dtype))
+    sums = x.unflatten(2, (-1, region_size[1])).sum(3, dtype=accumulator(x.dtype))
     sums = sums.unflatten(1, (-1, region_size[0])).sum(2)
     return (sums / (counts[0][:, None] * counts[1])[..., None]).flatten(1, 2)
 
@@ -82,8 +91,8 @@ def routed_attention(
     v: Tensor,
     routes: Tensor,
     *,
-    region_size: int | Sequence[int],
-    kv_region_size: int | Sequence[int] | None = None,
+    region_size: SymSize,
+    kv_region_size: SymSize | None = None,
     scale: float | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
@@ -112,64 +121,25 @@ def routed_attention(
             range. Routes on a GPU are not waited for: there an assertion on the device stops the stream.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    region_size = pair(OP, "region_size", region_size)
-    kv_region_size = region_size if kv_region_size is None else pair(OP, "kv_region_size", kv_region_size)
-    impl = Impl(impl).value if isinstance(impl, Impl) else impl
-    return torch.ops.foveate.routed_attention(q, k, v, routes, region_size, kv_region_size, scale, impl)
+    return run(OP, locals())
 
 
-torch.library.define(
-    "foveate::routed_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor routes, SymInt[2] region_size, SymInt[2] kv_region_size, "
-    "float? scale=None, str impl='auto') -> Tensor",
-)
-
-
-# CompositeImplicitAutograd: tracers see through to torch ops on a CPU, so backward, export and ONNX need nothing more.
-@torch.library.impl("foveate::routed_attention", "CompositeImplicitAutograd")
-def _routed_attention(
+def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     routes: Tensor,
-    region_size: list[int],
-    kv_region_size: list[int],
-    scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    _check(q, k, v, routes, region_size, kv_region_size)
-    q, k, v = cast_for_autocast(q, k, v)
-    run = choose(OP, impl, why_not_fused(q, k, v))
-    plan = RegionPlan(tuple(region_size), tuple(kv_region_size), q.shape[-1] ** -0.5 if scale is None else scale)
-    with no_autocast(q):
-        if run is Impl.FUSED:
-            from ..kernels.routed import routed_attention_forward  # here, so that CPU users need no Triton
-
-            grid = [q.shape[1] // region_size[0], q.shape[2] // region_size[1]]
-            return routed_attention_forward(q, k, v, routes, grid, region_size, kv_region_size, plan.scale)[0]
-        body = routed_attention_reference if run is Impl.REFERENCE else routed_attention_tiled
-        return body(q, k, v, routes, plan)
-
-
-def why_not_fused(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Return the reason why no fused kernel can run on these tensors, or None."""
-    if max(q.shape[-1], v.shape[-1]) > MOST_HEAD_DIM:
-        return f"the kernel takes a head_dim of at most {MOST_HEAD_DIM}, got {max(q.shape[-1], v.shape[-1])}"
-    return why_no_kernel(q, k, v)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, region_size: list[int], kv_region_size: list[int]) -> None:
+    region_size: tuple[int, int],
+    kv_region_size: tuple[int, int] | None,
+) -> None:
+    kv_region_size = region_size if kv_region_size is None else kv_region_size
     if q.dim() != 5 or min(q.shape[1:]) < 1:
         raise ValueError(f"{OP}: q must be (B, H, W, heads, head_dim), none of the last four 0, got {tuple(q.shape)}")
     if k.dim() != 5 or (k.shape[0], *k.shape[3:]) != (q.shape[0], *q.shape[3:]):
         raise ValueError(f"{OP}: k must be (B, Hk, Wk, heads, head_dim) as q {tuple(q.shape)}, got {tuple(k.shape)}")
     if v.dim() != 5 or v.shape[:4] != k.shape[:4]:
         raise ValueError(f"{OP}: v must be (B, Hk, Wk, heads, width) as k {tuple(k.shape)}, got {tuple(v.shape)}")
-    for name, t in (("k", k), ("v", v)):
-        if t.dtype != q.dtype or t.device != q.device:
-            raise ValueError(f"{OP}: {name} must be {q.dtype} on {q.device} as q, got {t.dtype} on {t.device}")
-    if not q.is_floating_point():
-        raise ValueError(f"{OP}: q, k, v must be floating point, got {q.dtype}")
+    check_alike(OP, q=q, k=k, v=v)
     check_at_least(OP, "region_size", region_size, 1)
     check_at_least(OP, "kv_region_size", kv_region_size, 1)
     for name, t, size in (("region_size", q, region_size), ("kv_region_size", k, kv_region_size)):
@@ -189,15 +159,28 @@ def _check_routes(routes: Tensor, q: Tensor, regions: int) -> None:
         raise ValueError(f"{OP}: routes must be {wanted}, got {tuple(routes.shape)}")
     if routes.dtype != torch.int64 or routes.device != q.device:
         raise ValueError(f"{OP}: routes must be int64 on {q.device}, got {routes.dtype} on {routes.device}")
-    if type(routes) is Tensor and routes.device.type == "cpu" and routes.numel():
+    readable = routes.device.type == "cpu" and not is_traced(routes) and not torch._C._are_functorch_transforms_active()
+    if readable and routes.numel():
         low, high = (int(t) for t in routes.aminmax())
         if low < 0 or high >= regions:
             raise ValueError(f"{OP}: routes must be in 0 ... {regions - 1}, got {low} ... {high}")
 
 
-def routed_attention_reference(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
+def _plan(region_size: tuple[int, int], kv_region_size: tuple[int, int] | None, scale: float) -> RegionPlan:
+    return RegionPlan(region_size, region_size if kv_region_size is None else kv_region_size, scale)
+
+
+def routed_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    region_size: tuple[int, int],
+    kv_region_size: tuple[int, int] | None,
+    scale: float,
+) -> Tensor:
     """The definition: every region gathers its own keys, topk copies of k and v. float32 inside at least."""
-    wide = tiles.accumulator(q.dtype)
+    wide, plan = accumulator(q.dtype), _plan(region_size, kv_region_size, scale)
     queries = split_windows(q.to(wide), plan.region)  # (B, heads, regions, T, d)
     image = torch.arange(q.shape[0], device=q.device)[:, None, None]
     keys, values = (
@@ -207,3 +190,62 @@ def routed_attention_reference(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, 
     logits = torch.matmul(queries.transpose(1, 2) * plan.scale, keys.mT)
     out = torch.matmul(logits.softmax(-1), values).transpose(1, 2)
     return merge_windows(out, (q.shape[1], q.shape[2]), plan.region).to(q.dtype)
+
+
+def _tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    region_size: tuple[int, int],
+    kv_region_size: tuple[int, int] | None,
+    scale: float,
+) -> Tensor:
+    return routed_attention_tiled(q, k, v, routes, _plan(region_size, kv_region_size, scale))
+
+
+def _graph(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    region_size: tuple[int, int],
+    kv_region_size: tuple[int, int] | None,
+    scale: float,
+) -> Tensor:
+    return routed_attention_graph(q, k, v, routes, _plan(region_size, kv_region_size, scale))
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    region_size: tuple[int, int],
+    kv_region_size: tuple[int, int] | None,
+    scale: float,
+) -> Tensor:
+    from ..kernels.routed import routed_attention_forward  # here, so that CPU users need no Triton
+
+    plan = _plan(region_size, kv_region_size, scale)
+    grid = [q.shape[1] // plan.region[0], q.shape[2] // plan.region[1]]
+    return routed_attention_forward(q, k, v, routes, grid, list(plan.region), list(plan.kv_region), scale)[0]
+
+
+def _macs(
+    q: Tensor, v: Tensor, routes: Tensor, region_size: tuple[int, int], kv_region_size: tuple[int, int] | None
+) -> int:
+    rows, cols = region_size if kv_region_size is None else kv_region_size
+    return q[..., 0].numel() * routes.shape[2] * rows * cols * (q.shape[-1] + v.shape[-1])
+
+
+declare(
+    routed_attention,
+    check=_check,
+    reference=routed_attention_reference,
+    tiled=_tiled,
+    graph=_graph,
+    fused=_fused,
+    why_not_fused=why_no_attention_kernel,
+    macs=_macs,
+)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import tiled_attention as tiles
+from ._attend import accumulator
 from .routed_parts import RegionPlan, cut_into_parts
 from .scratch import Scratch
 from .tiling import by_region
@@ -43,7 +44,7 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, grad: Tensor, plan: RegionPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    scratch, grads = Scratch(q, tiles.accumulator(q.dtype)), [x.new_empty(x.shape) for x in (q, k, v)]
+    scratch, grads = Scratch(q, accumulator(q.dtype)), [x.new_empty(x.shape) for x in (q, k, v)]
     kinds = (plan.region, plan.kv_region, plan.kv_region, plan.region)
     inputs = [_by_head(x, region) for x, region in zip((q, k, v, grad), kinds, strict=True)]
     places = [_by_head(x, region) for x, region in zip(grads, kinds, strict=False)]

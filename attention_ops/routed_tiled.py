@@ -1,24 +1,26 @@
 """Routed attention as tracers see it, and for eager torch the choice between routed keys and all keys with a mask."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import routed_gathered as gathered
 from . import tiled_attention as tiles
-from ._autocast import no_autocast
+from ._attend import EagerBody, accumulator, is_finite
 from .routed_parts import Part, RegionPlan, cut_into_parts
 from .tiling import by_region
 
 
 def routed_attention_tiled(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
     """Attend to copies of the routed keys, or to all keys with a mask, whichever is cheaper, part by part."""
-    if type(q) is not Tensor:  # a compiler or exporter is tracing: give it plain differentiable ops
-        return _attend(q, k, v, routes, plan).reshape(*q.shape[:4], v.shape[-1])
-    return _RoutedAttention.apply(q, k, v, routes, plan)
+    return RoutedAttention(routes, plan)(q, k, v)
+
+
+def routed_attention_graph(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
+    """The same by differentiable operations."""
+    return RoutedAttention(routes, plan).graph(q, k, v)
 
 
 # The least cost of a key, in logits: 4, 16 and 64 queries broke even with a mask at 0.1, 0.5 and all of the keys
@@ -81,29 +83,37 @@ def _token_mask(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -> Tenso
     (rows, cols), (kv_rows, kv_cols) = plan.region, plan.kv_region
     grid, kv_grid = (q.shape[1] // rows, q.shape[2] // cols), (k.shape[1] // kv_rows, k.shape[2] // kv_cols)
     seen = (batch, regions, kv_grid[0] * kv_grid[1])
-    mask = torch.full(seen, -torch.inf, dtype=tiles.accumulator(q.dtype), device=q.device).scatter(2, routes, 0.0)
+    mask = torch.full(seen, -torch.inf, dtype=accumulator(q.dtype), device=q.device).scatter(2, routes, 0.0)
     mask = mask.view(batch, grid[0], 1, grid[1], 1, kv_grid[0], 1, kv_grid[1], 1)
     mask = mask.expand(-1, -1, rows, -1, cols, -1, kv_rows, -1, kv_cols)
     return mask.reshape(batch, 1, q.shape[1] * q.shape[2], k.shape[1] * k.shape[2])
 
 
-class _RoutedAttention(torch.autograd.Function):
-    """Keeps its inputs alone; the backward pass attends once more."""
+class RoutedAttention(EagerBody):
+    """Keeps its inputs only; the backward pass attends once more. Tensors: q, k, v.
 
-    @staticmethod
-    def forward(ctx, q, k, v, routes, plan):
-        ctx.save_for_backward(q, k, v, routes)
-        ctx.plan = plan
-        forward = _forward_masked if masking_is_cheaper(q, k, routes, plan) else gathered.forward
-        return forward(q, k, v, routes, plan)
+    Where a masked result is not finite, the routed keys are copied: a NaN reaches those queries only that see it.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        (q, k, v, routes), plan = ctx.saved_tensors, ctx.plan
-        backward = _backward_masked if masking_is_cheaper(q, k, routes, plan) else gathered.backward
-        with no_autocast(q):
-            return *backward(q, k, v, routes, grad_out, plan), None, None
+    def __init__(self, routes: Tensor, plan: RegionPlan) -> None:
+        self.routes, self.plan = routes, plan
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if masking_is_cheaper(q, k, self.routes, self.plan):
+            out = _forward_masked(q, k, v, self.routes, self.plan)
+            if is_finite(out):
+                return out
+        return gathered.forward(q, k, v, self.routes, self.plan)
+
+    def backward(self, _: None, grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        if masking_is_cheaper(q, k, self.routes, self.plan):
+            grads = _backward_masked(q, k, v, self.routes, grad, self.plan)
+            if is_finite(*grads):
+                return grads
+        return gathered.backward(q, k, v, self.routes, grad, self.plan)
+
+    def graph(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend(q, k, v, self.routes, self.plan).reshape(*q.shape[:4], v.shape[-1])
 
 
 def _map(cut: Tensor) -> Tensor:

@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._autocast import no_autocast
-from ._choice import Impl, choose
-from ._fused import why_no_kernel
-from .tiled_attention import accumulator
+from ._attend import accumulator
+from ._op import Impl, check_device, declare, run, why_no_kernel
 
 OP = "strip_gate"
 ElaVariant = Literal["t", "b", "s", "l"]
@@ -56,52 +54,22 @@ def strip_gate(
         ValueError: a weight does not fit x, k is even, or norm_groups does not divide C.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    impl = Impl(impl).value if isinstance(impl, Impl) else impl
-    return torch.ops.foveate.strip_gate(x, weight, norm_weight, norm_bias, norm_groups, eps, impl)
-
-
-torch.library.define(
-    "foveate::strip_gate",
-    "(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, int norm_groups, float eps=1e-5, "
-    "str impl='auto') -> Tensor",
-)
-
-
-@torch.library.impl("foveate::strip_gate", "CompositeImplicitAutograd")
-def _strip_gate(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    norm_groups: int,
-    eps: float = 1e-5,
-    impl: str = "auto",
-) -> Tensor:
-    _check(x, weight, norm_weight, norm_bias, norm_groups)
-    run = choose(OP, impl, why_not_fused(x))
-    if run is Impl.FUSED:
-        from ..kernels.gates_strip import strip_gate_forward  # here, so that CPU users need no Triton
-
-        with no_autocast(x):  # the strips' convolution stays in float32
-            return strip_gate_forward(x, weight, norm_weight, norm_bias, norm_groups, eps)[0]
-    body = strip_gate_reference if run is Impl.REFERENCE else strip_gate_tiled
-    return body(x, weight, norm_weight, norm_bias, norm_groups, eps)
-
-
-def why_not_fused(x: Tensor) -> str | None:
-    """Return the reason why no fused kernel can run on this tensor, or None."""
-    return why_no_kernel(x)
+    return run(OP, locals())
 
 
 def _check(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int) -> None:
     if x.dim() != 4:
         raise ValueError(f"{OP}: x must be (B, C, H, W), got shape {tuple(x.shape)}")
+    if min(x.shape[1:]) < 1:
+        raise ValueError(f"{OP}: C, H and W must be at least 1, got shape {tuple(x.shape)}")
     channels, shape = x.shape[1], tuple(weight.shape)
     if len(shape) != 3 or shape[0] != channels or shape[1] < 1 or channels % shape[1] or shape[2] % 2 == 0:
         raise ValueError(f"{OP}: weight must be (C = {channels}, C / groups, k) with k odd, got {shape}")
     for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tuple(t.shape) != (channels,):
             raise ValueError(f"{OP}: {name} must be (C = {channels},), got {tuple(t.shape)}")
+    for name, t in (("weight", weight), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        check_device(OP, name, t, "x", x)
     if norm_groups < 1 or channels % norm_groups:
         raise ValueError(f"{OP}: norm_groups must divide C = {channels}, got {norm_groups}")
 
@@ -128,12 +96,14 @@ def strip_gate_reference(
 def strip_gate_tiled(
     x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float
 ) -> Tensor:
-    arguments = (weight, norm_weight, norm_bias, norm_groups, eps)
+    """Means and gates in float32 at least; one pass over the map for the product."""
+    arguments, wide = (weight, norm_weight, norm_bias, norm_groups, eps), accumulator(x.dtype)
     if x.stride(1) == 1:  # channels-last: sums and products of (B, H, W, C) run along the channels
         x = x.permute(0, 2, 3, 1)
-        rows, cols = (_gate(x.mean(axis).mT, *arguments).mT.to(x.dtype).contiguous() for axis in (2, 1))
+        means = (x.mean(axis, dtype=wide).mT for axis in (2, 1))
+        rows, cols = (_gate(strip, *arguments).mT.to(x.dtype).contiguous() for strip in means)
         return (x * (rows[:, :, None] * cols[:, None])).permute(0, 3, 1, 2)
-    rows, cols = (_gate(x.mean(axis), *arguments).to(x.dtype) for axis in (3, 2))
+    rows, cols = (_gate(x.mean(axis, dtype=wide), *arguments).to(x.dtype) for axis in (3, 2))
     return x * (rows[:, :, :, None] * cols[:, :, None, :])
 
 
@@ -143,6 +113,32 @@ def _gate(
     groups = weight.shape[0] // weight.shape[1]
     y = F.conv1d(strip, weight.to(strip.dtype), padding=weight.shape[-1] // 2, groups=groups)
     return F.group_norm(y, norm_groups, norm_weight.to(y.dtype), norm_bias.to(y.dtype), eps).sigmoid()
+
+
+def _fused(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float) -> Tensor:
+    from ..kernels.gates_strip import strip_gate_forward  # here, so that CPU users need no Triton
+
+    return strip_gate_forward(x, weight, norm_weight, norm_bias, norm_groups, eps)[0]
+
+
+def _why_not_fused(x: Tensor) -> str | None:
+    return why_no_kernel(x)
+
+
+def _macs(x: Tensor, weight: Tensor) -> int:
+    return x.shape[0] * (x.shape[2] + x.shape[3]) * weight.numel()
+
+
+declare(
+    strip_gate,
+    check=_check,
+    reference=strip_gate_reference,
+    tiled=strip_gate_tiled,
+    fused=_fused,
+    why_not_fused=_why_not_fused,
+    cast=(),
+    macs=_macs,
+)
 
 
 def largest_divisor(of: int, up_to: int) -> int:
@@ -179,6 +175,6 @@ class EfficientLocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         gated = torch.ops.foveate.strip_gate(
-            x, self.conv.weight, self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps, "auto"
+            x, self.conv.weight, self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps
         )
         return x + gated if self.residual else gated

@@ -1,7 +1,8 @@
-"""Masked attention of query tiles to key tiles: the torch body that every local pattern shares.
+"""Masked attention of query tiles to key tiles: the torch bodies that every local pattern shares.
 
-Forward runs scaled_dot_product_attention over tiles; backward computes the tile's logits again instead of keeping them,
-so that memory stays at O(one chunk of images) logits. Both walk the batch in chunks that stay in a CPU's cache.
+Forward runs scaled_dot_product_attention over tiles; backward recomputes the logits of a tile instead of keeping them,
+so that memory stays at O(one chunk of images) logits. Both walk the batch in chunks that stay in a CPU's cache. A chunk
+whose result is not finite is computed again without the masked pairs: a NaN reaches those queries only that see it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,9 +12,8 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._autocast import no_autocast
+from ._attend import EagerBody, accumulator, is_finite, probabilities_of_seen, product_of_seen
 from .tiling import AxisTiling, gather_keys, merge_queries, scatter_keys, split_queries
 
 # Logits alive at once, per thread. On 2 threads of a Xeon (AVX-512), 56x56, 2 heads x 32, kernel 7: chunks of 1, 2 and
@@ -47,32 +47,122 @@ def cheapest_tiles(rows: Iterable[AxisTiling], cols: Iterable[AxisTiling]) -> tu
     return min(product(rows, cols), key=work)
 
 
-def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, plan: TilePlan) -> Tensor:
-    """Attend from every query tile to its key tile.
+class TiledAttention(EagerBody):
+    """Attend from every query tile to its key tile, chunk by chunk. Tensors: q, k, v, bias.
+
+    q, k, v: (B, heads, gy, gx, Y, X, d); the gy * gx groups are maps apart (dilation; 1 and 1 without).
+    bias: (heads, query tokens, key tokens), added to the scaled logits of every tile; or None.
+
+    The output has the shape of q and lies in memory as (B, Y, gy, X, gx, heads, d).
 
     Args:
-        q, k, v: (B, heads, gy, gx, Y, X, d); the gy * gx groups are maps apart (dilation; 1 and 1 without).
-        mask: (groups * tiles, query tokens, key tokens) bool, True where a query sees a key. No row may be empty.
-        bias: (heads, query tokens, key tokens), added to the scaled logits of every tile; or None.
-
-    Returns:
-        The shape of q, in memory as (B, Y, gy, X, gx, heads, d).
+        seen: (groups * tiles, query tokens, key tokens) bool, True where a query sees a key. Queries past the end of a
+            map see nothing, all others one key at least.
+        plan: how maps are cut, and the scale.
     """
-    if type(q) is not Tensor:  # a compiler or exporter is tracing: give it plain differentiable ops
-        return _forward(q, k, v, _additive(mask, bias, q.dtype), plan)
-    return _TiledAttention.apply(q, k, v, mask, bias, plan)
+
+    keeps_output = True
+
+    def __init__(self, seen: Tensor, plan: TilePlan) -> None:
+        self.seen, self.plan = seen, plan
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        mask = _additive(self.seen, bias, q.dtype)
+        out = _empty_map(q)
+        for part in self._chunks(q):
+            few = q[part], k[part], v[part]
+            out[part] = _attend(*few, mask, self.plan)
+            if not is_finite(out[part]):
+                out[part] = self._attend_exactly(*few, bias)
+        return out
+
+    def backward(
+        self, out: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        mask = _additive(self.seen, bias, q.dtype)
+        grads = [_empty_map(q), _empty_map(k), _empty_map(v)]
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=mask.dtype)
+        for part in self._chunks(q):
+            few = q[part], k[part], v[part], out[part], grad[part]
+            *parts, dlogits = _gradients(*few, mask, self.plan)
+            if not is_finite(*parts):
+                *parts, dlogits = self._gradients_exactly(*few, bias)
+            for whole, value in zip(grads, parts, strict=True):
+                whole[part] = value
+            if grad_bias is not None:
+                grad_bias += dlogits.unflatten(1, (grad_bias.shape[0], -1)).sum((0, 2))
+        return *grads, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
+
+    def graph(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        return _attend(q, k, v, _additive(self.seen, bias, q.dtype), self.plan)
+
+    def _chunks(self, q: Tensor) -> Iterator[slice]:
+        """Cut the batch so that one chunk's logits fit `CHUNK_LOGITS` a thread."""
+        per_image = q.shape[1] * self.seen.numel()
+        step = max(1, torch.get_num_threads() * CHUNK_LOGITS // max(per_image, 1))
+        for start in range(0, q.shape[0], step):
+            yield slice(start, start + step)
+
+    def _seen_and_bias(self, bias: Tensor | None, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Both for tiles of one head after the other: (heads * n, T, K)."""
+        tiles = self.seen.shape[0]
+        wide = None if bias is None else bias.to(accumulator(dtype)).repeat_interleave(tiles, 0)
+        return self.seen.repeat(heads, 1, 1), wide
+
+    def _attend_exactly(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        seen, bias = self._seen_and_bias(bias, q.shape[1], q.dtype)
+        wide = accumulator(q.dtype)
+        q_tiles = _to_tiles(q, split_queries, seen[None], self.plan).to(wide) * self.plan.scale
+        k_tiles, v_tiles = (_to_tiles(x, gather_keys, seen[None], self.plan).to(wide) for x in (k, v))
+        out = product_of_seen(probabilities_of_seen(q_tiles, k_tiles, seen, bias), seen, v_tiles)
+        return _from_tiles(out, merge_queries, self.plan, like=q)
+
+    def _gradients_exactly(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (seen, bias), wide, plan = self._seen_and_bias(bias, q.shape[1], q.dtype), accumulator(q.dtype), self.plan
+        q_tiles, out_tiles, grad_tiles = (
+            _to_tiles(x, split_queries, seen[None], plan).to(wide) for x in (q, out, grad)
+        )
+        k_tiles, v_tiles = (_to_tiles(x, gather_keys, seen[None], plan).to(wide) for x in (k, v))
+        q_tiles = q_tiles * plan.scale
+        probs = probabilities_of_seen(q_tiles, k_tiles, seen, bias)
+        delta = (out_tiles * grad_tiles).sum(-1, keepdim=True)
+        dlogits = torch.where(seen, probs * (torch.matmul(grad_tiles, v_tiles.mT) - delta), 0)
+        dq = product_of_seen(dlogits, seen, k_tiles) * plan.scale
+        dk, dv = (product_of_seen(x.mT, seen.mT, y) for x, y in ((dlogits, q_tiles), (probs, grad_tiles)))
+        return (
+            _from_tiles(dq, merge_queries, plan, like=q),
+            _from_tiles(dk, scatter_keys, plan, like=k),
+            _from_tiles(dv, scatter_keys, plan, like=v),
+            dlogits,
+        )
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type in which logits, masks and sums are kept."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+def graph_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor, plan: TilePlan) -> Tensor:
+    """`TiledAttention` by plain differentiable operations."""
+    return TiledAttention(seen, plan).graph(q, k, v, bias)
 
 
-def _additive(mask: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """One float mask for SDPA: (1, n, T, K) without a bias, (1, heads * n, T, K) with one."""
+def to_maps(*maps: Tensor) -> list[Tensor]:
+    """(B, H, W, heads, d) -> (B, heads, 1, 1, H, W, d), views: maps without dilation groups."""
+    return [x.permute(0, 3, 1, 2, 4)[:, :, None, None] for x in maps]
+
+
+def from_maps(out: Tensor) -> Tensor:
+    """(B, heads, 1, 1, H, W, d) -> (B, H, W, heads, d): the inverse of `to_maps`."""
+    return out[:, :, 0, 0].permute(0, 2, 3, 1, 4)
+
+
+def _additive(seen: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """One float mask for SDPA: (1, n, T, K) without a bias, (1, heads * n, T, K) with one.
+
+    A query past the end sees all keys: a row of nothing but -inf would make NaN of it, and of gradients.
+    """
+    seen = seen | ~seen.any(-1, keepdim=True)
     if bias is None:
-        return torch.zeros((), dtype=accumulator(dtype), device=mask.device).where(mask, -torch.inf)[None]
-    return torch.where(mask, bias.to(accumulator(dtype))[:, None], -torch.inf).flatten(0, 1)[None]
+        return torch.zeros((), dtype=accumulator(dtype), device=seen.device).where(seen, -torch.inf)[None]
+    return torch.where(seen, bias.to(accumulator(dtype))[:, None], -torch.inf).flatten(0, 1)[None]
 
 
 def _to_tiles(x: Tensor, cut: Callable[..., Tensor], mask: Tensor, plan: TilePlan) -> Tensor:
@@ -93,14 +183,14 @@ def _empty_map(like: Tensor) -> Tensor:
     return like.new_empty(batch, rows, gy, cols, gx, heads, dim).permute(0, 5, 2, 4, 1, 3, 6)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, plan: TilePlan) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, plan: TilePlan) -> Tensor:
     q_tiles = _to_tiles(q, split_queries, mask, plan)
     k_tiles, v_tiles = (_to_tiles(x, gather_keys, mask, plan) for x in (k, v))
     out = F.scaled_dot_product_attention(q_tiles, k_tiles, v_tiles, attn_mask=mask, scale=plan.scale)
     return _from_tiles(out, merge_queries, plan, like=q)
 
 
-def _backward(
+def _gradients(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad_out: Tensor, mask: Tensor, plan: TilePlan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv and the gradient of the tiles' logits, for one chunk of images."""
@@ -120,39 +210,3 @@ def _backward(
         _from_tiles(dv, scatter_keys, plan, like=v),
         dlogits,
     )
-
-
-def _chunks(q: Tensor, mask: Tensor) -> Iterator[slice]:
-    """Cut the batch so that one chunk's logits fit `CHUNK_LOGITS` a thread."""
-    per_image = q.shape[1] * mask.numel()
-    step = max(1, torch.get_num_threads() * CHUNK_LOGITS // max(per_image, 1))
-    for start in range(0, q.shape[0], step):
-        yield slice(start, start + step)
-
-
-class _TiledAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, mask, bias, plan):
-        additive = _additive(mask, bias, q.dtype)
-        out = _empty_map(q)
-        for part in _chunks(q, mask):
-            out[part] = _forward(q[part], k[part], v[part], additive, plan)
-        ctx.save_for_backward(q, k, v, mask, bias, out)
-        ctx.plan = plan
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        q, k, v, mask, bias, out = ctx.saved_tensors
-        additive = _additive(mask, bias, q.dtype)
-        grads = [_empty_map(q), _empty_map(k), _empty_map(v)]
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=additive.dtype)
-        for part in _chunks(q, mask):
-            with no_autocast(q):
-                *parts, dlogits = _backward(q[part], k[part], v[part], out[part], grad_out[part], additive, ctx.plan)
-            for grad, value in zip(grads, parts, strict=True):
-                grad[part] = value
-            if bias is not None:
-                grad_bias += dlogits.unflatten(1, (bias.shape[0], -1)).sum((0, 2))
-        return *grads, None, None if bias is None else grad_bias.to(bias.dtype), None

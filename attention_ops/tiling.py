@@ -131,6 +131,12 @@ def gather_keys(x: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
     return x.movedim(-3, -1).flatten(-3, -2).flatten(-4, -3)
 
 
+def outer_mask(rows: Tensor, cols: Tensor) -> Tensor:
+    """Join the masks of two axes, (groups, tiles, query tile, key tile) each: (groups * tiles, queries, keys)."""
+    rows, cols = rows[:, None, :, None, :, None, :, None], cols[None, :, None, :, None, :, None, :]
+    return (rows & cols).flatten(6, 7).flatten(4, 5).flatten(0, 3)  # from (gy, gx, ty, tx, qy, qx, ky, kx)
+
+
 def scatter_keys(tiles: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
     """(..., tiles, tokens of a key tile, d) -> (..., Y, X, d), overlaps added: the adjoint of `gather_keys`.
 

@@ -6,17 +6,15 @@ Tiled      without bias and mask this is SDPA on windows, a view where one windo
            body of neighborhood attention (no logits are kept for the backward pass).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._autocast import cast_for_autocast, no_autocast
-from ._checks import check_at_least, check_qkv, pair
-from ._choice import Impl, choose
-from ._fused import why_no_local_kernel
-from .tiled_attention import TilePlan, accumulator, tiled_attention
+from ._attend import accumulator, sdpa
+from ._op import Impl, SymSize, check_at_least, check_device, check_qkv, declare, pair, run, why_no_local_kernel
+from .tiled_attention import TiledAttention, TilePlan, from_maps, graph_attention, to_maps
 from .tiling import WindowTiling, cover_with_windows, merge_windows, split_windows
 
 OP = "window_attention"
@@ -26,7 +24,7 @@ def window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window_size: int | Sequence[int],
+    window_size: SymSize,
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
@@ -54,55 +52,12 @@ def window_attention(
         ValueError: shapes, dtypes or devices disagree, or window_size does not divide the map.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    impl = Impl(impl).value if isinstance(impl, Impl) else impl
-    return torch.ops.foveate.window_attention(q, k, v, bias, mask, pair(OP, "window_size", window_size), scale, impl)
+    return run(OP, locals())
 
 
-torch.library.define(
-    "foveate::window_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, SymInt[2] window_size, float? scale=None, "
-    "str impl='auto') -> Tensor",
-)
-
-
-def attend_windows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    window_size: list[int],
-    scale: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """What the op does, for ops that consist of it."""
-    _check(q, k, v, bias, mask, window_size)
-    run = choose(OP, impl, why_not_fused(q, k, v, mask, scale))
-    q, k, v = cast_for_autocast(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if run is Impl.FUSED:
-        from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
-
-        return local_attention(q, k, v, Pattern("block", tuple(window_size)), bias=bias, scale=scale)
-    body = window_attention_reference if run is Impl.REFERENCE else window_attention_tiled
-    with no_autocast(q):
-        return body(q, k, v, tuple(window_size), bias=bias, mask=mask, scale=scale)
-
-
-# CompositeImplicitAutograd: tracers see through to torch ops on a CPU, so backward, export and ONNX need nothing more.
-torch.library.impl("foveate::window_attention", "CompositeImplicitAutograd", attend_windows)
-
-
-def why_not_fused(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
-) -> str | None:
-    """Return the reason why no fused kernel can run on these tensors, or None."""
-    if mask is not None:
-        return "the kernel takes no mask; use impl='tiled'"
-    return why_no_local_kernel(q, k, v, scale)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, window_size: list[int]) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int], bias: Tensor | None, mask: Tensor | None
+) -> None:
     check_qkv(OP, q, k, v)
     check_at_least(OP, "window_size", window_size, 1)
     (height, width), (rows, cols) = q.shape[1:3], window_size
@@ -115,8 +70,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
     ):
         if t is not None and tuple(t.shape) != shape:
             raise ValueError(f"{OP}: {name} must be {words} = {shape}, got {tuple(t.shape)}")
-        if t is not None and t.device != q.device:
-            raise ValueError(f"{OP}: {name} must be on the device of q {q.device}, got {t.device}")
+        check_device(OP, name, t, "q", q)
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"{OP}: mask must be bool, got {mask.dtype}")
 
@@ -126,20 +80,26 @@ def window_attention_reference(
     k: Tensor,
     v: Tensor,
     window_size: tuple[int, int],
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
+    bias: Tensor | None,
+    mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The definition: every logit of every window at once, float32 inside at least."""
+    """The definition: every logit of every window at once, float32 inside at least.
+
+    With a mask every query has keys and values of its own, zeros where it sees none: T copies of k and v.
+    """
     wide = accumulator(q.dtype)
-    windows = [split_windows(x.to(wide), window_size) for x in (q, k, v)]  # (B, heads, windows, T, d)
-    logits = torch.matmul(windows[0] * scale, windows[1].mT)
+    queries, keys, values = (split_windows(x.to(wide), window_size) for x in (q, k, v))  # (B, heads, windows, T, d)
+    queries = queries * scale
+    if mask is None:
+        logits = torch.matmul(queries, keys.mT)
+    else:
+        keys, values = (x[..., None, :, :].masked_fill(~mask[..., None], 0) for x in (keys, values))  # (.., T, T, d)
+        logits = torch.einsum("bnwtd,bnwtkd->bnwtk", queries, keys).masked_fill(~mask, -torch.inf)
     if bias is not None:
         logits = logits + bias.to(wide)[:, None]
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    out = torch.matmul(logits.softmax(-1), windows[2])
+    equation = "bnwtk,bnwkd->bnwtd" if mask is None else "bnwtk,bnwtkd->bnwtd"
+    out = torch.einsum(equation, logits.softmax(-1), values)
     return merge_windows(out, (q.shape[1], q.shape[2]), window_size).to(q.dtype)
 
 
@@ -148,23 +108,84 @@ def window_attention_tiled(
     k: Tensor,
     v: Tensor,
     window_size: tuple[int, int],
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
+    bias: Tensor | None,
+    mask: Tensor | None,
     scale: float,
 ) -> Tensor:
     """SDPA on windows; with a bias or a mask the body that local patterns share."""
     if bias is None and mask is None:
-        windows = [split_windows(x, window_size).flatten(1, 2) for x in (q, k, v)]  # (B, heads * windows, T, d)
-        out = F.scaled_dot_product_attention(*windows, scale=scale)
-        return merge_windows(out.unflatten(1, (q.shape[3], -1)), (q.shape[1], q.shape[2]), window_size)
+        return _on_windows(sdpa, q, k, v, window_size, scale)
+    seen, plan = _plan(q, window_size, mask, scale)
+    return from_maps(TiledAttention(seen, plan)(*to_maps(q, k, v), bias))
+
+
+def window_attention_graph(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int],
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The same by differentiable operations."""
+    if bias is None and mask is None:
+        return _on_windows(F.scaled_dot_product_attention, q, k, v, window_size, scale)
+    return from_maps(graph_attention(*to_maps(q, k, v), bias, *_plan(q, window_size, mask, scale)))
+
+
+def _on_windows(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int], scale: float
+) -> Tensor:
+    windows = [split_windows(x, window_size).flatten(1, 2) for x in (q, k, v)]  # (B, heads * windows, T, d)
+    out = attend(*windows, scale=scale)
+    return merge_windows(out.unflatten(1, (q.shape[3], -1)), (q.shape[1], q.shape[2]), window_size)
+
+
+def _plan(q: Tensor, window_size: tuple[int, int], mask: Tensor | None, scale: float) -> tuple[Tensor, TilePlan]:
     rows, cols = WindowTiling(q.shape[1], window_size[0]), WindowTiling(q.shape[2], window_size[1])
     if mask is None:
         tokens = rows.tile * cols.tile
         mask = torch.ones((), dtype=torch.bool, device=q.device).expand(rows.tiles * cols.tiles, tokens, tokens)
-    maps = (x.permute(0, 3, 1, 2, 4)[:, :, None, None] for x in (q, k, v))
-    out = tiled_attention(*maps, mask, bias, TilePlan(rows, cols, scale))
-    return out[:, :, 0, 0].permute(0, 2, 3, 1, 4)
+    return mask, TilePlan(rows, cols, scale)
+
+
+def window_attention_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int],
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The kernel of local patterns; it takes no mask (see `why_not_fused`)."""
+    from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
+
+    return local_attention(q, k, v, Pattern("block", window_size), bias=bias, scale=scale)
+
+
+def why_not_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
+    """Return the reason why the fused kernel cannot run on these tensors, or None."""
+    if mask is not None:
+        return "the kernel takes no mask; use impl='tiled'"
+    return why_no_local_kernel(q, k, v, scale)
+
+
+def _macs(q: Tensor, window_size: tuple[int, int]) -> int:
+    return 2 * q.numel() * window_size[0] * window_size[1]
+
+
+declare(
+    window_attention,
+    check=_check,
+    reference=window_attention_reference,
+    tiled=window_attention_tiled,
+    graph=window_attention_graph,
+    fused=window_attention_fused,
+    why_not_fused=why_not_fused,
+    macs=_macs,
+)
 
 
 class WindowAttention2d(nn.Module):
@@ -217,7 +238,7 @@ class WindowAttention2d(nn.Module):
         height, width = x.shape[1], x.shape[2]
         x = cover_with_windows(x, self.window_size)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
-        out = torch.ops.foveate.window_attention(q, k, v, None, None, self.window_size, self.scale, "auto")
+        out = torch.ops.foveate.window_attention(q, k, v, self.window_size, scale=self.scale)
         return self.proj_drop(self.proj(out.flatten(3))[:, :height, :width])
 
     def extra_repr(self) -> str:

@@ -91,7 +91,7 @@ class DenseLepeAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         size = [x.shape[1], x.shape[2]]
-        out = torch.ops.foveate.window_attention(q, k, v, None, None, size, self.scale, "auto").flatten(3)
+        out = torch.ops.foveate.window_attention(q, k, v, size, scale=self.scale).flatten(3)
         if self.lepe is not None:
             out = out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj(out)
@@ -113,7 +113,7 @@ class DenseLepeAttentionNchw(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         q, k, v = self.qkv(x).permute(0, 2, 3, 1).unflatten(-1, (3, self.heads, -1)).unbind(3)
         size = [x.shape[2], x.shape[3]]
-        out = torch.ops.foveate.window_attention(q, k, v, None, None, size, self.scale, "auto")
+        out = torch.ops.foveate.window_attention(q, k, v, size, scale=self.scale)
         return self.proj((out.flatten(3)).permute(0, 3, 1, 2) + self.lepe(v.flatten(3).permute(0, 3, 1, 2)))
 
 

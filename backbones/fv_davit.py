@@ -107,7 +107,7 @@ class TileAttention(WindowAttention2d):
         grid = [x.shape[1] // rows, x.shape[2] // cols]
         x = x.unflatten(2, (grid[1], cols)).unflatten(1, (grid[0], rows)).transpose(2, 3)  # (B, gy, gx, wy, wx, C)
         q, k, v = self.qkv(x.flatten(0, 2)).unflatten(-1, (3, self.heads, -1)).unbind(3)
-        out = torch.ops.foveate.window_attention(q, k, v, None, None, self.window_size, self.scale, "auto")
+        out = torch.ops.foveate.window_attention(q, k, v, self.window_size, scale=self.scale)
         x = self.proj_drop(self.proj(out.flatten(3))).unflatten(0, (-1, grid[0], grid[1]))
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
 

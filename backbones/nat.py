@@ -151,9 +151,7 @@ class DenseAttention2d(NeighborhoodAttention2d):
         kernel_h, kernel_w = min(rows, x.shape[1]), min(cols, x.shape[2])
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         rpb = self.rpb[:, rows - kernel_h : rows + kernel_h - 1, cols - kernel_w : cols + kernel_w - 1]
-        out = torch.ops.foveate.neighborhood_attention(
-            q, k, v, rpb, [kernel_h, kernel_w], [1, 1], [False, False], self.scale, "auto"
-        )
+        out = torch.ops.foveate.neighborhood_attention(q, k, v, [kernel_h, kernel_w], rpb=rpb, scale=self.scale)
         return self.proj_drop(self.proj(out.flatten(3)))
 
 

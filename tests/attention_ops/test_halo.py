@@ -132,11 +132,22 @@ def test_the_layer_takes_maps_that_blocks_do_not_cover(stride, block, size):
             r"q must be \(1, 4, 4, 2, 8\) for k .* and stride 1, got \(1, 3, 4, 2, 8\)",
         ),
         ({"v": torch.zeros(1, 4, 3, 2, 8)}, r"v must be \(1, 4, 4, 2, 'value_dim'\) as k"),
-        ({"k": torch.zeros(1, 4, 4, 2, 8, dtype=torch.float64)}, "q, k, v must be floating point of one dtype"),
+        (
+            {"k": torch.zeros(1, 4, 4, 2, 8, dtype=torch.float64)},
+            "k must have the dtype of q torch.float32, got torch.float64",
+        ),
         ({"block_size": 0}, r"block_size must be at least 1, got \(0, 0\)"),
         ({"halo": -1}, r"halo must be at least 0, got \(-1, -1\)"),
         ({"stride": 3}, r"stride must divide block_size \(4, 4\), got 3"),
         ({"rel_h": torch.zeros(11, 8)}, "rel_h and rel_w must both be given, or none"),
+        (
+            {"q": torch.zeros(1, 0, 4, 2, 8), "k": (none := torch.zeros(1, 0, 4, 2, 8)), "v": none},
+            "H, W, heads and head_d",
+        ),
+        (
+            {"rel_h": torch.zeros(11, 8, device="meta"), "rel_w": torch.zeros(11, 8)},
+            "rel_h must be on the device of q cpu",
+        ),
         ({"rel_h": torch.zeros(11, 8), "rel_w": torch.zeros(9, 8)}, r"rel_w must be .* = \(11, 8\), got \(9, 8\)"),
     ],
 )

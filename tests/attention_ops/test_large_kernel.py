@@ -51,7 +51,9 @@ def test_the_layer_equals_the_official_one(det, golden, relative_error):
         (1, torch.zeros(6, 1, 4, 4), r"local_weight must be \(C = 6, 1, k, k\) with k odd, got \(6, 1, 4, 4\)"),
         (3, torch.zeros(5, 1, 7, 7), r"dilated_weight must be .* got \(5, 1, 7, 7\)"),
         (5, torch.zeros(6, 5, 1, 1), r"point_weight must be \(6, 6, 1, 1\), got \(6, 5, 1, 1\)"),
-        (7, 0, "dilation must be at least 1, got 0"),
+        (2, torch.zeros(5), r"local_bias must be \(C = 6,\), got \(5,\)"),
+        (5, torch.zeros(6, 6, 1, 1, dtype=torch.float64), "point_weight must have the dtype of x torch.float32"),
+        (7, 0, r"dilation must be at least 1, got \(0,\)"),
     ],
 )
 def test_bad_input_is_refused_by_name(place, value, words):

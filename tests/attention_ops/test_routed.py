@@ -217,8 +217,11 @@ def call(**changes):
         ({"q": torch.zeros(1, 8, 12, 8)}, r"q must be \(B, H, W, heads, head_dim\), .* got \(1, 8, 12, 8\)"),
         ({"k": torch.zeros(1, 8, 12, 2, 5)}, r"k must be .* as q \(1, 8, 12, 2, 4\), got \(1, 8, 12, 2, 5\)"),
         ({"v": torch.zeros(1, 8, 11, 2, 4)}, r"v must be .* as k \(1, 8, 12, 2, 4\), got \(1, 8, 11, 2, 4\)"),
-        ({"v": torch.zeros(1, 8, 12, 2, 4, dtype=torch.float64)}, "v must be torch.float32 on cpu as q, got torch.fl"),
-        ({"k": torch.zeros(1, 8, 12, 2, 4, device="meta")}, "k must be .* as q, got torch.float32 on meta"),
+        (
+            {"v": torch.zeros(1, 8, 12, 2, 4, dtype=torch.float64)},
+            "v must have the dtype of q torch.float32, got torch.float64",
+        ),
+        ({"k": torch.zeros(1, 8, 12, 2, 4, device="meta")}, "k must be on the device of q cpu, got meta"),
         ({"region_size": 3}, r"region_size \(3, 3\) must divide the map \(8, 12\)"),
         ({"region_size": 0}, r"region_size must be at least 1, got \(0, 0\)"),
         ({"kv_region_size": (8, 5)}, r"kv_region_size \(8, 5\) must divide the map \(8, 12\)"),

@@ -24,7 +24,7 @@ from foveate.attention_ops import (
 class Circle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
         q, k, v = x.unflatten(-1, (1, 2, -1)).expand(-1, -1, -1, 3, -1, -1).unbind(3)
-        return torch.ops.foveate.circle_attention(q, k, v, 3, None, "auto").flatten(3)
+        return torch.ops.foveate.circle_attention(q, k, v, 3).flatten(3)
 
 
 LAYERS = {

@@ -1,0 +1,135 @@
+"""Attention in eager torch: a backward pass of our own, and products that are exact where numbers are not finite."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ._op import no_autocast
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type in which logits, masks and sums are kept."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+class EagerBody:
+    """A forward pass with a backward pass of its own; an instance holds all that is no tensor.
+
+    Tensors are given in one order everywhere; some may be None.
+    """
+
+    keeps_output: ClassVar[bool] = False  # whether `backward` reads the output of the forward pass
+
+    def forward(self, *tensors: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def backward(self, out: Tensor | None, grad: Tensor, *tensors: Tensor | None) -> Sequence[Tensor | None]:
+        """Return the gradient of every tensor, None for one that is None or has no gradient."""
+        raise NotImplementedError
+
+    def graph(self, *tensors: Tensor | None) -> Tensor:
+        """The forward pass by differentiable operations, for gradients of gradients."""
+        raise NotImplementedError
+
+    def __call__(self, *tensors: Tensor | None) -> Tensor:
+        return _Eager.apply(self, *tensors)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(body: EagerBody, *tensors: Tensor | None) -> Tensor:
+        return body.forward(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.body, *tensors = inputs
+        ctx.save_for_backward(*tensors, *([output] if ctx.body.keeps_output else []))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        body, saved = ctx.body, ctx.saved_tensors
+        *tensors, out = saved if body.keeps_output else (*saved, None)
+        with no_autocast(grad):
+            if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
+                return None, *_differentiable(body.graph, tensors, grad, ctx.needs_input_grad[1:])
+            return None, *body.backward(out, grad, *tensors)
+
+
+def _differentiable(
+    graph: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    apart = [None if t is None else t.view_as(t) for t in tensors]  # one tensor may be given as q, k and v
+    wanted = [t for t, need in zip(apart, needed, strict=True) if need]
+    with sdpa_kernel(SDPBackend.MATH):
+        out = graph(*apart)
+    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return [next(grads) if need else None for need in needed]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Run SDPA on (B, heads, tokens, head_dim) in eager torch; on a CPU it can be differentiated twice."""
+    records = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if not (records and q.device.type == "cpu"):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if torch._fused_sdp_choice(q, k, v, scale=scale) != SDPBackend.FLASH_ATTENTION.value:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return _FlashOnCpu.apply(q, k, v, scale)[0]
+
+
+class _FlashOnCpu(torch.autograd.Function):
+    """torch's kernel for CPUs, whose own backward pass cannot be differentiated."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        *qkv, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*qkv, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            graph = partial(F.scaled_dot_product_attention, scale=ctx.scale)
+            return *_differentiable(graph, (q, k, v), grad, ctx.needs_input_grad[:3]), None
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return *backward(grad, q, k, v, out, lse, 0.0, False, scale=ctx.scale), None
+
+
+# Exact where numbers are not finite: a masked pair adds 0 * NaN to a product of matrices, here it adds nothing.
+
+
+def is_finite(*tensors: Tensor) -> bool:
+    """Say whether all numbers of tensors on a CPU are finite; False too where their sum overflows. True on a GPU."""
+    if tensors[0].device.type != "cpu":  # looking at the numbers would wait for the GPU
+        return True
+    return all(bool(t.sum(dtype=accumulator(t.dtype)).isfinite()) for t in tensors)
+
+
+def product_of_seen(weights: Tensor, seen: Tensor, x: Tensor) -> Tensor:
+    """weights @ x over seen pairs only: (..., T, K), bool that broadcasts to it, (..., K, d) -> (..., T, d).
+
+    The others must have weight 0.
+    """
+    finite = x.isfinite()
+    out = torch.matmul(weights, torch.where(finite, x, 0))
+    odd = (~finite).any(-1).flatten(0, -2).any(0) if x.dim() > 2 else (~finite).any(-1)
+    for j in odd.nonzero().flatten().tolist():
+        of_key = torch.where(finite[..., j, :], 0, x[..., j, :])[..., None, :]  # (..., 1, d)
+        out = out + torch.where(seen[..., j, None], weights[..., j, None] * of_key, 0).to(out.dtype)
+    return out
+
+
+def probabilities_of_seen(q: Tensor, k: Tensor, seen: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax of q @ k^T + bias over seen pairs, 0 for the others; a row that sees nothing is 0."""
+    logits = torch.matmul(q, k.mT)
+    logits = logits if bias is None else logits + bias
+    return torch.where(seen, logits.masked_fill(~seen, -torch.inf).softmax(-1), 0)

@@ -1,0 +1,351 @@
+"""One declaration for each op: schema, autocast, checks, default scale and choice of body, in this order.
+
+An op's file holds the public function (signature and docstring), a check, the bodies, and one call of `declare`. All of
+them name their arguments as the public signature does: a new keyword changes the signature and the bodies, and nothing
+else. Bodies receive sizes as tuples (rows, columns) and `scale` as a number.
+
+    reference  the definition: plain torch, float32 inside at least, slow
+    tiled      torch on real tensors, fast on CPUs; may have its own backward pass and use cached tables
+    graph      plain differentiable torch, for tracers, compilers, exporters, torch.func and forward-mode AD: replaces
+               `tiled` there, and cannot be requested by name; `tiled` itself where that is plain already
+    fused      Triton, on a GPU; an op without kernels says so in `why_not_fused`
+
+The op is CompositeImplicitAutograd: tracers see the torch operations of the body, so that backward, export and ONNX
+need no registration.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..kernels._launch import why_no_triton
+
+Size = Annotated[int | Sequence[int], "int[2]"]  # tokens, one number or (rows, columns); a constant under tracers
+SymSize = Annotated[int | Sequence[int], "SymInt[2]"]  # likewise, and may depend on a traced size
+Flags = Annotated[bool | Sequence[bool], "bool[2]"]
+Count = Annotated[int, "SymInt"]
+Tensors = Annotated[Sequence[Tensor], "Tensor[]"]
+
+
+class Impl(str, Enum):
+    """Which body runs. Asked for by name, a body runs or raises."""
+
+    AUTO = "auto"  # fused where it can run, else tiled
+    FUSED = "fused"
+    TILED = "tiled"
+    REFERENCE = "reference"
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    float: "float",
+    float | None: "float?",
+    Impl | str: "str",
+}
+Body = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Op:
+    """What `declare` was told about one op, and the order in which it is used."""
+
+    name: str
+    parameters: Mapping[str, inspect.Parameter]  # of the public signature
+    pairs: tuple[str, ...]  # arguments that are (rows, columns)
+    check: Callable[[Mapping[str, Any]], None]
+    bodies: Mapping[Impl, Body]
+    graph: Body
+    why_not_fused: Callable[[Mapping[str, Any]], str | None]
+    cast: tuple[str, ...]
+    macs: Callable[[Mapping[str, Any]], int] | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        arguments = self.bind(*args, **kwargs)
+        impl = arguments.pop("impl")
+        for name in self.pairs:
+            if arguments[name] is not None:
+                arguments[name] = tuple(pair(self.name, name, arguments[name]))
+        for name in self.cast:
+            arguments[name] = _cast(arguments[name])
+        self.check(arguments)
+        if "scale" in arguments and arguments["scale"] is None:
+            arguments["scale"] = self._first(arguments).shape[-1] ** -0.5
+        body, place = self._choose(impl, arguments)
+        with place, no_autocast(self._first(arguments)):
+            return body(**arguments)
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return all arguments by name: torch leaves out those that have their default value."""
+        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        return {name: given[name] if name in given else p.default for name, p in self.parameters.items()}
+
+    def _first(self, arguments: Mapping[str, Any]) -> Tensor:
+        return next(_tensors(arguments))
+
+    def _choose(self, impl: str, arguments: Mapping[str, Any]) -> tuple[Body, AbstractContextManager]:
+        """Return the body to run, and the context that it needs."""
+        tensors = list(_tensors(arguments))
+        transformed = _under_transform(tensors)
+        run = self._decide(impl, arguments, transformed)
+        place = sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext()  # the other kernels differentiate once
+        if run is Impl.TILED and (transformed or is_traced(*tensors)):
+            return self.graph, place
+        return self.bodies[run], place
+
+    def _decide(self, impl: str, arguments: Mapping[str, Any], transformed: bool) -> Impl:
+        try:
+            wanted = Impl(impl)
+        except ValueError:
+            raise ValueError(f"{self.name}: impl must be one of {[i.value for i in Impl]}, got {impl!r}") from None
+        if wanted in (Impl.TILED, Impl.REFERENCE):
+            return wanted
+        reason = self.why_not_fused(arguments)
+        if reason is None and transformed:
+            reason = "the kernels know neither torch.func nor forward-mode AD; use impl='tiled'"
+        if wanted is Impl.FUSED and reason is not None:
+            raise NotImplementedError(f"{self.name}: impl='fused' cannot run here: {reason}")
+        return Impl.FUSED if reason is None else Impl.TILED
+
+
+OPS: dict[str, Op] = {}
+
+
+def declare(
+    promise: Callable[..., Tensor],
+    *,
+    check: Callable[..., None],
+    reference: Body,
+    tiled: Body,
+    graph: Body | None = None,
+    fused: Body | None = None,
+    why_not_fused: Callable[..., str | None],
+    cast: tuple[str, ...] = ("q", "k", "v"),
+    macs: Callable[..., int] | None = None,
+) -> None:
+    """Make the op `foveate::NAME` of a public function and its bodies.
+
+    Args:
+        promise: the public function; the schema is that of its signature, with the same names, order and defaults.
+        check: raises ValueError for arguments that do not fit; takes those arguments that it names.
+        reference, tiled, graph, fused: the bodies, as the module's docstring has them.
+        why_not_fused: returns the reason why the kernel cannot run, or None; takes those arguments that it names.
+        cast: arguments that autocast casts together.
+        macs: returns the multiply-adds that the definition needs, where a body computes others; takes what it names.
+
+    Raises:
+        TypeError: a body does not take the arguments of the public signature.
+    """
+    hints = get_type_hints(promise, include_extras=True)
+    parameters = dict(inspect.signature(promise).parameters)
+    bodies = {Impl.REFERENCE: reference, Impl.TILED: tiled} | ({Impl.FUSED: fused} if fused else {})
+    taken = set(parameters) - {"impl"}
+    for body in (*bodies.values(), graph or tiled):
+        if set(inspect.signature(body).parameters) != taken:
+            raise TypeError(
+                f"{body.__name__} must take the arguments of {promise.__name__}: {', '.join(sorted(taken))}"
+            )
+    op = Op(
+        name=promise.__name__,
+        parameters=parameters,
+        pairs=tuple(name for name in parameters if _schema_type(hints[name]).rstrip("?").endswith("[2]")),
+        check=_taking_by_name(check),
+        bodies=bodies,
+        graph=graph or tiled,
+        why_not_fused=_taking_by_name(why_not_fused),
+        cast=cast,
+        macs=_taking_by_name(macs) if macs else None,
+    )
+    OPS[op.name] = op
+    register(promise, op)
+
+
+def register(promise: Callable[..., Tensor], body: Callable[..., Tensor]) -> None:
+    """Define `foveate::NAME` with the schema of a public function, made of the operations of `body`."""
+    hints = get_type_hints(promise, include_extras=True)
+    words, keyword_only = [], False
+    for name, parameter in inspect.signature(promise).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            words.append("*")
+            keyword_only = True
+        words.append(f"{_schema_type(hints[name])} {name}{_schema_default(parameter.default, hints[name])}")
+    qualified = f"foveate::{promise.__name__}"
+    torch.library.define(qualified, f"({', '.join(words)}) -> Tensor")
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):  # under vmap, too, the operations of the body
+        torch.library.impl(qualified, key, body)
+
+
+def run(name: str, arguments: dict[str, Any]) -> Tensor:
+    """Call the op `name` with the arguments of its public function, as `locals()` gives them on the first line."""
+    op = OPS[name]
+    for key in op.pairs:
+        if arguments[key] is not None:
+            arguments[key] = pair(name, key, arguments[key])
+    if isinstance(arguments["impl"], Impl):
+        arguments["impl"] = arguments["impl"].value
+    return getattr(torch.ops.foveate, name)(**arguments)
+
+
+def _schema_type(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        return get_args(hint)[1]
+    if hint in _SCHEMA_TYPES:
+        return _SCHEMA_TYPES[hint]
+    arms = [arm for arm in get_args(hint) if arm is not type(None)]  # an annotated type or None
+    return f"{_schema_type(arms[0])}?"
+
+
+def _schema_default(default: Any, hint: Any) -> str:
+    if default is inspect.Parameter.empty:
+        return ""
+    if isinstance(default, Impl):
+        return f"='{default.value}'"
+    both = _schema_type(hint).endswith("[2]")
+    return f"=[{default}, {default}]" if both else f"={default}"
+
+
+def _taking_by_name(function: Callable[..., Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """Let a function take a mapping of all arguments, of which it uses those that it names."""
+    names = tuple(inspect.signature(function).parameters)
+    return lambda arguments: function(**{name: arguments[name] for name in names})
+
+
+def _tensors(arguments: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            yield from value
+
+
+# Autocast, torch.func and tracers
+
+
+def _cast(value: Any) -> Any:
+    """Cast to the autocast dtype where autocast is on; float64 and integers stay, as under torch's own autocast."""
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return [_cast(v) for v in value]
+    device = value.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return value
+    eligible = value.is_floating_point() and value.dtype != torch.float64
+    return value.to(torch.get_autocast_dtype(device)) if eligible else value
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Switch autocast off for the device of `x`, where it is on: entering torch.autocast takes 5 us."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
+def _under_transform(tensors: Sequence[Tensor]) -> bool:
+    """Say whether torch.func transforms these tensors, or one of them carries a tangent."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    in_dual_level = forward_ad._current_level >= 0
+    return in_dual_level and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Say whether no numbers may be looked at: under a tracer, a compiler or FakeTensorMode, or on the meta device."""
+    if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in tensors) or torch.jit.is_tracing():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+
+
+# Checks with one wording
+
+T = TypeVar("T", int, bool)
+
+
+def pair(op: str, name: str, value: T | Sequence[T]) -> list[T]:
+    """Spell an int (or bool) out as [rows, columns]; a pair passes through."""
+    both = list(value) if isinstance(value, Sequence) else [value, value]
+    if len(both) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in both):
+        raise ValueError(f"{op}: {name} must be an int or a pair (rows, columns), got {value!r}")
+    return both
+
+
+def check_at_least(op: str, name: str, values: Sequence[int], least: int) -> None:
+    """Raise ValueError where one of the values is below `least`."""
+    if min(values) < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {tuple(values)}")
+
+
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k, v are (B, H, W, heads, head_dim) of one shape, floating dtype and device."""
+    if q.dim() != 5:
+        raise ValueError(f"{op}: q must be (B, H, W, heads, head_dim), got shape {tuple(q.shape)}")
+    for name, t in (("k", k), ("v", v)):
+        if t.shape != q.shape:
+            raise ValueError(f"{op}: {name} must have the shape of q {tuple(q.shape)}, got {tuple(t.shape)}")
+    check_alike(op, q=q, k=k, v=v)
+    if any(size < 1 for size in q.shape[1:]):  # one by one: no guard between two symbols of a tracer
+        raise ValueError(f"{op}: H, W, heads and head_dim must be at least 1, got shape {tuple(q.shape)}")
+
+
+def check_alike(op: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless the tensors have the floating dtype and the device of the first."""
+    first, x = next(iter(tensors.items()))
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: {', '.join(tensors)} must be floating point, got {x.dtype}")
+    for name, t in tensors.items():
+        if t.dtype != x.dtype:
+            raise ValueError(f"{op}: {name} must have the dtype of {first} {x.dtype}, got {t.dtype}")
+        check_device(op, name, t, first, x)
+
+
+def check_device(op: str, name: str, t: Tensor | None, first: str, x: Tensor) -> None:
+    """Raise ValueError where `t` is given and on another device than `x`."""
+    if t is not None and t.device != x.device:
+        raise ValueError(f"{op}: {name} must be on the device of {first} {x.device}, got {t.device}")
+
+
+# Reasons that keep every op from its kernel
+
+MOST_HEAD_DIM = 128
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MOST_ELEMENTS = 2**31 - 1  # of one image: kernels count them in int32
+
+
+def why_no_kernel(*tensors: Tensor) -> str | None:
+    """Return the reason why no kernel can run on maps (B, ...), or None. Each op adds its own reasons."""
+    x = tensors[0]
+    if (reason := why_no_triton(x)) is not None:
+        return reason
+    if x.dtype not in _KERNEL_DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in _KERNEL_DTYPES)
+        return f"the kernels take {known}, got {x.dtype}"
+    for t in tensors:
+        if sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) > _MOST_ELEMENTS:
+            return f"one image spans more than {_MOST_ELEMENTS} elements in memory"
+    return None
+
+
+def why_no_attention_kernel(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Return the reason why no attention kernel can run on q, k, v (B, H, W, heads, head_dim), or None."""
+    if (widest := max(q.shape[-1], v.shape[-1])) > MOST_HEAD_DIM:
+        return f"the kernels take a head_dim of at most {MOST_HEAD_DIM}, got {widest}"
+    return why_no_kernel(q, k, v)
+
+
+def why_no_local_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """Return the reason why the kernels of kernels/local.py cannot run on these tensors, or None."""
+    if scale <= 0:
+        return f"the kernels need a scale above 0, got {scale}"
+    return why_no_attention_kernel(q, k, v)

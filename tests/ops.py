@@ -1,0 +1,189 @@
+"""Small calls of every op: what the tests that concern all ops run over.
+
+A case holds the differentiable tensors and a function of them and of `impl`; each op has one case for each kind of argument.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from foveate.attention_ops import (
+    channel_attention,
+    channel_gate,
+    circle_attention,
+    halo_attention,
+    hilo_attention,
+    large_kernel_attention,
+    neighborhood_attention,
+    routed_attention,
+    strip_gate,
+    window_attention,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call an op.
+
+    Args:
+        op: the public function.
+        shapes: of the tensors that have gradients, in the order of the call; the first has the batch first.
+        call: takes those tensors and `impl=`.
+        batched: which of them have a batch dimension.
+        local: whether a key outside what a query sees exists, so that it must not change the query's result.
+    """
+
+    op: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    call: Callable[..., Tensor]
+    batched: tuple[bool, ...] = (True, True, True)
+    local: bool = False
+    names: tuple[str, ...] = field(default=("q", "k", "v"))
+
+    @property
+    def name(self) -> str:
+        return self.op.__name__
+
+    def tensors(self, dtype: torch.dtype = torch.float64, seed: int = 0, grad: bool = True) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        made = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.shapes)
+        return [t.to(dtype).requires_grad_(grad) for t in made]
+
+
+def _maps(*shape: int, count: int = 3) -> tuple[tuple[int, ...], ...]:
+    return (shape,) * count
+
+
+def routes(batch: int) -> Tensor:
+    """(batch, 4, 2): each of four regions sees itself and the next one."""
+    return torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]]).expand(batch, -1, -1)
+
+
+def shifted(tokens: int, windows: int) -> Tensor:
+    """(windows, tokens, tokens) bool: the two halves of every window but the first do not see each other."""
+    half = torch.arange(tokens) < tokens // 2
+    mask = (half[:, None] == half).expand(windows, -1, -1).clone()
+    mask[0] = True
+    return mask
+
+
+def _hilo(hq, hk, hv, lq, lk, lv, impl="auto"):
+    return hilo_attention((hq, hk, hv), (lq, lk, lv), (2, 3), impl=impl)
+
+
+def _regions(region, kv_region=None):
+    def call(q, k, v, impl="auto"):
+        return routed_attention(
+            q, k, v, routes(q.shape[0]), region_size=region, kv_region_size=kv_region, scale=0.7, impl=impl
+        )
+
+    return call
+
+
+LKA_SHAPES = ((2, 3, 5, 6), (3, 1, 3, 3), (3,), (3, 1, 3, 3), (3,), (3, 3, 1, 1), (3,))
+QKV_RPB = ("q", "k", "v", "rpb")
+
+CASES = {
+    "neighborhood": Case(
+        neighborhood_attention,
+        _maps(2, 6, 7, 2, 3),
+        lambda q, k, v, impl="auto": neighborhood_attention(q, k, v, 3, impl=impl),
+        local=True,
+    ),
+    "neighborhood, bias, dilation": Case(
+        neighborhood_attention,
+        (*_maps(2, 6, 9, 2, 3), (2, 5, 3)),
+        lambda q, k, v, rpb, impl="auto": neighborhood_attention(q, k, v, (3, 2), (2, 3), rpb=rpb, scale=0.5, impl=impl),
+        batched=(True, True, True, False),
+        local=True,
+        names=QKV_RPB,
+    ),
+    "neighborhood, causal": Case(
+        neighborhood_attention,
+        (*_maps(2, 6, 5, 2, 3), (2, 5, 5)),
+        lambda q, k, v, rpb, impl="auto": neighborhood_attention(q, k, v, 3, rpb=rpb, is_causal=(True, False), impl=impl),
+        batched=(True, True, True, False),
+        local=True,
+        names=QKV_RPB,
+    ),
+    "circle": Case(
+        circle_attention,
+        _maps(2, 5, 7, 2, 3),
+        lambda q, k, v, impl="auto": circle_attention(q, k, v, 2, impl=impl),
+        local=True,
+    ),
+    "window": Case(
+        window_attention,
+        _maps(2, 4, 6, 2, 3),
+        lambda q, k, v, impl="auto": window_attention(q, k, v, (2, 3), impl=impl),
+        local=True,
+    ),
+    "window, bias, mask": Case(
+        window_attention,
+        (*_maps(2, 4, 6, 2, 3), (2, 6, 6)),
+        lambda q, k, v, bias, impl="auto": window_attention(
+            q, k, v, (2, 3), bias=bias, mask=shifted(6, 4), scale=0.5, impl=impl
+        ),
+        batched=(True, True, True, False),
+        local=True,
+        names=("q", "k", "v", "bias"),
+    ),
+    "halo": Case(
+        halo_attention,
+        _maps(2, 4, 5, 2, 3),
+        lambda q, k, v, impl="auto": halo_attention(q, k, v, 2, 1, impl=impl),
+        local=True,
+    ),
+    "halo, tables, stride": Case(
+        halo_attention,
+        ((2, 3, 2, 2, 3), (2, 5, 4, 2, 3), (2, 5, 4, 2, 4), (7, 3), (7, 3)),
+        lambda q, k, v, rel_h, rel_w, impl="auto": halo_attention(
+            q, k, v, 2, 1, stride=2, rel_h=rel_h, rel_w=rel_w, scale=0.5, impl=impl
+        ),
+        batched=(True, True, True, False, False),
+        local=True,
+        names=("q", "k", "v", "rel_h", "rel_w"),
+    ),
+    "routed, copied keys": Case(routed_attention, _maps(2, 12, 10, 2, 3), _regions((6, 5)), local=True),
+    "routed, masked keys": Case(
+        routed_attention,
+        ((2, 2, 4, 2, 3), (2, 4, 4, 2, 3), (2, 4, 4, 2, 5)),
+        _regions((1, 2), (2, 2)),
+        local=True,
+    ),
+    "hilo": Case(
+        hilo_attention,
+        (*_maps(2, 4, 6, 2, 3), (2, 4, 6, 1, 3), (2, 2, 2, 1, 3), (2, 2, 2, 1, 3)),
+        _hilo,
+        batched=(True,) * 6,
+        names=("high q", "high k", "high v", "low q", "low k", "low v"),
+    ),
+    "channel": Case(
+        channel_attention,
+        _maps(2, 4, 5, 2, 3),
+        lambda q, k, v, impl="auto": channel_attention(q, k, v, impl=impl),
+    ),
+    "channel gate": Case(
+        channel_gate,
+        ((2, 5, 3, 4), (1, 1, 3)),
+        lambda x, weight, impl="auto": channel_gate(x, weight, impl=impl),
+        batched=(True, False),
+        names=("x", "weight"),
+    ),
+    "strip gate": Case(
+        strip_gate,
+        ((2, 6, 3, 4), (6, 2, 3), (6,), (6,)),
+        lambda x, weight, scale, shift, impl="auto": strip_gate(x, weight, scale, shift, 3, impl=impl),
+        batched=(True, False, False, False),
+        names=("x", "weight", "norm_weight", "norm_bias"),
+    ),
+    "large kernel": Case(
+        large_kernel_attention,
+        LKA_SHAPES,
+        lambda *tensors, impl="auto": large_kernel_attention(*tensors, 2, impl=impl),
+        batched=(True,) + (False,) * 6,
+        names=("x", "local_weight", "local_bias", "dilated_weight", "dilated_bias", "point_weight", "point_bias"),
+    ),
+}
