@@ -96,25 +96,32 @@ class Op:
         """Return the body to run, and the context that it needs."""
         tensors = list(_tensors(arguments))
         transformed = _under_transform(tensors)
-        run = self._decide(impl, arguments, transformed)
+        reason = self.why_not_fused(arguments)
+        if reason is None and transformed:
+            reason = "the kernels support neither torch.func nor forward-mode AD; use impl='tiled'"
+        run = choose(self.name, impl, reason)
         place = sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext()  # the other kernels differentiate once
         if run is Impl.TILED and (transformed or is_traced(*tensors)):
             return self.graph, place
         return self.bodies[run], place
 
-    def _decide(self, impl: str, arguments: Mapping[str, Any], transformed: bool) -> Impl:
-        try:
-            wanted = Impl(impl)
-        except ValueError:
-            raise ValueError(f"{self.name}: impl must be one of {[i.value for i in Impl]}, got {impl!r}") from None
-        if wanted in (Impl.TILED, Impl.REFERENCE):
-            return wanted
-        reason = self.why_not_fused(arguments)
-        if reason is None and transformed:
-            reason = "the kernels know neither torch.func nor forward-mode AD; use impl='tiled'"
-        if wanted is Impl.FUSED and reason is not None:
-            raise NotImplementedError(f"{self.name}: impl='fused' cannot run here: {reason}")
-        return Impl.FUSED if reason is None else Impl.TILED
+
+def choose(op: str, impl: str, why_not_fused: str | None) -> Impl:
+    """Return the body to run, never `AUTO`: the requested one, or the fused one where no reason is given against it.
+
+    Raises:
+        ValueError: `impl` is not one of the four names.
+        NotImplementedError: `impl` is "fused" and there is a reason against it.
+    """
+    try:
+        wanted = Impl(impl)
+    except ValueError:
+        raise ValueError(f"{op}: impl must be one of {[i.value for i in Impl]}, got {impl!r}") from None
+    if wanted is Impl.FUSED and why_not_fused is not None:
+        raise NotImplementedError(f"{op}: impl='fused' cannot run here: {why_not_fused}")
+    if wanted is Impl.AUTO:
+        return Impl.TILED if why_not_fused is not None else Impl.FUSED
+    return wanted
 
 
 OPS: dict[str, Op] = {}
@@ -236,18 +243,19 @@ def _cast(value: Any) -> Any:
         return None
     if isinstance(value, (list, tuple)):
         return [_cast(v) for v in value]
-    device = value.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return value
     eligible = value.is_floating_point() and value.dtype != torch.float64
-    return value.to(torch.get_autocast_dtype(device)) if eligible else value
+    return value.to(torch.get_autocast_dtype(value.device.type)) if eligible and autocasts(value) else value
+
+
+def autocasts(x: Tensor) -> bool:
+    """Say whether autocast is on for the device of `x`."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Switch autocast off for the device of `x`, where it is on: entering torch.autocast takes 5 us."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 def _under_transform(tensors: Sequence[Tensor]) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._attend import accumulator, sdpa
-from ._op import Impl, SymSize, Tensors, check_at_least, check_qkv, declare, run
+from ._op import Impl, SymSize, Tensors, check_alike, check_at_least, declare, run
 from .tiling import pad_to_windows
 from .window import why_not_fused as why_no_window_kernel
 from .window import (
@@ -57,29 +57,28 @@ def hilo_attention(
 
 def _check(high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int]) -> None:
     for name, branch in (("high", high), ("low", low)):
-        if len(branch) != 3:
-            raise ValueError(f"{OP}: {name} must hold q, k and v, got {len(branch)} tensors")
-        q, k, v = branch
-        if q.dim() != 5 or k.dim() != 5:
-            shapes = tuple(q.shape), tuple(k.shape)
-            raise ValueError(f"{OP}: {name} must hold (B, H, W, heads, head_dim) tensors, got shapes {shapes}")
-        if q.shape[3]:
-            check_qkv(OP, k, k, v)
-            check_qkv(OP, q, q if name == "low" else k, q if name == "low" else v)
-    q, k = low[:2]
-    if (q.shape[0], *q.shape[3:]) != (k.shape[0], *k.shape[3:]) or q.dtype != k.dtype or q.device != k.device:
-        words = "must have the batch, heads, head_dim, dtype and device of its q"
-        raise ValueError(f"{OP}: the k of low {words} {tuple(q.shape)}, got {tuple(k.shape)}, {k.dtype}, {k.device}")
-    if (*high[0].shape[:3], high[0].shape[4], high[0].dtype) != (*q.shape[:3], q.shape[4], q.dtype):
-        raise ValueError(
-            f"{OP}: high and low must have one batch, map, head_dim and dtype, "
-            f"got {tuple(high[0].shape)} {high[0].dtype} and {tuple(q.shape)} {q.dtype}"
-        )
-    if high[0].shape[3] + q.shape[3] == 0:
+        if len(branch) != 3 or any(t.dim() != 5 for t in branch):
+            shapes = [tuple(t.shape) for t in branch]
+            raise ValueError(f"{OP}: {name} must hold q, k, v (B, H, W, heads, head_dim), got shapes {shapes}")
+    (high_q, high_k, high_v), (low_q, low_k, low_v) = high, low
+    named = {"high q": high_q, "high k": high_k, "high v": high_v, "low q": low_q, "low k": low_k, "low v": low_v}
+    check_alike(OP, **named)
+    for name, like in (("high k", "high q"), ("high v", "high q"), ("low v", "low k")):
+        if (shape := named[name].shape) != (wanted := named[like].shape):
+            raise ValueError(f"{OP}: {name} must have the shape of {like} {tuple(wanted)}, got {tuple(shape)}")
+    if (low_q.shape[0], *low_q.shape[3:]) != (low_k.shape[0], *low_k.shape[3:]):
+        q_shape, k_shape = tuple(low_q.shape), tuple(low_k.shape)
+        raise ValueError(f"{OP}: low k must have the batch, heads and head_dim of low q {q_shape}, got {k_shape}")
+    if (*high_q.shape[:3], high_q.shape[4]) != (*low_q.shape[:3], low_q.shape[4]):
+        shapes = f"{tuple(high_q.shape)} and {tuple(low_q.shape)}"
+        raise ValueError(f"{OP}: high q and low q must have one batch, map and head_dim, got {shapes}")
+    if high_q.shape[3] + low_q.shape[3] == 0:
         raise ValueError(f"{OP}: one of high and low must have heads, got none")
+    if any(size < 1 for size in (*low_q.shape[1:3], low_q.shape[4], *low_k.shape[1:3])):
+        raise ValueError(f"{OP}: H, W and head_dim must be at least 1, got shapes {[tuple(t.shape) for t in low]}")
     check_at_least(OP, "window_size", window_size, 1)
-    if q.shape[1] % window_size[0] or q.shape[2] % window_size[1]:
-        raise ValueError(f"{OP}: window_size {tuple(window_size)} must divide the map {tuple(q.shape[1:3])}")
+    if low_q.shape[1] % window_size[0] or low_q.shape[2] % window_size[1]:
+        raise ValueError(f"{OP}: window_size {tuple(window_size)} must divide the map {tuple(low_q.shape[1:3])}")
 
 
 def hilo_attention_reference(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._op import Impl, check_alike, check_at_least, declare, run, why_no_kernel
+from ._op import Impl, autocasts, check_alike, check_at_least, declare, run, why_no_kernel
 
 OP = "large_kernel_attention"
 MOST_CHANNELS = 1024  # of the kernel
@@ -42,7 +42,7 @@ def large_kernel_attention(
         impl: "auto", "fused", "tiled" or "reference".
 
     Returns:
-        (B, C, H, W), dtype of x (under autocast: the autocast dtype).
+        (B, C, H, W), dtype of x. Under autocast the convolutions run in its dtype, and the product in that of x.
 
     Raises:
         ValueError: a weight does not fit x, a kernel is even, or dilation is below 1.
@@ -76,7 +76,7 @@ def _check(
     for name, bias in given.items():
         if tuple(bias.shape) != (channels,):
             raise ValueError(f"{OP}: {name} must be (C = {channels},), got {tuple(bias.shape)}")
-    check_alike(OP, x=x, **weights, **given)
+    check_alike(OP, **({} if autocasts(x) else {"x": x}), **weights, **given)
     check_at_least(OP, "dilation", (dilation,), 1)
 
 
@@ -91,7 +91,7 @@ def large_kernel_attention_reference(
     dilation: int,
 ) -> Tensor:
     """The definition: three convolutions in the order of the paper. Tracers and GPUs take it for the tiled body too."""
-    gate = depthwise(x, local_weight, local_bias)
+    gate = depthwise(x.to(local_weight.dtype), local_weight, local_bias)
     gate = depthwise(gate, dilated_weight, dilated_bias, dilation)
     return x * F.conv2d(gate, point_weight, point_bias)
 
@@ -107,7 +107,7 @@ def large_kernel_attention_tiled(
     dilation: int,
 ) -> Tensor:
     """The same; on a CPU the dilated convolution runs on dilation groups."""
-    gate = depthwise(x, local_weight, local_bias)
+    gate = depthwise(x.to(local_weight.dtype), local_weight, local_bias)
     gate = (depthwise if x.is_cuda else depthwise_by_groups)(gate, dilated_weight, dilated_bias, dilation)
     return x * F.conv2d(gate, point_weight, point_bias)
 
@@ -143,7 +143,7 @@ def _fused(
     from ..kernels.large_kernel import large_kernel_attention  # here, so that CPU users need no Triton
 
     weights = local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias
-    return large_kernel_attention(x, *weights, dilation)
+    return large_kernel_attention(x.to(local_weight.dtype), *weights, dilation).to(x.dtype)
 
 
 def why_not_fused(
@@ -177,7 +177,7 @@ declare(
     graph=large_kernel_attention_reference,
     fused=_fused,
     why_not_fused=why_not_fused,
-    cast=("x", "local_weight", "local_bias", "dilated_weight", "dilated_bias", "point_weight", "point_bias"),
+    cast=("local_weight", "local_bias", "dilated_weight", "dilated_bias", "point_weight", "point_bias"),
     macs=_macs,
 )
 

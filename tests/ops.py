@@ -1,6 +1,6 @@
 """Small calls of every op: what the tests that concern all ops run over.
 
-A case holds the differentiable tensors and a function of them and of `impl`; each op has one case for each kind of argument.
+A case holds differentiable tensors and a function of them and of `impl`; an op has a case for each kind of argument.
 """
 
 from collections.abc import Callable
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 
 from foveate.attention_ops import (
     channel_attention,
@@ -46,10 +48,25 @@ class Case:
     def name(self) -> str:
         return self.op.__name__
 
+    def op_call(self) -> tuple[OpOverload, tuple, dict]:
+        """The torch.library op, and the arguments that the public function gives it for new tensors."""
+        with _Catch() as caught:
+            self.call(*self.tensors())
+        return caught.call
+
     def tensors(self, dtype: torch.dtype = torch.float64, seed: int = 0, grad: bool = True) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         made = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.shapes)
         return [t.to(dtype).requires_grad_(grad) for t in made]
+
+
+class _Catch(TorchFunctionMode):
+    """Keep the first call of one of our ops."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith("foveate.") and not hasattr(self, "call"):
+            self.call = func.default, args, dict(kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 def _maps(*shape: int, count: int = 3) -> tuple[tuple[int, ...], ...]:
@@ -58,12 +75,12 @@ def _maps(*shape: int, count: int = 3) -> tuple[tuple[int, ...], ...]:
 
 def routes(batch: int) -> Tensor:
     """(batch, 4, 2): each of four regions sees itself and the next one."""
-    return torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]]).expand(batch, -1, -1)
+    return torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]], device="cpu").expand(batch, -1, -1)
 
 
 def shifted(tokens: int, windows: int) -> Tensor:
     """(windows, tokens, tokens) bool: the two halves of every window but the first do not see each other."""
-    half = torch.arange(tokens) < tokens // 2
+    half = torch.arange(tokens, device="cpu") < tokens // 2
     mask = (half[:, None] == half).expand(windows, -1, -1).clone()
     mask[0] = True
     return mask
@@ -95,7 +112,9 @@ CASES = {
     "neighborhood, bias, dilation": Case(
         neighborhood_attention,
         (*_maps(2, 6, 9, 2, 3), (2, 5, 3)),
-        lambda q, k, v, rpb, impl="auto": neighborhood_attention(q, k, v, (3, 2), (2, 3), rpb=rpb, scale=0.5, impl=impl),
+        lambda q, k, v, rpb, impl="auto": neighborhood_attention(
+            q, k, v, (3, 2), (2, 3), rpb=rpb, scale=0.5, impl=impl
+        ),
         batched=(True, True, True, False),
         local=True,
         names=QKV_RPB,
@@ -103,7 +122,9 @@ CASES = {
     "neighborhood, causal": Case(
         neighborhood_attention,
         (*_maps(2, 6, 5, 2, 3), (2, 5, 5)),
-        lambda q, k, v, rpb, impl="auto": neighborhood_attention(q, k, v, 3, rpb=rpb, is_causal=(True, False), impl=impl),
+        lambda q, k, v, rpb, impl="auto": neighborhood_attention(
+            q, k, v, 3, rpb=rpb, is_causal=(True, False), impl=impl
+        ),
         batched=(True, True, True, False),
         local=True,
         names=QKV_RPB,

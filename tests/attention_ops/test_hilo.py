@@ -160,11 +160,14 @@ def call(window=2, impl="auto", **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"high_q": torch.zeros(1, 6, 4, 16)}, r"high must hold \(B, H, W, heads, head_dim\) tensors, got"),
-        ({"high_k": torch.zeros(1, 6, 2, 2, 8)}, "must have the shape of q"),
-        ({"low_v": torch.zeros(1, 3, 1, 1, 8)}, "v must have the shape of q .* got"),
-        ({"low_q": torch.zeros(1, 6, 4, 2, 8)}, "the k of low must have the batch, heads, .* got"),
-        ({f"low_{n}": torch.zeros(1, 3, 2, 1, 4) for n in "qkv"}, "high and low must have one batch, map, head_dim"),
+        ({"high_q": torch.zeros(1, 6, 4, 16)}, r"high must hold q, k, v \(B, H, W, heads, head_dim\), got shapes"),
+        ({"high_k": torch.zeros(1, 6, 2, 2, 8)}, "high k must have the shape of high q"),
+        ({"low_v": torch.zeros(1, 3, 1, 1, 8)}, "low v must have the shape of low k .* got"),
+        ({"low_q": torch.zeros(1, 6, 4, 2, 8)}, "low k must have the batch, heads and head_dim of low q"),
+        (
+            {f"low_{n}": torch.zeros(1, 3, 2, 1, 4) for n in "qkv"},
+            "high q and low q must have one batch, map and head_dim",
+        ),
         ({"window": 3}, r"window_size \(3, 3\) must divide the map \(6, 4\)"),
         ({"window": 0}, r"window_size must be at least 1, got \(0, 0\)"),
         ({"impl": "quick"}, "impl must be one of .* got 'quick'"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ops import CASES
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
@@ -13,11 +14,6 @@ from foveate.attention_ops import (
     LargeKernelAttention,
     NeighborhoodAttention2d,
     WindowAttention2d,
-    circle_attention,
-    hilo_attention,
-    neighborhood_attention,
-    routed_attention,
-    window_attention,
 )
 
 
@@ -55,37 +51,19 @@ def as_input(kind, x):
 every_layer = pytest.mark.parametrize("kind", LAYERS)
 
 
-def packed(*size, parts=3, heads=2):
-    return torch.randn(*size, parts, heads, 4, requires_grad=True).unbind(-3)
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
 
 
-CALLS = {  # op: arguments
-    "neighborhood_attention": (*packed(1, 9, 8), torch.randn(2, 5, 5), [3, 3], [1, 2], [False, True], None, "auto"),
-    "circle_attention": (*packed(1, 9, 8), 3, None, "auto"),
-    "window_attention": (*packed(1, 6, 8), None, None, [3, 4], None, "auto"),
-    "routed_attention": (*packed(1, 6, 8), torch.arange(4).view(1, 4, 1), [3, 4], [3, 4], None, "auto"),
-    "hilo_attention": (*packed(1, 6, 8), *packed(1, 6, 8, parts=1), *packed(1, 2, 3, parts=2), [3, 4], None, "auto"),
-    "channel_attention": (*packed(1, 6, 8), None, "auto"),
-    "halo_attention": (*packed(1, 6, 9), torch.randn(11, 4), torch.randn(15, 4), [2, 4], [2, 2], 1, None, "auto"),
-    "channel_gate": (torch.randn(2, 6, 5, 4, requires_grad=True), torch.randn(1, 1, 3), "auto"),
-    "strip_gate": (
-        torch.randn(2, 6, 5, 4, requires_grad=True),
-        torch.randn(6, 2, 3),
-        torch.randn(6),
-        torch.randn(6),
-        3,
-        1e-5,
-        "auto",
-    ),
-    "bi_level_routes": (torch.randn(1, 6, 8, 2, 4), torch.randn(1, 6, 8, 2, 4), [3, 4], 2),
-}
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    op, args, kwargs = CASES[name].op_call()
+    assert torch.library.opcheck(op, args, kwargs, test_utils=CHECKS) == dict.fromkeys(CHECKS, "SUCCESS")
 
 
-@pytest.mark.parametrize("op", CALLS)
-def test_opcheck(op):
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    results = torch.library.opcheck(getattr(torch.ops.foveate, op).default, CALLS[op], test_utils=checks)
-    assert results == dict.fromkeys(checks, "SUCCESS")
+def test_opcheck_of_routes():
+    args, kwargs = (torch.randn(1, 6, 8, 2, 4), torch.randn(1, 6, 8, 2, 4)), {"region_size": [3, 4], "topk": 2}
+    results = torch.library.opcheck(torch.ops.foveate.bi_level_routes.default, args, kwargs, test_utils=CHECKS)
+    assert results == dict.fromkeys(CHECKS, "SUCCESS")
 
 
 @every_layer
@@ -136,25 +114,6 @@ def test_autocast_runs_in_its_dtype_and_gradients_stay_float32():
     assert out.dtype == torch.bfloat16
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
     torch.testing.assert_close(out.float(), module(x), rtol=0.05, atol=0.01)
-
-
-def test_autocast_casts_the_op_itself():
-    q = torch.randn(1, 9, 8, 2, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert neighborhood_attention(q, q, q, 3).dtype == torch.bfloat16
-
-
-def test_autocast_casts_the_tiled_ops_themselves():
-    q, k, v = packed(1, 6, 8)
-    routes = torch.arange(4).view(1, 4, 1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        outs = [
-            window_attention(q, k, v, (3, 4)),
-            circle_attention(q, k, v, 2),
-            routed_attention(q, k, v, routes, region_size=(3, 4)),
-            hilo_attention((q, k, v), (q, k, v), (3, 4)),
-        ]
-    assert [out.dtype for out in outs] == [torch.bfloat16] * 4
 
 
 @every_layer

@@ -2,18 +2,15 @@
 
 import copy
 from contextlib import contextmanager
-from importlib import import_module
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
-from foveate.attention_ops import _fused
-from foveate.attention_ops._choice import choose
+from foveate.attention_ops import _op
 from foveate.pruning import plan
 
-OPS = "channel channel_gate halo hilo large_kernel neighborhood routed strip_gate window".split()
 STAGES = {"dims": (32, 64), "depths": (1, 1), "head_dim": 16}
 BIFORMER = STAGES | {"topks": (2, 1), "dense_heads": 4, "regions": 2}
 BLOCKS = {"depths": (1, 1, 1, 1)}
@@ -42,13 +39,14 @@ def decisions(monkeypatch) -> list[tuple[str, str, str | None]]:
     """(op, the body that runs, the reason why not the fused one) of every call from here on."""
     made = []
 
+    choose = _op.choose
+
     def note(op, impl, why_not_fused):
         run = choose(op, impl, why_not_fused)
         made.append((op, run.value, why_not_fused))
         return run
 
-    for name in OPS:  # some functions hide the modules that they are named like
-        monkeypatch.setattr(import_module(f"foveate.attention_ops.{name}"), "choose", note)
+    monkeypatch.setattr(_op, "choose", note)
     return made
 
 
@@ -70,7 +68,7 @@ def images() -> Tensor:
 @contextmanager
 def without_kernels():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fused, "why_no_triton", lambda x: "switched off")
+        patch.setattr(_op, "why_no_triton", lambda x: "switched off")
         yield
 
 
@@ -140,5 +138,5 @@ def test_a_head_too_wide_for_the_kernels_fits_once_channels_are_gone(decisions):
     with torch.no_grad():
         wide(images())
         narrow(images())
-    why = "the kernels hold a head_dim of at most 128, got 131"
+    why = "the kernels take a head_dim of at most 128, got 131"
     assert [made[1:] for made in decisions] == [("tiled", why), ("fused", None)]
