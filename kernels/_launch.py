@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 LEAST_TRITON = (3, 4)
 LEAST_CAPABILITY = (8, 0)  # Ampere: asynchronous copies and bfloat16 products
@@ -43,6 +44,15 @@ def precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"  # the only way of 16-bit types
     return "tf32" if tf32_allowed() else "tf32x3"
+
+
+def refuse_second_derivative(backward_op: CustomOpDef, name: str) -> None:
+    """Let a second derivative of the kernels `name` end in one clear error."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(f"{name}: the fused kernels can be differentiated once; use impl='tiled'")
+
+    backward_op.register_autograd(refuse)
 
 
 def tf32_allowed() -> bool:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device, precision
+from ._launch import on_device, precision, refuse_second_derivative
 
 LOG2_E = math.log2(math.e)
 LEAST_PROGRAMS = 512  # about four for each multiprocessor of an H100, so that few heads still fill it
@@ -233,6 +233,9 @@ def channel_attention_backward(
 @channel_attention_backward.register_fake
 def _(q, k, v, probs, grad, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+refuse_second_derivative(channel_attention_backward, "channel_attention")
 
 
 def _save(ctx, inputs, output) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device
+from ._launch import on_device, refuse_second_derivative
 
 LEAST_PROGRAMS = 512  # about four for each multiprocessor of an H100, so that few channels still fill it
 LEAST_CHUNK = 1024  # pixels that one program sums
@@ -224,6 +224,9 @@ def channel_gate_backward(x: Tensor, weight: Tensor, sums: Tensor, grad: Tensor)
 @channel_gate_backward.register_fake
 def _(x, weight, sums, grad):
     return torch.empty_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+refuse_second_derivative(channel_gate_backward, "channel_gate")
 
 
 def _save(ctx, inputs, output) -> None:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device
+from ._launch import on_device, refuse_second_derivative
 from .gates_norm import Norm
 
 MOST_COLUMNS = 256  # of a tile
@@ -218,6 +218,9 @@ def strip_gate_backward(
 def _(x, weight, norm_weight, norm_bias, rows, cols, grad, norm_groups, eps):
     parameters = (weight, norm_weight, norm_bias)
     return torch.empty_like(x), *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in parameters)
+
+
+refuse_second_derivative(strip_gate_backward, "strip_gate")
 
 
 def _save(ctx, inputs, output) -> None:

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._launch import on_device, tf32_allowed
+from ._launch import on_device, refuse_second_derivative, tf32_allowed
 from .halo_logits import halo_logits, halo_logits_backward, padded
 from .local_bias import PROGRAMS, BiasLayout, bias_layout, bias_tiles, local_bias_kernel, table_gradient, works_of
 from .local_bwd import local_dkv_kernel, local_dq_kernel
@@ -217,6 +217,9 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor | None) ->
 @_backward.register_fake
 def _(q, k, v, bias, rel_h, rel_w, out, lse, grad, bias_grad, *pattern):
     return _empty_gradients(q, k, v, bias if bias_grad else None, rel_h, rel_w)
+
+
+refuse_second_derivative(_backward, "local_attention")
 
 
 def _save(ctx, inputs, output) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device
+from ._launch import on_device, refuse_second_derivative
 from .routed_inverse import InverseRoutes, invert_routes
 from .routed_regions import Regions, constants, load_tokens, region_tiles, store_tokens
 
@@ -157,6 +157,9 @@ def routed_attention_backward(
 @routed_attention_backward.register_fake
 def _(q, k, v, routes, out, lse, grad, grid, region, key_region, scale):
     return _empty_grads(q, k, v)
+
+
+refuse_second_derivative(routed_attention_backward, "routed_attention")
 
 
 def _empty_grads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
+from ops import CASES
 from torch._dynamo.backends.common import aot_autograd
 
 from foveate.attention_ops import (
@@ -88,3 +89,34 @@ def test_layers_equal_their_double_selves_which_no_kernel_runs(kind):
     double = results(layer, x.detach().double().requires_grad_(), layer)
     for ours, truth in zip(single, double, strict=True):
         assert (ours - truth).abs().max() <= 1e-5 * max(truth.abs().max(), 1)
+
+
+FUSED = [name for name in CASES if name not in ("window, bias, mask", "large kernel")]  # of those two one has no kernel
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_transforms_never_reach_a_kernel(name):
+    """The kernels would drop tangents silently: by name they refuse, and `auto` takes the differentiable body."""
+    case = CASES[name]
+    tensors, tangents = (tuple(case.tensors(torch.float32, seed, grad=False)) for seed in (0, 1))
+    for transform in (
+        lambda call: torch.func.jvp(call, tensors, tangents)[1],
+        lambda call: torch.func.grad(lambda *t: call(*t).sum())(*tensors),
+        lambda call: torch.func.vmap(call)(*(t[None] for t in tensors)),
+    ):
+        with pytest.raises(
+            NotImplementedError, match="impl='fused' cannot run here: the kernels support neither torch.f"
+        ):
+            transform(lambda *t: case.call(*t, impl="fused"))
+        ours, reference = (transform(lambda *t, i=impl: case.call(*t, impl=i)) for impl in ("auto", "reference"))
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_second_derivative_of_a_kernel_is_refused(name):
+    tensors = CASES[name].tensors(torch.float32)
+    (first,) = torch.autograd.grad(
+        CASES[name].call(*tensors, impl="fused").square().sum(), tensors[:1], create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="the fused kernels can be differentiated once; use impl='tiled'"):
+        first.sum().backward()
