@@ -104,9 +104,7 @@ def test_transforms_never_reach_a_kernel(name):
         lambda call: torch.func.grad(lambda *t: call(*t).sum())(*tensors),
         lambda call: torch.func.vmap(call)(*(t[None] for t in tensors)),
     ):
-        with pytest.raises(
-            NotImplementedError, match="impl='fused' cannot run here: the kernels support neither torch.f"
-        ):
+        with pytest.raises(NotImplementedError, match=r"cannot run here: the kernels support neither torch\.func nor"):
             transform(lambda *t: case.call(*t, impl="fused"))
         ours, reference = (transform(lambda *t, i=impl: case.call(*t, impl=i)) for impl in ("auto", "reference"))
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
