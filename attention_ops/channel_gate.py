@@ -10,7 +10,6 @@ Tiled      one read of the map for the means, one for the product; the convoluti
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -103,6 +102,8 @@ def adaptive_kernel_size(channels: int, gamma: float = 2.0, beta: float = 1.0) -
 class EfficientChannelAttention(nn.Module):
     """Efficient channel attention with its weights: a drop-in for the attention slots of timm's blocks.
 
+    Plain layers: `conv` is called on the means, (B, 1, C). The fused kernel is reached through the op, `channel_gate`.
+
     Args:
         channels: channels of the map.
         kernel_size: taps over channels, odd; from the number of channels when None.
@@ -117,4 +118,6 @@ class EfficientChannelAttention(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=padding, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        return torch.ops.foveate.channel_gate(x, self.conv.weight)
+        means = x.sum((2, 3), dtype=accumulator(x.dtype)) / (x.shape[2] * x.shape[3])  # x.mean's gradient is a map
+        gate = self.conv(means.to(x.dtype)[:, None]).sigmoid()[:, 0]  # (B, C)
+        return x * gate.to(x.dtype)[:, :, None, None]

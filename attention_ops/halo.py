@@ -184,6 +184,10 @@ class RelativePosition(nn.Module):
         self.height_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim, device=device, dtype=dtype))
         self.width_rel = nn.Parameter(torch.empty(2 * window - 1, head_dim, device=device, dtype=dtype))
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return the tables of rows and of columns, both (2 * window - 1, head_dim)."""
+        return self.height_rel, self.width_rel
+
 
 class HaloAttention2d(nn.Module):
     """Multi-head halo attention with its projections, on (B, C, H, W) maps, without an output projection.
@@ -254,14 +258,19 @@ class HaloAttention2d(nn.Module):
         q = self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.heads, self.head_dim))
         kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.heads, self.head_dim + self.value_dim))
         k, v = kv[..., : self.head_dim], kv[..., self.head_dim :]
-        rel_h, rel_w = self.pos_embed.height_rel * self.rel_scale, self.pos_embed.width_rel * self.rel_scale
+        rel_h, rel_w = self.pos_embed()
         out = torch.ops.foveate.halo_attention(
-            q, k, v, self.block_size, self.halo, stride=self.stride, rel_h=rel_h, rel_w=rel_w, scale=self.scale
+            q,
+            k,
+            v,
+            self.block_size,
+            self.halo,
+            stride=self.stride,
+            rel_h=rel_h * self.rel_scale,
+            rel_w=rel_w * self.rel_scale,
+            scale=self.scale,
         )
-        out = out.flatten(3).permute(0, 3, 1, 2)
-        if not self.training and torch.is_grad_enabled():  # what follows then sums in the order of timm's nets
-            out = out.contiguous()
-        return self.pool(out)
+        return self.pool(out.flatten(3).permute(0, 3, 1, 2).contiguous())  # in the layout of timm's layer
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, block_size={self.block_size[0]}, halo={self.halo[0]}, stride={self.stride}"

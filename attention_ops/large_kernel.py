@@ -185,6 +185,9 @@ declare(
 class LargeKernelAttention(nn.Module):
     """Large kernel attention with its weights; the names of the layers are those of the authors' code.
 
+    Plain layers, each called on the whole map. The faster CPU body and the fused kernel are reached through the op,
+    `large_kernel_attention`.
+
     Args:
         dim: channels.
         kernel_size: taps a side of the local convolution, odd.
@@ -210,13 +213,4 @@ class LargeKernelAttention(nn.Module):
         self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        return torch.ops.foveate.large_kernel_attention(
-            x,
-            self.conv0.weight,
-            self.conv0.bias,
-            self.conv_spatial.weight,
-            self.conv_spatial.bias,
-            self.conv1.weight,
-            self.conv1.bias,
-            self.dilation,
-        )
+        return x * self.conv1(self.conv_spatial(self.conv0(x)))

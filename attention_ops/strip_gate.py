@@ -149,6 +149,9 @@ def largest_divisor(of: int, up_to: int) -> int:
 class EfficientLocalAttention(nn.Module):
     """Efficient local attention with its weights: a drop-in for the attention slots of timm's blocks.
 
+    Plain layers: `conv` and `norm` are called twice, on the means of rows, (B, C, H), and of columns, (B, C, W). The
+    fused kernel is reached through the op, `strip_gate`.
+
     The variants of the paper, by `variant`: kernel 5 ("t", "s") or 7 ("b", "l"); one channel a convolution group ("t",
     "b") or eight ("s", "l"); a GroupNorm of 32 groups ("t") or 16.
 
@@ -174,7 +177,8 @@ class EfficientLocalAttention(nn.Module):
         self.norm = nn.GroupNorm(largest_divisor(channels, norm_groups), channels, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        gated = torch.ops.foveate.strip_gate(
-            x, self.conv.weight, self.norm.weight, self.norm.bias, self.norm.num_groups, self.norm.eps
-        )
+        wide = accumulator(x.dtype)
+        rows = self.norm(self.conv(x.mean(3, dtype=wide).to(x.dtype))).sigmoid().to(x.dtype)  # (B, C, H)
+        cols = self.norm(self.conv(x.mean(2, dtype=wide).to(x.dtype))).sigmoid().to(x.dtype)  # (B, C, W)
+        gated = x * (rows[:, :, :, None] * cols[:, :, None, :])
         return x + gated if self.residual else gated

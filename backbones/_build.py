@@ -7,8 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from ._staged import check_indices
 from ._widths import narrow
 
 StateDict = dict[str, Tensor]
@@ -35,13 +37,47 @@ def frozen(value: Any) -> Any:
     return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
+class FeatureGetter(FeatureGetterNet):
+    """timm's wrapper around a model that gives feature maps, with gradient checkpointing."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of blocks for the backward pass, and compute the rest again."""
+        self.model.set_grad_checkpointing(enable)
+
+
+def build_features(make: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    """Build a model through timm, and with `features_only` the wrapper around it that gives feature maps.
+
+    Args:
+        make: builds the bare model.
+        kwargs: as in timm's build_model_with_cfg. `out_indices` chooses the maps, all of them when None. `feature_cls`
+            names timm's wrapper: "getter", the default, gives (B, C, H, W), the others the model's own layout.
+
+    Raises:
+        ValueError: `out_indices` chooses a map that the model does not have.
+    """
+    out_indices = kwargs.pop("out_indices", None)
+    if not kwargs.get("features_only"):
+        return build_model_with_cfg(make, variant, pretrained, **kwargs)
+    wrapper = kwargs.pop("feature_cls", "getter")
+    feature_cfg = {"feature_cls": FeatureGetter if wrapper == "getter" else wrapper, "flatten_sequential": True}
+
+    def checked(**arguments: Any) -> nn.Module:
+        model = make(**arguments)
+        maps = len(model.feature_info)
+        check_indices("out_indices", out_indices, maps)
+        feature_cfg["out_indices"] = tuple(range(maps)) if out_indices is None else out_indices  # timm reads it later
+        return model
+
+    return build_model_with_cfg(checked, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
 def build(
     cls: type[nn.Module],
     config: Any,
     variant: str,
     pretrained: bool,
     filter_fn: Callable[[Mapping[str, Any], nn.Module], StateDict],
-    out_indices: int | tuple[int, ...] | None = None,
     **kwargs,
 ) -> nn.Module:
     """Build one variant through timm, with `features_only` giving NCHW maps.
@@ -49,29 +85,21 @@ def build(
     Args:
         config: the variant's frozen config; keyword arguments that name its fields replace them.
         filter_fn: turns a checkpoint's keys into ours.
-        out_indices: stages of `features_only`; all of them when None.
         kwargs: what the model's constructor and timm know; anything else is a TypeError there. `widths` builds the
-            model narrower, see _widths.py.
+            model narrower, see _widths.py. `out_indices`, `feature_cls`: see `build_features`.
+
+    Raises:
+        ValueError: the config contradicts itself, or `out_indices` chooses a map that the model does not have.
     """
     names = {f.name for f in fields(config)}
     changed = {name: frozen(kwargs.pop(name)) for name in names & kwargs.keys()}
     config = replace(config, **changed)
     widths = kwargs.pop("widths", None)
-    if out_indices is None:
-        out_indices = tuple(range(len(config.depths)))
 
     def make(**arguments: Any) -> nn.Module:
         return cls(**arguments) if widths is None else narrow(cls(**arguments), widths)
 
-    return build_model_with_cfg(
-        make,
-        variant,
-        pretrained,
-        config=config,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build_features(make, variant, pretrained, config=config, pretrained_filter_fn=filter_fn, **kwargs)
 
 
 WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")  # where training scripts put the weights

@@ -1,33 +1,63 @@
 """What timm asks of a backbone, once for every family: a stem, stages that each give a map, a norm, a classifier."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 @register_notrace_function
-def take_image(x: Tensor, in_chans: int, least_px: int, channels_last: bool) -> Tensor:
-    """Return the image batch as the net wants it in memory.
+def take_image(x: Tensor, least_px: int, channels_last: bool) -> Tensor:
+    """Return the image batch in the memory layout that the model wants; the first convolution checks the channels.
 
     Raises:
-        ValueError: not (B, in_chans, H, W), or a side is shorter than the net's stride.
+        ValueError: not (B, C, H, W), or a side is shorter than `least_px`.
     """
-    if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] < least_px or x.shape[3] < least_px:
-        raise ValueError(
-            f"the image must be (B, {in_chans}, H, W) with sides of at least the net's stride, {least_px} pixels, "
-            f"got {list(x.shape)}"
-        )
+    if x.dim() != 4 or x.shape[2] < least_px or x.shape[3] < least_px:
+        raise ValueError(f"the image must be (B, C, H, W) with sides of at least {least_px} px, got {list(x.shape)}")
     if channels_last and not x.is_cuda:
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
 
+fx.wrap("take_image")  # a graph of the whole model calls it
+
+
+def check_indices(name: str, indices: int | Sequence[int] | None, maps: int) -> None:
+    """Check a choice of feature maps: the last n if an int, those maps if a sequence, all if None.
+
+    Args:
+        name: of the argument, for the error.
+        maps: feature maps that the model has.
+
+    Raises:
+        ValueError: a map is chosen that the model does not have, or none at all.
+    """
+    if indices is None:
+        return
+    if isinstance(indices, int):
+        fits = 1 <= indices <= maps
+    else:
+        fits = len(indices) > 0 and all(isinstance(i, int) and -maps <= i < maps for i in indices)
+    if not fits:
+        raise ValueError(
+            f"{name} must be the number of last feature maps, 1 to {maps}, or a sequence of maps from {-maps} to "
+            f"{maps - 1}, got {indices!r}"
+        )
+
+
+def take_maps(maps: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """Return the chosen feature maps, counted from the first, and the last of them (see `check_indices`)."""
+    check_indices("indices", indices, maps)
+    return feature_take_indices(maps, indices)
+
+
 class StagedBackbone(nn.Module):
-    """Base of the families. A subclass builds `stem`, `stages`, `norm`, then calls `finish`.
+    """Base of the families. A subclass builds `stem`, `stages` (nn.Sequential), `norm`, then calls `finish`.
 
     Every stage maps a map to a map in the family's layout (`output_fmt`), does its own down-sampling first, and owns
     `grad_checkpointing`. `norm` acts on the last map only.
@@ -70,13 +100,11 @@ class StagedBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last map after the norm, unpooled."""
-        x = self.stem(take_image(x, self.in_chans, self.stride_px, self.channels_last))
-        for stage in self.stages:
-            x = stage(x)
-        return self.norm(x)
+        x = self.stem(take_image(x, self.stride_px, self.channels_last))
+        return self.norm(self.stages(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -95,19 +123,22 @@ class StagedBackbone(nn.Module):
         """Return the last map and the maps of the chosen stages, as (B, C, H, W).
 
         Args:
-            x: images (B, in_chans, H, W).
+            x: images (B, C, H, W).
             indices: the last n stages if an int, those stages if a list, all if None.
             norm: apply the final norm to the last stage's map too.
             stop_early: run no stage past the last one asked for.
             output_fmt: "NCHW".
             intermediates_only: leave the last map out of the answer.
+
+        Raises:
+            ValueError: the images are too small, the model has no such stage, or output_fmt is not "NCHW".
         """
         if output_fmt != "NCHW":
             raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW', got {output_fmt!r}")
-        take, max_index = feature_take_indices(len(self.stages), indices)
+        take, max_index = take_maps(len(self.stages), indices)
         last = len(self.stages) - 1
         stages = self.stages[: max_index + 1] if stop_early else self.stages
-        x = self.stem(take_image(x, self.in_chans, self.stride_px, self.channels_last))
+        x = self.stem(take_image(x, self.stride_px, self.channels_last))
         maps = []
         for i, stage in enumerate(stages):
             x = stage(x)
@@ -121,8 +152,12 @@ class StagedBackbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen stages do not need; return their indices."""
-        take, max_index = feature_take_indices(len(self.stages), indices)
+        """Drop what the chosen stages do not need; return their indices.
+
+        Raises:
+            ValueError: the model has no such stage.
+        """
+        take, max_index = take_maps(len(self.stages), indices)
         cut = max_index < len(self.stages) - 1
         if prune_norm or cut:
             self.norm = nn.Identity()

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, load_state_dict, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from ..attention_ops import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw
 from ..attention_ops.bi_level_routing import lepe
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import DepthwiseMlp, MapGELU, MapMlp, scaled
+from ._layers import DepthwiseMlp, MapGELU, scaled
 from ._prunable import AttentionLayout, Prunable
 from ._staged import StagedBackbone
 
@@ -147,7 +147,7 @@ def _mlp(dim: int, config: BiFormerConfig, drop: float, **dd) -> nn.Module:
     if config.mlp_conv:
         return DepthwiseMlp(dim, hidden_dim, drop, **dd)
     act = MapGELU if config.nchw else nn.GELU
-    return MapMlp(dim, hidden_dim, act_layer=act, drop=drop, use_conv=config.nchw, **dd)
+    return Mlp(dim, hidden_dim, act_layer=act, drop=drop, use_conv=config.nchw, **dd)
 
 
 class BiFormerBlock(nn.Module):
@@ -266,7 +266,7 @@ class BiFormer(StagedBackbone):
         dd = {"device": device, "dtype": dtype}
         self.stem = _stem(in_chans, config.dims[0], config, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
-        self.stages = nn.ModuleList()
+        self.stages = nn.Sequential()
         for i, own in enumerate(rates):
             self.stages.append(BiFormerStage(i, config, proj_drop_rate, own, **dd))
         self.norm = nn.BatchNorm2d(config.dims[-1], **dd)

@@ -16,14 +16,14 @@ from functools import partial
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ..attention_ops import EfficientChannelAttention
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import take_images_channels_last
 from ._mobilenet_v2 import MobileNetV2
 from ._prunable import Prunable
+from ._timm_classes import CheckedResNet
 
 register_notrace_module(EfficientChannelAttention)
 
@@ -54,7 +54,7 @@ def _eca(channels: int, kernels: Mapping[int, int], **dd) -> EfficientChannelAtt
     return EfficientChannelAttention(channels, kernels[channels], **dd)
 
 
-class EcaResNet(ResNet):
+class EcaResNet(CheckedResNet):
     """timm's ResNet with efficient channel attention in every block.
 
     Args:
@@ -73,7 +73,6 @@ class EcaResNet(ResNet):
             zero_init_last=zero_init_last,
             **kwargs,
         )
-        take_images_channels_last(self)
 
 
 @dataclass(frozen=True)
@@ -180,8 +179,7 @@ ECA101 = EcaResNetConfig(depths=(3, 4, 23, 3), kernel_sizes=(3, 3, 5, 7))
 
 
 def _create(cls: type[nn.Module], variant: str, config: Any, pretrained: bool, **kwargs) -> nn.Module:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3, 4))  # timm's count of maps: the stem's is the first
-    return build(cls, config, variant, pretrained, checkpoint_filter_fn, out_indices, **kwargs)
+    return build(cls, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -15,15 +15,15 @@ from functools import partial
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from ..attention_ops import EfficientLocalAttention, insert_attention
 from ..attention_ops.strip_gate import VARIANTS
 from ._build import build, cfg, check_fits, unwrap
-from ._layers import take_images_channels_last
 from ._mobilenet_v2 import MobileNetV2
 from ._prunable import Prunable
+from ._timm_classes import CheckedResNet
 
 register_notrace_module(EfficientLocalAttention)
 
@@ -61,7 +61,7 @@ class ElaBottleneck(Bottleneck):
         return self.act3(x + shortcut)
 
 
-class ElaResNet(ResNet):
+class ElaResNet(CheckedResNet):
     """timm's ResNet with efficient local attention in every block.
 
     Args:
@@ -81,7 +81,6 @@ class ElaResNet(ResNet):
             zero_init_last=zero_init_last,
             **kwargs,
         )
-        take_images_channels_last(self)
 
 
 def _gate(out_channels: int, shrink: int, config: ElaResNetConfig, **dd) -> EfficientLocalAttention:
@@ -150,10 +149,9 @@ DEEP152 = ElaResNetConfig(depths=(3, 8, 36, 3))
 
 
 def _create(cls: type[nn.Module], variant: str, config: Any, pretrained: bool, **kwargs) -> nn.Module:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3, 4))  # timm's count of maps: the stem's is the first
     kind = variant.rpartition("_")[2]
     config = replace(config, ela_variant=kind) if kind in VARIANTS else config
-    return build(cls, config, variant, pretrained, checkpoint_filter_fn, out_indices, **kwargs)
+    return build(cls, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

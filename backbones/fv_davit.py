@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ..attention_ops import ChannelAttention, WindowAttention2d
 from ..attention_ops.tiling import cover_with_windows
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import OverwritingGELU, add_biases_last, by_images
 from ._prunable import AttentionLayout, Prunable
 from ._staged import StagedBackbone
 
@@ -134,16 +133,9 @@ class DavitBlock(nn.Module):
         self.cpe2 = ConvPosition(dim, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
-        self.mlp.act = OverwritingGELU(self.mlp.fc1)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        if torch.jit.is_scripting():
-            return self.mix(x)
-        else:
-            return by_images(self.mix, x, self.mlp.fc1.out_features * x.shape[1] * x.shape[2])
-
-    def mix(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = self.cpe2(x)
@@ -221,10 +213,9 @@ class Davit(StagedBackbone):
         dims = config.dims
         self.stem = DavitStem(in_chans, dims[0], **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
-        self.stages = nn.ModuleList()
+        self.stages = nn.Sequential()
         for i, own in enumerate(rates):
             self.stages.append(DavitStage(dims[max(i - 1, 0)], i, config, proj_drop_rate, own, **dd))
-        add_biases_last(self.stages)
         self.norm = nn.Identity()
         self.finish(
             dims,

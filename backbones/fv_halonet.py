@@ -15,18 +15,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-from timm.layers import ConvNormAct
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models.byoanet import model_cfgs
-from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, SelfAttnBlock
-from torch import Tensor, nn
+from timm.models.byobnet import ByoBlockCfg, ByoModelCfg, LayerFn, SelfAttnBlock
+from torch import nn
 
 from ..attention_ops import EfficientChannelAttention, HaloAttention2d
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._folding import conv_norm
-from ._layers import batch_matters, layers_by_images, take_images_channels_last
 from ._prunable import AttentionLayout, Projection, Prunable
+from ._timm_classes import CheckedByobNet
 
 register_notrace_module(HaloAttention2d)
 
@@ -57,16 +54,6 @@ class WideValueBlock(SelfAttnBlock):
         wide = self.self_attn.heads * self.self_attn.value_dim
         self.post_attn = layers.norm_act(wide, **dd)
         self.conv3_1x1 = layers.conv_norm_act(wide, out_chs, 1, apply_act=False, **dd)
-
-
-class FoldingConvNormAct(ConvNormAct):
-    """timm's convolution, norm and activation; CPU inference folds the norm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.bn(self.conv(x))
-        else:
-            return conv_norm(self.conv, self.bn, x)
 
 
 @dataclass(frozen=True)
@@ -141,7 +128,7 @@ class TimmHaloConfig:
         )
 
 
-class HaloNet(ByobNet):
+class HaloNet(CheckedByobNet):
     """Halo attention backbone.
 
     Args:
@@ -166,24 +153,6 @@ class HaloNet(ByobNet):
 
     def __init__(self, config: HaloNetConfig | TimmHaloConfig, **kwargs) -> None:
         super().__init__(config.byob(), **kwargs)
-        if isinstance(config, HaloNetConfig):  # the others amplify rounding too much for sums in another order
-            take_images_channels_last(self)
-            for layer in self.modules():
-                if type(layer) is ConvNormAct and layer.aa is None:
-                    layer.__class__ = FoldingConvNormAct
-
-    def forward_features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, ceil(H / 32), ceil(W / 32))
-        if torch.jit.is_scripting():
-            return self.final_conv(self.stages(self.stem(x)))
-        elif self.grad_checkpointing or batch_matters(self.stem, self.stages):
-            return super().forward_features(x)
-        else:
-            stages = list(self.stages)
-            few = [self.stem, *stages[:2]]  # 256 channels at a quarter of the side
-            x = layers_by_images(few, x, values_per_pixel=16)
-            for stage in stages[2:]:
-                x = stage(x)
-            return self.final_conv(x)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -251,8 +220,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, config: HaloNetConfig | TimmHaloConfig, pretrained: bool, **kwargs) -> HaloNet:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3, 4))  # timm's count of maps: the stem's is the first
-    return build(HaloNet, config, variant, pretrained, checkpoint_filter_fn, out_indices, **kwargs)
+    return build(HaloNet, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

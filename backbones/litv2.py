@@ -200,7 +200,7 @@ class Litv2(StagedBackbone):
         dd = {"device": device, "dtype": dtype}
         self.stem = PatchEmbed(in_chans, config.dims[0], **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
-        self.stages = nn.ModuleList()
+        self.stages = nn.Sequential()
         for i, own in enumerate(rates):
             self.stages.append(Litv2Stage(i, config, proj_drop_rate, own, **dd))
         self.norm = nn.LayerNorm(config.dims[-1], **dd)

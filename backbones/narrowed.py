@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ._build import cfg
+from ._build import build_features, cfg
 from ._widths import narrow
 
 default_cfgs = generate_default_cfgs({"narrowed.untrained": cfg(notes=("Takes of= and widths=.",))})
@@ -31,13 +31,7 @@ def narrowed(pretrained: bool = False, of: str = "", widths: Mapping[str, Any] |
     if not of or widths is None:
         raise ValueError(f"narrowed: wants of= (a timm model name) and widths=, got {of!r} and {widths!r}")
 
-    given = "out_indices" in kwargs
-    feature_cfg: dict[str, Any] = {"feature_cls": "getter"}
-
     def make(**arguments: Any) -> nn.Module:
-        model = narrow(timm.create_model(of, **arguments), widths)
-        if not given:  # timm reads them after the model was made
-            feature_cfg["out_indices"] = tuple(range(len(model.feature_info)))
-        return model
+        return narrow(timm.create_model(of, **arguments), widths)
 
-    return build_model_with_cfg(make, "narrowed", pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_features(make, "narrowed", pretrained, **kwargs)

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from ..attention_ops import NeighborhoodAttention2d
 from ._build import StateDict, build, cfg, check_fits, resize_rpb, unwrap
-from ._layers import MapMlp, scaled
+from ._layers import scaled
 from ._prunable import AttentionLayout, Prunable
 from ._staged import StagedBackbone
 
@@ -162,7 +162,7 @@ class NatBlock(nn.Module):
         kind = DenseAttention2d if config.dense else NeighborhoodAttention2d
         self.attn = kind(dim, dim // config.head_dim, config.kernel_size, dilation, proj_drop=drop, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = MapMlp(dim, int(dim * config.mlp_ratio), drop=drop, **dd)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), drop=drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         has_scale = config.layer_scale is not None
         self.gamma1 = nn.Parameter(torch.full((dim,), config.layer_scale, **dd)) if has_scale else None
@@ -232,7 +232,7 @@ class Nat(StagedBackbone):
         else:
             self.stem = PatchStem(in_chans, dims[0], config.patch_size, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
-        self.stages = nn.ModuleList()
+        self.stages = nn.Sequential()
         for i, own in enumerate(rates):
             self.stages.append(NatStage(dims[max(i - 1, 0)], i, config, proj_drop_rate, own, **dd))
         self.norm = nn.LayerNorm(dims[-1], **dd)

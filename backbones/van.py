@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from ..attention_ops import LargeKernelAttention
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._folding import LEAST_FOLDED, at_rest, slope_and_offset
-from ._layers import MapGELU, by_images
+from ._layers import MapGELU
 from ._prunable import Prunable
 from ._staged import StagedBackbone
 
@@ -80,7 +78,6 @@ class VanMlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.hidden_dim = hidden_dim
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
         self.act = MapGELU()
@@ -88,31 +85,12 @@ class VanMlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
-        if torch.jit.is_scripting():
-            return self.mix(x)
-        else:
-            return by_images(self.mix, x, self.hidden_dim * x.shape[2] * x.shape[3])
-
-    def mix(self, x: Tensor) -> Tensor:
         x = self.drop(self.act(self.dwconv(self.fc1(x))))
         return self.drop(self.fc2(x))
 
-    def apply_folded(self, x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-        """The same without dropout, with other weights and biases of the two 1x1 convolutions."""
-
-        def mix(x: Tensor) -> Tensor:
-            return F.conv2d(self.act(self.dwconv(F.conv2d(x, *first))), *second)
-
-        return by_images(mix, x, self.hidden_dim * x.shape[2] * x.shape[3])
-
 
 class VanBlock(nn.Module):
-    """Attention and MLP, each after a BatchNorm.
-
-    CPU inference folds both norms and layer scales into the 1x1 convolutions beside them: 8 images of 224 px took
-    VAN-B0 233 ms without and 218 ms with (2 threads of a Xeon with AVX-512, torch 2.15). The weights are made anew at
-    every call, so they may change in between.
-    """
+    """Attention and MLP, each after a BatchNorm and with a layer scale."""
 
     def __init__(self, dim: int, mlp_ratio: float, layer_scale: float, drop: float, drop_path: float, **dd) -> None:
         super().__init__()
@@ -125,45 +103,8 @@ class VanBlock(nn.Module):
         self.layer_scale_2 = nn.Parameter(torch.full((dim,), layer_scale, **dd))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
-        if torch.jit.is_scripting():
-            return self.apply_layers(x)
-        else:
-            return self.apply_folded(x) if self.can_fold(x) else self.apply_layers(x)
-
-    def apply_layers(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.layer_scale_1[:, None, None] * self.attn(self.norm1(x)))
         return x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
-
-    def can_fold(self, x: Tensor) -> bool:
-        """Say whether the layers are plain ones at rest, whose outputs nobody asks for, and the map is worth it."""
-        if type(self.mlp) is not VanMlp:
-            return False
-        convs = self.attn.proj_1, self.attn.proj_2, self.mlp.fc1, self.mlp.fc2
-        norms = self.norm1, self.norm2
-        if not at_rest(x, *convs, *norms, self.attn, self.mlp, self.mlp.drop, self.drop_path):
-            return False
-        plain = all(type(m) is nn.Conv2d for m in convs) and all(type(m) is nn.BatchNorm2d for m in norms)
-        return plain and x.numel() > LEAST_FOLDED
-
-    def apply_folded(self, x: Tensor) -> Tensor:
-        attn, scale, (slope, offset) = self.attn, self.layer_scale_1, slope_and_offset(self.norm1)
-        y = F.conv2d(x, *_after(slope, offset, attn.proj_1))
-        y = attn.spatial_gating_unit(attn.activation(y))
-        weight, bias = _before(scale, attn.proj_2)
-        y = F.conv2d(y, weight, bias + scale * offset)  # the shortcut inside the attention brings norm1's offset
-        x = y.addcmul_(x, (1 + scale * slope)[:, None, None])
-        first = _after(*slope_and_offset(self.norm2), self.mlp.fc1)
-        return x.add_(self.mlp.apply_folded(x, first, _before(self.layer_scale_2, self.mlp.fc2)))
-
-
-def _after(slope: Tensor, offset: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a 1x1 convolution that takes x for slope * x + offset."""
-    return conv.weight * slope[:, None, None], conv.bias + torch.mv(conv.weight.flatten(1), offset)
-
-
-def _before(scale: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a 1x1 convolution whose output is multiplied by `scale`."""
-    return conv.weight * scale[:, None, None, None], conv.bias * scale
 
 
 class VanStage(nn.Module):
@@ -223,7 +164,7 @@ class Van(StagedBackbone):
         dd = {"device": device, "dtype": dtype}
         self.stem = OverlapPatchEmbed(in_chans, config.dims[0], 7, 4, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
-        self.stages = nn.ModuleList()
+        self.stages = nn.Sequential()
         for i, own in enumerate(rates):
             self.stages.append(VanStage(config.dims[max(i - 1, 0)], i, config, proj_drop_rate, own, **dd))
         self.norm = nn.Identity()

@@ -7,7 +7,7 @@ ECA, ELA   Against the chain of mean, convolution (norm), sigmoid and products, 
 LKA        Against three convolutions and a product on an NCHW map; ours takes it channels last, as VAN does on a CPU.
 Ours       The fused kernels on a GPU, the tiled bodies on a CPU. LKA's kernel has no backward: training takes cuDNN.
 Floor      On a GPU: the time that the least passes over the map take at the card's bandwidth, over the time taken.
-Model      VAN-B0 against the same weights run as plain NCHW layers.
+Model      VAN-B0, which runs channels-last, against the same layers and weights run in NCHW.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..attention_ops import LargeKernelAttention, channel_attention, channel_gate, large_kernel_attention, strip_gate
+from ..attention_ops import channel_attention, channel_gate, large_kernel_attention, strip_gate
+from ..backbones._layers import MapGELU
 from ._timing import (
     H200_BYTES_PER_SECOND,
     common_parser,
@@ -155,42 +156,13 @@ def _step(call: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> Cal
     return lambda: torch.autograd.grad(call(), leaves, grad)
 
 
-class PlainLka(nn.Module):
-    """Large kernel attention as plain layers, with the weights of one of ours."""
-
-    def __init__(self, ours: LargeKernelAttention) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([ours.conv0, ours.conv_spatial, ours.conv1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = x
-        for layer in self.layers:
-            gate = layer(gate)
-        return x * gate
-
-
-class PlainMlp(nn.Module):
-    """VAN's MLP on the whole batch at once, with the layers of one of ours."""
-
-    def __init__(self, ours: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(ours.fc1, ours.dwconv, nn.GELU(), ours.drop, ours.fc2, ours.drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
 def models(device: str) -> dict[str, nn.Module]:
     ours, plain = (timm.create_model("van_b0").to(device).eval() for _ in range(2))
     plain.load_state_dict(ours.state_dict())
     plain.channels_last = False
     for name, layer in list(plain.named_modules()):
-        if isinstance(layer, LargeKernelAttention):
-            plain.set_submodule(name, PlainLka(layer))
-        elif name.endswith(".activation"):
+        if isinstance(layer, MapGELU):
             plain.set_submodule(name, nn.GELU())
-        elif name.endswith(".mlp"):
-            plain.set_submodule(name, PlainMlp(layer))
     return {"ours": ours, "plain": plain}
 
 

@@ -87,4 +87,16 @@ def test_float32_rounds_as_the_authors_layers(layout):
     x, weight = torch.randn(3, 96, 7, 9).contiguous(memory_format=layout), torch.randn(1, 1, 5)
     means = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(1, 2)
     gate = F.conv1d(means, weight, padding=2).transpose(1, 2).unsqueeze(-1).sigmoid()
-    assert torch.equal(channel_gate(x, weight), x * gate)  # a bit less moves ReLUs behind the gate
+    layer = EfficientChannelAttention(96, 5)
+    layer.load_state_dict({"conv.weight": weight})
+    for out in (channel_gate(x, weight), layer(x)):
+        assert torch.equal(out, x * gate)  # a bit less moves ReLUs behind the gate
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_layer_sums_16_bit_tokens_in_float32(dtype):
+    """A mean of 3 over 208 x 208 tokens: a sum in float16 overflows at 65504."""
+    torch.manual_seed(0)
+    x, layer = (3 + torch.randn(1, 8, 208, 208)).to(dtype), EfficientChannelAttention(8, 3).to(dtype)
+    out, exact = layer(x), layer.double()(x.double())
+    assert (out - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()

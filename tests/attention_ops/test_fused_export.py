@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gates import by_op
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
@@ -23,9 +24,9 @@ LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch
     "routed nchw": (lambda: BiLevelRoutingAttentionNchw(32, 2, 3, 2), "routed_attention_forward", "softmax"),
     "hilo": (lambda: HiLoAttention(32, 4, 2, 0.5), "local_attention_forward", "_softmax"),
     "channel": (lambda: ChannelAttention(32, 2), "channel_attention_forward", "softmax"),
-    "large kernel": (lambda: LargeKernelAttention(32).requires_grad_(False), "large_kernel_gate", "mul"),
-    "channel gate": (lambda: EfficientChannelAttention(32), "channel_gate_forward", "sigmoid"),
-    "strip gate": (lambda: EfficientLocalAttention(32), "strip_gate_forward", "sigmoid"),
+    "large kernel": (lambda: by_op(LargeKernelAttention(32).requires_grad_(False)), "large_kernel_gate", "mul"),
+    "channel gate": (lambda: by_op(EfficientChannelAttention(32)), "channel_gate_forward", "sigmoid"),
+    "strip gate": (lambda: by_op(EfficientLocalAttention(32)), "strip_gate_forward", "sigmoid"),
 }
 NCHW = ("routed nchw", "large kernel", "channel gate", "strip gate")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gates import by_op
 
 from foveate.attention_ops import LargeKernelAttention, large_kernel_attention
 
@@ -42,6 +43,12 @@ def test_the_layer_equals_the_official_one(det, golden, relative_error):
         layer.load_state_dict(det.det_state_dict(case["state_dict"]))
         out = layer(torch.from_numpy(det.det_input(case["input_shape"], case["input_seed"])))
         assert relative_error(out, arrays[f"{name}__out"]) < 1e-5, name
+
+
+def test_the_layer_equals_the_op():
+    torch.manual_seed(0)
+    layer, x = LargeKernelAttention(6, 3, 5, 2).double(), torch.randn(2, 6, 9, 7, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), by_op(layer)(x))
 
 
 @pytest.mark.parametrize(

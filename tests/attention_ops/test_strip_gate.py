@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gates import by_op
 from torch import nn
 
 from foveate.attention_ops import EfficientLocalAttention, strip_gate
@@ -42,6 +43,24 @@ def test_variants_are_the_papers(variant, channels, kernel, groups, norm_groups)
     assert layer.conv.kernel_size == (kernel,)
     assert (layer.conv.groups, layer.norm.num_groups) == (groups, norm_groups)
     assert layer(torch.randn(2, channels, 6, 5)).shape == (2, channels, 6, 5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
+def test_the_layer_equals_the_op(layout):
+    torch.manual_seed(0)
+    layer, x = EfficientLocalAttention(16, "s"), torch.randn(2, 16, 6, 5).contiguous(memory_format=layout)
+    nn.init.normal_(layer.norm.weight)
+    nn.init.normal_(layer.norm.bias)
+    torch.testing.assert_close(layer(x), by_op(layer)(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_layer_sums_16_bit_tokens_in_float32(dtype):
+    """Rows and columns of 4096 tokens of mean 30: a sum in float16 overflows at 65504."""
+    torch.manual_seed(0)
+    x, layer = (30 + torch.randn(1, 8, 4096, 3)).to(dtype), EfficientLocalAttention(8).to(dtype)
+    out, exact = layer(x), layer.double()(x.double())
+    assert (out - exact).abs().max() <= 16 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_residual_adds_the_input():

@@ -112,10 +112,10 @@ def test_any_image_size_runs(name, size):
 
 
 @every_small_staged
-def test_an_image_below_the_stride_or_of_other_channels_is_refused(name):
+def test_an_image_below_the_stride_is_refused(name):
     model = small(name)
-    for shape in [(1, 3, 7, 64), (1, 3, 64, 7), (1, 4, 64, 64), (3, 64, 64)]:
-        with pytest.raises(ValueError, match=r"the image must be \(B, 3, H, W\) with sides of at least .* got \["):
+    for shape in [(1, 3, 7, 64), (1, 3, 64, 7), (3, 64, 64)]:
+        with pytest.raises(ValueError, match=r"the image must be \(B, C, H, W\) with sides of at least \d+ px, got \["):
             model(torch.zeros(shape))
 
 

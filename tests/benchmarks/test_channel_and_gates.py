@@ -5,12 +5,10 @@ import timm
 import torch
 from torch import nn
 
-from foveate.backbones import van
+from foveate.backbones._layers import MapGELU
 from foveate.benchmarks import channel_and_gates
 from foveate.benchmarks.channel_and_gates import (
     CASES,
-    PlainLka,
-    PlainMlp,
     channel_case,
     eca_case,
     ela_case,
@@ -67,11 +65,13 @@ def small_van(monkeypatch):
     monkeypatch.setattr(channel_and_gates, "IMAGE_PX", 64)
 
 
-def test_the_plain_model_is_made_of_plain_layers(small_van):
-    plain = channel_and_gates.models("cpu")["plain"]
-    kinds = {type(m) for m in plain.modules()}
-    assert {PlainLka, PlainMlp, nn.GELU} <= kinds and not {van.VanMlp, van.MapGELU} & kinds
-    assert not plain.channels_last
+def test_the_plain_model_runs_in_nchw_with_the_same_weights(small_van):
+    nets = channel_and_gates.models("cpu")
+    kinds = {type(m) for m in nets["plain"].modules()}
+    assert nn.GELU in kinds and MapGELU not in kinds and not nets["plain"].channels_last
+    assert nets["ours"].channels_last
+    x = torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(nets["ours"](x), nets["plain"](x))
 
 
 def test_the_whole_model_is_compared(small_van):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
+from gates import by_op
 from ops import CASES
 from torch._dynamo.backends.common import aot_autograd
 
@@ -47,8 +48,8 @@ LAYERS = {
     "routed": lambda: BiLevelRoutingAttention(16, 2, 2, 2),
     "hilo": lambda: HiLoAttention(16, 2, 2, 0.5),
     "channel": lambda: ChannelAttention(16, 2),
-    "channel gate": lambda: EfficientChannelAttention(16),
-    "strip gate": lambda: EfficientLocalAttention(16),
+    "channel gate": lambda: by_op(EfficientChannelAttention(16)),
+    "strip gate": lambda: by_op(EfficientLocalAttention(16)),
 }
 NODES = {"routed": "routed_attention", "hilo": "local_attention", "channel": "channel_attention"}
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gates import by_op
 
 from foveate.attention_ops import LargeKernelAttention, large_kernel_attention
 from foveate.kernels.large_kernel import launch_dilated_gate
@@ -75,8 +76,8 @@ def test_the_kernel_stays_inside_its_tensors(fenced):
     assert maps[2].isfinite().all()
 
 
-def test_the_layer_takes_the_kernel_in_inference_and_the_convolutions_in_training(monkeypatch):
-    layer, x = LargeKernelAttention(8), torch.randn(1, 8, 5, 6)
+def test_the_op_takes_the_kernel_in_inference_and_the_convolutions_in_training(monkeypatch):
+    layer, x = by_op(LargeKernelAttention(8)), torch.randn(1, 8, 5, 6)
     calls = []
     monkeypatch.setattr("foveate.kernels.large_kernel.launch_dilated_gate", lambda *a: calls.append(a) or a[-1].zero_())
     assert layer(x).grad_fn is not None and calls == []

@@ -1,4 +1,7 @@
-"""Structurally pruned nets in Triton's interpreter: the kernels take whatever heads and widths are left."""
+"""Structurally pruned nets in Triton's interpreter: the kernels take whatever heads and widths are left.
+
+The gates of VAN, ECA-Net and ELA are plain layers; here their weights go to the ops.
+"""
 
 import copy
 from contextlib import contextmanager
@@ -6,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import timm
 import torch
+from gates import gates_by_op
 from torch import Tensor, nn
 
 from foveate.attention_ops import _op
@@ -76,7 +80,8 @@ def without_kernels():
 def pruned(name: str, left: str) -> nn.Module:
     net = build(name)
     ratio, scope = LEFT[left]
-    return plan(net, "random", ratio, structure=NETS[name][1].split(), scope=scope, img_size=32).cut(net)
+    cut = plan(net, "random", ratio, structure=NETS[name][1].split(), scope=scope, img_size=32).cut(net)
+    return gates_by_op(cut)
 
 
 def results(net: nn.Module, x: Tensor, with_gradients: bool) -> list[Tensor]:

@@ -1,0 +1,70 @@
+"""timm's ResNet, EfficientNet and ByobNet with the errors of our own backbones.
+
+Everything else is timm's: modules, keys, memory layout and results.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models.byobnet import ByobNet
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import ResNet
+from torch import Tensor, fx
+
+from ._staged import check_indices, take_image
+
+LEAST_PX = 1
+fx.wrap("take_image")
+
+
+class _Checked:
+    """Check images and feature indices before timm's methods see them."""
+
+    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, *args: Any, **kwargs: Any):
+        """As timm's.
+
+        Raises:
+            ValueError: an image has no pixels, or the model has no such feature map.
+        """
+        if not kwargs.get("extra_blocks"):  # EfficientNet then counts blocks
+            check_indices("indices", indices, len(self.feature_info))
+        return super().forward_intermediates(take_image(x, LEAST_PX, False), indices, *args, **kwargs)
+
+    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
+        """As timm's.
+
+        Raises:
+            ValueError: the model has no such feature map.
+        """
+        if not kwargs.get("extra_blocks"):
+            check_indices("indices", indices, len(self.feature_info))
+        return super().prune_intermediate_layers(indices, *args, **kwargs)
+
+
+class CheckedResNet(_Checked, ResNet):
+    def forward_features(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, ceil(H / 32), ceil(W / 32))
+        x = take_image(x, LEAST_PX, False)
+        if torch.jit.is_scripting():  # TorchScript has no super()
+            x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+            return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        else:
+            return super().forward_features(x)
+
+
+class CheckedEfficientNet(_Checked, EfficientNet):
+    def forward_features(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, ceil(H / 32), ceil(W / 32))
+        x = take_image(x, LEAST_PX, False)
+        if torch.jit.is_scripting():
+            return self.bn2(self.conv_head(self.blocks(self.bn1(self.conv_stem(x)))))
+        else:
+            return super().forward_features(x)
+
+
+class CheckedByobNet(_Checked, ByobNet):
+    def forward_features(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, ceil(H / 32), ceil(W / 32))
+        x = take_image(x, LEAST_PX, False)
+        if torch.jit.is_scripting():
+            return self.final_conv(self.stages(self.stem(x)))
+        else:
+            return super().forward_features(x)
