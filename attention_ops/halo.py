@@ -258,7 +258,7 @@ class HaloAttention2d(nn.Module):
         q = self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.heads, self.head_dim))
         kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.heads, self.head_dim + self.value_dim))
         k, v = kv[..., : self.head_dim], kv[..., self.head_dim :]
-        rel_h, rel_w = self.pos_embed()
+        rel_h, rel_w = [table * self.rel_scale for table in self.pos_embed()]
         out = torch.ops.foveate.halo_attention(
             q,
             k,
@@ -266,8 +266,8 @@ class HaloAttention2d(nn.Module):
             self.block_size,
             self.halo,
             stride=self.stride,
-            rel_h=rel_h * self.rel_scale,
-            rel_w=rel_w * self.rel_scale,
+            rel_h=rel_h,
+            rel_w=rel_w,
             scale=self.scale,
         )
         return self.pool(out.flatten(3).permute(0, 3, 1, 2).contiguous())  # in the layout of timm's layer
