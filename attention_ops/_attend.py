@@ -41,14 +41,14 @@ class EagerBody:
 
 
 class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(body: EagerBody, *tensors: Tensor | None) -> Tensor:
-        return body.forward(*tensors)
+    """Without `setup_context`, which costs 60 us a call: torch.func, which needs it, takes the graph body instead."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.body, *tensors = inputs
-        ctx.save_for_backward(*tensors, *([output] if ctx.body.keeps_output else []))
+    def forward(ctx: Any, body: EagerBody, *tensors: Tensor | None) -> Tensor:
+        out = body.forward(*tensors)
+        ctx.body = body
+        ctx.save_for_backward(*tensors, *([out] if body.keeps_output else []))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,24 +78,21 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     if torch._fused_sdp_choice(q, k, v, scale=scale) != SDPBackend.FLASH_ATTENTION.value:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return _FlashOnCpu.apply(q, k, v, scale)[0]
+    return _FlashOnCpu.apply(q, k, v, scale)
 
 
 class _FlashOnCpu(torch.autograd.Function):
     """torch's kernel for CPUs, whose own backward pass cannot be differentiated."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        *qkv, ctx.scale = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*qkv, *output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
             graph = partial(F.scaled_dot_product_attention, scale=ctx.scale)

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from ._attend import accumulator
 from ._op import Impl, check_at_least, check_qkv, declare, run, why_no_local_kernel
-from .tiled_attention import TILES, TiledAttention, TilePlan, cheapest_tiles, from_maps, graph_attention, to_maps
+from .tiled_attention import (
+    TILES,
+    TiledAttention,
+    TileMask,
+    TilePlan,
+    cheapest_tiles,
+    from_maps,
+    graph_attention,
+    to_maps,
+)
 from .tiling import AxisTiling
 
 OP = "circle_attention"
@@ -66,8 +75,8 @@ def circle_attention_reference(q: Tensor, k: Tensor, v: Tensor, radius: int, sca
 def circle_attention_tiled(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:
     """Tiles of queries against the one key tile that covers their circles."""
     rows, cols = _cheapest_tiles((q.shape[1], q.shape[2]), radius)
-    seen = tile_mask(radius, *(_cached_distances(radius, axis, q.device) for axis in (rows, cols)))
-    return from_maps(TiledAttention(seen, TilePlan(rows, cols, scale))(*to_maps(q, k, v), None))
+    mask = TileMask.of(tile_mask(radius, *(_cached_distances(radius, axis, q.device) for axis in (rows, cols))))
+    return from_maps(TiledAttention(mask, TilePlan(rows, cols, scale))(*to_maps(q, k, v), None))
 
 
 def circle_attention_graph(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:

@@ -8,6 +8,7 @@ whose result is not finite is computed again without the masked pairs: a NaN rea
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,17 @@ def cheapest_tiles(rows: Iterable[AxisTiling], cols: Iterable[AxisTiling]) -> tu
     return min(product(rows, cols), key=work)
 
 
+class TileMask(NamedTuple):
+    """Which key of its tile a query sees, (groups * tiles, query tokens, key tokens) bool."""
+
+    seen: Tensor  # queries past the end of a map see nothing, all others one key at least
+    shown: Tensor  # the same for SDPA, where they see all keys: a row of nothing but -inf would make NaN
+
+    @staticmethod
+    def of(seen: Tensor) -> "TileMask":
+        return TileMask(seen, seen | ~seen.any(-1, keepdim=True))
+
+
 class TiledAttention(EagerBody):
     """Attend from every query tile to its key tile, chunk by chunk. Tensors: q, k, v, bias.
 
@@ -56,18 +68,17 @@ class TiledAttention(EagerBody):
     The output has the shape of q and lies in memory as (B, Y, gy, X, gx, heads, d).
 
     Args:
-        seen: (groups * tiles, query tokens, key tokens) bool, True where a query sees a key. Queries past the end of a
-            map see nothing, all others one key at least.
+        mask: which query sees which key.
         plan: how maps are cut, and the scale.
     """
 
     keeps_output = True
 
-    def __init__(self, seen: Tensor, plan: TilePlan) -> None:
-        self.seen, self.plan = seen, plan
+    def __init__(self, mask: TileMask, plan: TilePlan) -> None:
+        (self.seen, self.shown), self.plan = mask, plan
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        mask = _additive(self.seen, bias, q.dtype)
+        mask = _additive(self.shown, bias, q.dtype)
         out = _empty_map(q)
         for part in self._chunks(q):
             few = q[part], k[part], v[part]
@@ -79,7 +90,7 @@ class TiledAttention(EagerBody):
     def backward(
         self, out: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        mask = _additive(self.seen, bias, q.dtype)
+        mask = _additive(self.shown, bias, q.dtype)
         grads = [_empty_map(q), _empty_map(k), _empty_map(v)]
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=mask.dtype)
         for part in self._chunks(q):
@@ -94,7 +105,7 @@ class TiledAttention(EagerBody):
         return *grads, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
 
     def graph(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        return _attend(q, k, v, _additive(self.seen, bias, q.dtype), self.plan)
+        return _attend(q, k, v, _additive(self.shown, bias, q.dtype), self.plan)
 
     def _chunks(self, q: Tensor) -> Iterator[slice]:
         """Cut the batch so that one chunk's logits fit `CHUNK_LOGITS` a thread."""
@@ -141,7 +152,7 @@ class TiledAttention(EagerBody):
 
 def graph_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor, plan: TilePlan) -> Tensor:
     """`TiledAttention` by plain differentiable operations."""
-    return TiledAttention(seen, plan).graph(q, k, v, bias)
+    return TiledAttention(TileMask.of(seen), plan).graph(q, k, v, bias)
 
 
 def to_maps(*maps: Tensor) -> list[Tensor]:
@@ -154,15 +165,11 @@ def from_maps(out: Tensor) -> Tensor:
     return out[:, :, 0, 0].permute(0, 2, 3, 1, 4)
 
 
-def _additive(seen: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """One float mask for SDPA: (1, n, T, K) without a bias, (1, heads * n, T, K) with one.
-
-    A query past the end sees all keys: a row of nothing but -inf would make NaN of it, and of gradients.
-    """
-    seen = seen | ~seen.any(-1, keepdim=True)
+def _additive(shown: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """One float mask for SDPA: (1, n, T, K) without a bias, (1, heads * n, T, K) with one."""
     if bias is None:
-        return torch.zeros((), dtype=accumulator(dtype), device=seen.device).where(seen, -torch.inf)[None]
-    return torch.where(seen, bias.to(accumulator(dtype))[:, None], -torch.inf).flatten(0, 1)[None]
+        return torch.zeros((), dtype=accumulator(dtype), device=shown.device).where(shown, -torch.inf)[None]
+    return torch.where(shown, bias.to(accumulator(dtype))[:, None], -torch.inf).flatten(0, 1)[None]
 
 
 def _to_tiles(x: Tensor, cut: Callable[..., Tensor], mask: Tensor, plan: TilePlan) -> Tensor:

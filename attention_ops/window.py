@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._attend import accumulator, sdpa
 from ._op import Impl, SymSize, check_at_least, check_device, check_qkv, declare, pair, run, why_no_local_kernel
-from .tiled_attention import TiledAttention, TilePlan, from_maps, graph_attention, to_maps
+from .tiled_attention import TiledAttention, TileMask, TilePlan, from_maps, graph_attention, to_maps
 from .tiling import WindowTiling, cover_with_windows, merge_windows, split_windows
 
 OP = "window_attention"
@@ -116,7 +116,8 @@ def window_attention_tiled(
     if bias is None and mask is None:
         return _on_windows(sdpa, q, k, v, window_size, scale)
     seen, plan = _plan(q, window_size, mask, scale)
-    return from_maps(TiledAttention(seen, plan)(*to_maps(q, k, v), bias))
+    shown = TileMask.of(seen) if mask is not None else TileMask(seen, seen)
+    return from_maps(TiledAttention(shown, plan)(*to_maps(q, k, v), bias))
 
 
 def window_attention_graph(
