@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from .errors import DisagreementError, ExportError
 from .graphs import INPUT_NAME, ONNX_SUFFIX, PROGRAM_SUFFIX, evaluating, require_onnx
+from .load import load_model
 
 # Another order of float32 sums moves logits by some 1e-6 to 2e-5 of their standard deviation, layer after layer;
 # a wrong eps, activation or scale moves them by 1e-3 and more. The line is drawn between.
@@ -38,6 +38,9 @@ def verify(
     tolerance: float = TOLERANCE,
 ) -> Agreement:
     """Compare the exported file with the model on every batch size in turn.
+
+    A .pt2 program is unpickled by `torch.export.load`, which can run code: give only programs of your own. ONNX files
+    and hub folders run none.
 
     Args:
         model: the PyTorch model the file was made of; runs in eval mode on the CPU.
@@ -68,7 +71,7 @@ def verify(
 
 def _runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
     if path.is_dir():
-        saved = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        saved = load_model(f"local-dir:{path}")
         return lambda batch: _as_list(saved(batch))
     if path.suffix == PROGRAM_SUFFIX:
         program = torch.export.load(path).module()

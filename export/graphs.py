@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._errors import first_line
 from .._files import atomic_path
+from .._torch_files import written
 from .errors import ExportError, MissingExtraError
 from .files import check_target
 from .inputs import data_config
@@ -75,7 +76,8 @@ def export_program(
         _output_names(model, example)
         with _OursSpelledOut():
             program = _quietly(lambda: _program(model, example, dynamic_batch))
-        torch.export.save(program, part)
+        with written(part) as file:
+            torch.export.save(program, file)
     return out
 
 

@@ -6,11 +6,12 @@ import torch
 
 from foveate.export import save_hub
 from foveate.pruning import PruningError, plan
+from foveate.pruning.hook import KeepMasks
 from foveate.train import TrainError, load_net, train
 from foveate.train.checkpoints import net_weights, read_checkpoint
 
 MICRO = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "kernel_size": 3, "in_chans": 1, "num_classes": 10}
-HOOK = "foveate.pruning.hook.KeepMasks"
+HOOK = KeepMasks.__name__
 
 
 def recipe(tmp_path, **changes):
@@ -64,9 +65,9 @@ def test_a_plan_of_another_model_stops_the_run(pruned, tmp_path):
 @pytest.mark.parametrize(
     ("hook", "message"),
     [
-        ({"type": HOOK, "plan": "none.json"}, r"cannot build 'foveate\.pruning\.hook\.KeepMasks': plan none\.json"),
-        ({"type": "NoSuchHook"}, "cannot build 'NoSuchHook'"),
-        ({}, "cannot build None"),
+        ({"type": HOOK, "plan": "none.json"}, "cannot build 'KeepMasks': plan none.json"),
+        ({"type": "NoSuchHook"}, "no hook is registered as 'NoSuchHook'"),
+        ({}, "no hook is registered as None"),
     ],
 )
 def test_a_hook_that_cannot_be_built_is_refused_before_anything_is_written(hook, message, pruned, tmp_path):

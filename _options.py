@@ -1,0 +1,61 @@
+"""What users write as `key=value`, and which arguments a model's name may be given by text or by a file."""
+
+import ast
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ._errors import first_line
+
+_WORDS = {"true": True, "false": False, "none": None}
+_LONGEST = 10_000  # characters of a value
+# Arguments of timm's factory that read other files, load less strictly, or return something else than a classifier.
+FACTORY_ARGS = frozenset(
+    "checkpoint_path cache_dir pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict pretrained_filter_fn "
+    "pretrained_model_args model_cfg feature_cfg kwargs_filter scriptable exportable no_jit".split()
+)
+FEATURE_ARGS = frozenset(("features_only", "out_indices", "feature_cls"))
+
+
+def parse_options(pairs: Iterable[str], option: str, *, dotted: bool = False) -> dict[str, Any]:
+    """Read `key=value` words: a value is a Python literal (3, 1e-4, (32, 64), None) or, failing that, the text itself.
+
+    Args:
+        option: the name of the command's option, for messages.
+        dotted: keys may be dotted paths.
+
+    Raises:
+        ValueError: no key, a key that is no name, one given twice, or a value that is no plain data.
+    """
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.strip()
+        if not equals or not all(part.isidentifier() for part in (key.split(".") if dotted else [key])):
+            raise ValueError(f"{option} wants key=value, got {pair[:100]!r}")
+        if key in parsed:
+            raise ValueError(f"{option}: {key} is given twice")
+        parsed[key] = _parse_value(text.strip(), f"{option} {key}")
+    return parsed
+
+
+def check_model_args(arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse arguments of timm's factory, which are not the model's own.
+
+    Raises:
+        ValueError: one of them is there.
+    """
+    if taken := sorted(FACTORY_ARGS & set(arguments)):
+        raise ValueError(f"{where}: {taken[0]} is an argument of timm's loader, not of a model")
+
+
+def _parse_value(text: str, where: str) -> Any:
+    if len(text) > _LONGEST:
+        raise ValueError(f"{where}: a value has at most {_LONGEST} characters, got {len(text)}")
+    if text.lower() in _WORDS:  # in any case: the text "false" would be true
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    except (TypeError, RecursionError, MemoryError) as error:  # {[1]: 2}, and brackets nested hundreds deep
+        raise ValueError(f"{where}: {first_line(error)} in {text[:40]!r}") from error
