@@ -16,24 +16,28 @@ FACTORY_ARGS = frozenset(
 FEATURE_ARGS = frozenset(("features_only", "out_indices", "feature_cls"))
 
 
+class OptionError(ValueError):
+    """An option that cannot be read; the message names it."""
+
+
 def parse_options(pairs: Iterable[str], option: str, *, dotted: bool = False) -> dict[str, Any]:
     """Read `key=value` words: a value is a Python literal (3, 1e-4, (32, 64), None) or, failing that, the text itself.
+
+    Of a key that is given twice the last value counts.
 
     Args:
         option: the name of the command's option, for messages.
         dotted: keys may be dotted paths.
 
     Raises:
-        ValueError: no key, a key that is no name, one given twice, or a value that is no plain data.
+        OptionError: no key, a key that is no name, or a value that is no plain data.
     """
     parsed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         key = key.strip()
         if not equals or not all(part.isidentifier() for part in (key.split(".") if dotted else [key])):
-            raise ValueError(f"{option} wants key=value, got {pair[:100]!r}")
-        if key in parsed:
-            raise ValueError(f"{option}: {key} is given twice")
+            raise OptionError(f"{option} wants key=value, got {pair[:100]!r}")
         parsed[key] = _parse_value(text.strip(), f"{option} {key}")
     return parsed
 
@@ -42,15 +46,15 @@ def check_model_args(arguments: Mapping[str, Any], where: str) -> None:
     """Refuse arguments of timm's factory, which are not the model's own.
 
     Raises:
-        ValueError: one of them is there.
+        OptionError: one of them is there.
     """
     if taken := sorted(FACTORY_ARGS & set(arguments)):
-        raise ValueError(f"{where}: {taken[0]} is an argument of timm's loader, not of a model")
+        raise OptionError(f"{where}: {taken[0]} is an argument of timm's loader, not of a model")
 
 
 def _parse_value(text: str, where: str) -> Any:
     if len(text) > _LONGEST:
-        raise ValueError(f"{where}: a value has at most {_LONGEST} characters, got {len(text)}")
+        raise OptionError(f"{where}: a value has at most {_LONGEST} characters, got {len(text)}")
     if text.lower() in _WORDS:  # in any case: the text "false" would be true
         return _WORDS[text.lower()]
     try:
@@ -58,4 +62,4 @@ def _parse_value(text: str, where: str) -> Any:
     except (ValueError, SyntaxError):
         return text
     except (TypeError, RecursionError, MemoryError) as error:  # {[1]: 2}, and brackets nested hundreds deep
-        raise ValueError(f"{where}: {first_line(error)} in {text[:40]!r}") from error
+        raise OptionError(f"{where}: {first_line(error)} in {text[:40]!r}") from error
