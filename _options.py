@@ -10,8 +10,9 @@ _WORDS = {"true": True, "false": False, "none": None}
 _LONGEST = 10_000  # characters of a value
 # Arguments of timm's factory that read other files, load less strictly, or return something else than a classifier.
 FACTORY_ARGS = frozenset(
-    "checkpoint_path cache_dir pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict pretrained_filter_fn "
-    "pretrained_model_args model_cfg feature_cfg kwargs_filter scriptable exportable no_jit".split()
+    "name model_name checkpoint checkpoint_path cache_dir pretrained pretrained_cfg pretrained_cfg_overlay "
+    "pretrained_strict pretrained_filter_fn pretrained_model_args model_cfg feature_cfg kwargs_filter scriptable "
+    "exportable no_jit".split()
 )
 FEATURE_ARGS = frozenset(("features_only", "out_indices", "feature_cls"))
 
@@ -40,6 +41,17 @@ def parse_options(pairs: Iterable[str], option: str, *, dotted: bool = False) ->
             raise OptionError(f"{option} wants key=value, got {pair[:100]!r}")
         parsed[key] = _parse_value(text.strip(), f"{option} {key}")
     return parsed
+
+
+def parse_model_args(pairs: Iterable[str] | None) -> dict[str, Any]:
+    """Read the `key=value` words of --model-arg, which only a model's own arguments may be.
+
+    Raises:
+        OptionError: as `parse_options` and `check_model_args`.
+    """
+    arguments = parse_options(pairs or (), "--model-arg")
+    check_model_args(arguments, "--model-arg")
+    return arguments
 
 
 def check_model_args(arguments: Mapping[str, Any], where: str) -> None:

@@ -10,7 +10,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import BytesIO
+from io import SEEK_SET, BytesIO, IOBase
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,7 +82,7 @@ def written(path: Path) -> Iterator["_Sink"]:
                 raise sink.error
 
 
-class _Sink:
+class _Sink(IOBase):
     """A file that remembers its first error, and takes everything after it."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -94,6 +94,15 @@ class _Sink:
 
     def flush(self) -> None:
         self._do(self.file.flush, None)
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        return self._do(lambda: self.file.seek(offset, whence), offset)
 
     def _do(self, action: Callable[[], Any], otherwise: Any) -> Any:
         if self.error is None:

@@ -19,7 +19,7 @@ from torchvision import transforms
 
 from ._commands import MAX_BATCH, MAX_BATCHES, MAX_PX, MAX_SEED, stop
 from ._files import atomic_path
-from ._options import OptionError, parse_options
+from ._options import OptionError, parse_model_args
 from .export import ExportError, load_model, save_hub
 from .export.files import check_empty_folder
 from .pruning import CRITERIA, Plan, PruningError, plan
@@ -109,10 +109,10 @@ def prune_command(
         check_empty_folder(output)
         _check_one_goal(ratio, target_macs, target_latency, structure)
         _check_data(method, data, batches, None if target_latency is not None else batch)
-        net = load_model(model, checkpoint, pretrained=pretrained, **parse_options(model_arg or [], "--model-arg"))
+        net = load_model(model, checkpoint, pretrained=pretrained, **parse_model_args(model_arg))
         options: dict[str, Any] = {
-            "structure": _words(structure) or (),
-            "groups": _words(groups),
+            "structure": _words(structure, "--structure") or (),
+            "groups": _words(groups, "--groups"),
             "scope": None if scope is None else scope.value,
             "pattern": pattern,
             "batches": None if data is None else _draw(data, net, batches, batch, img_size, seed),
@@ -171,8 +171,12 @@ def _draw(
     return draw_batches(source, transform, net.num_classes, **sizes, seed=seed)
 
 
-def _words(text: str | None) -> list[str] | None:
-    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+def _words(text: str | None, option: str) -> list[str] | None:
+    """Split a comma-separated option; None where it is not given."""
+    words = None if text is None else [word.strip() for word in text.split(",")]
+    if words is not None and not all(words):
+        raise PruningError(f"{option}: wanted names with commas between them, got {text!r}")
+    return words
 
 
 def _follow(chosen: Plan, net: nn.Module) -> tuple[nn.Module, float | None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._errors import first_line
 from .errors import DisagreementError, ExportError
 from .graphs import INPUT_NAME, ONNX_SUFFIX, PROGRAM_SUFFIX, evaluating, require_onnx
 from .load import load_model
@@ -58,7 +59,7 @@ def verify(
     batches = images[: sum(batch_sizes)].split(list(batch_sizes))
     run = _runner(path := Path(path))
     with evaluating(model):
-        wanted = [_as_list(model(batch)) for batch in batches]
+        wanted = [_run_model(model, batch) for batch in batches]
         got = [_run_batch(run, batch, path) for batch in batches]
     agreement = _compare(_join(wanted), _join(got), tuple(batch_sizes), tolerance)
     if not agreement.largest_relative <= tolerance:  # written so that a NaN fails
@@ -91,11 +92,20 @@ def _onnx_runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
     return lambda batch: [torch.from_numpy(out) for out in session.run(None, {INPUT_NAME: batch.numpy()})]
 
 
+def _run_model(model: nn.Module, batch: Tensor) -> list[Tensor]:
+    try:
+        return _as_list(model(batch))
+    except Exception as error:  # a model may refuse a size in any way
+        raise ExportError(f"the model does not run on a batch of {tuple(batch.shape)}: {first_line(error)}") from error
+
+
 def _run_batch(run: Callable[[Tensor], list[Tensor]], batch: Tensor, path: Path) -> list[Tensor]:
     try:
         return run(batch)
     except Exception as error:  # each runtime has its own types; that it does not run is the fact
-        raise DisagreementError(f"{path.name} does not run on a batch of {tuple(batch.shape)}: {error}") from error
+        raise DisagreementError(
+            f"{path.name} does not run on a batch of {tuple(batch.shape)}: {first_line(error)}"
+        ) from error
 
 
 def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:

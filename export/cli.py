@@ -15,7 +15,7 @@ from torch import nn
 
 from .._commands import MAX_PX, stop
 from .._files import atomic_path
-from .._options import OptionError, parse_options
+from .._options import OptionError, parse_model_args
 from .agreement import BATCH_SIZES, TOLERANCE, Agreement, verify
 from .errors import DisagreementError, ExportError
 from .files import check_empty_folder, check_target
@@ -52,7 +52,7 @@ def export_command(
 ) -> None:
     """Export a model and verify it against PyTorch on real images."""
     try:
-        kwargs = parse_options(model_arg or [], "--model-arg")
+        kwargs = parse_model_args(model_arg)
         _check_tolerance(tolerance)
         _check_output(output, file_format)
         net = _load(model, checkpoint, pretrained, img_size, kwargs)

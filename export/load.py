@@ -14,6 +14,7 @@ from .._weights import prefers_averages
 from .checkpoints import explain_mismatch, read_checkpoint
 from .errors import ExportError
 from .hub_files import CONFIG, check_hub_config, read_hub_weights
+from .inputs import without_remarks
 
 _NO_OTHER_SOURCE = {
     **{"source": None, "url": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None},
@@ -53,7 +54,8 @@ def load_model(
     else:
         overlay, origin = None, "the published weights"
     try:
-        model = timm.create_model(name, pretrained=wants_weights, pretrained_cfg_overlay=overlay, **kwargs)
+        with without_remarks():
+            model = timm.create_model(name, pretrained=wants_weights, pretrained_cfg_overlay=overlay, **kwargs)
     except Exception as error:  # a family's checkpoint filter may stumble over a foreign file in any way
         _check_arguments(name, kwargs)
         raise ExportError(f"{origin} cannot be loaded into {name}: {explain_mismatch(error)}") from error
@@ -107,6 +109,7 @@ def _check_registered(name: str) -> None:
 
 def _check_arguments(name: str, kwargs: dict[str, Any]) -> None:
     try:
-        timm.create_model(name, **kwargs)
+        with without_remarks():
+            timm.create_model(name, **kwargs)
     except Exception as error:
         raise ExportError(f"{name} cannot be built with {kwargs}: {first_line(error)}") from error

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .._errors import did_you_mean, first_line
 from .._files import UnreadableFileError
+from .._memory import check_images_fit
 from .._weights import prefers_averages, read_state_dict
 from .augment import BatchTransform
 from .errors import TrainError
@@ -112,7 +113,13 @@ def check_runs(model: Classifier, recipe: Recipe) -> None:
         TrainError: the model does not take the size, or returns something else than logits of its classes.
     """
     size, classes = _input_cfg(recipe)["input_size"], recipe.model.num_classes
-    images = torch.zeros(min(2, recipe.batch_size), *size, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    try:
+        if device.type == "cpu":
+            check_images_fit(min(2, recipe.batch_size), *size)
+    except ValueError as error:
+        raise TrainError(f"data.img_size: {error}") from error
+    images = torch.zeros(min(2, recipe.batch_size), *size, device=device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     mode = model.training
     try:

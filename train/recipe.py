@@ -51,7 +51,7 @@ class DataRecipe:
     std: tuple[float, ...] = limited((0.229, 0.224, 0.225), above=0)
     interpolation: Interpolation = "bicubic"
     train_interpolation: Interpolation | Literal["random"] | None = None  # None: as for validation
-    crop_pct: float = limited(0.875, above=0, at_most=1)  # share of the resized side that validation keeps
+    crop_pct: float = limited(0.875, at_least=0.1, at_most=1)  # share of the resized side that validation keeps
     workers: int = limited(4, at_least=0, at_most=1024)  # loader processes, for each training process
 
 
