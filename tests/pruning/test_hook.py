@@ -1,5 +1,7 @@
 """Fine-tuning keeps zeros: the hook holds a plan's masks in a real training run, averages of weights included."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -44,6 +46,19 @@ def test_what_was_zeroed_stays_zero_and_the_rest_learns(pruned, tmp_path):
     for name, mask in pruned.masks.items():
         assert not averaged[name][~mask].any()
         assert (averaged[name] != before[name])[mask].float().mean() > 0.9
+
+
+def test_a_plan_is_applied_again_to_weights_that_were_loaded_after_it(pruned, tmp_path):
+    net = timm.create_model("nat_mini", **MICRO)
+    dense = torch.load(tmp_path / "weights.pth", weights_only=True)
+    net.load_state_dict(dense)
+    hook, runner = KeepMasks(str(tmp_path / "plan.json")), SimpleNamespace(model=net)
+    hook.before_run(runner)
+    net.load_state_dict(dense)  # as resuming does, between the two
+    assert all(net.get_parameter(name)[~mask].any() for name, mask in pruned.masks.items())
+    hook.before_train(runner)
+    assert not any(net.get_parameter(name)[~mask].any() for name, mask in pruned.masks.items())
+    assert all((net.get_parameter(name) == dense[name])[mask].all() for name, mask in pruned.masks.items())
 
 
 def test_without_the_hook_they_would_grow_back(pruned, tmp_path):
