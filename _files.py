@@ -13,6 +13,7 @@ from ._errors import first_line
 
 PART = ".part"  # how the hidden folders end in which files are written; a killed process may leave one
 
+IS_FOLDER = "is a folder"
 _DEEPEST = 64
 
 
@@ -33,7 +34,7 @@ def check_regular(path: Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise UnreadableFileError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(mode):
-        raise UnreadableFileError("is a folder")
+        raise UnreadableFileError(IS_FOLDER)
     if not stat.S_ISREG(mode):
         raise UnreadableFileError("is not a regular file")
 

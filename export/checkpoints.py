@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .._errors import first_line
-from .._files import UnreadableFileError
+from .._files import IS_FOLDER, UnreadableFileError
 from .._weights import read_state_dict, some
 from .errors import ExportError
 
@@ -24,12 +24,11 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> dict[str, Tens
         ExportError: the file is missing, truncated, holds no tensors, or needs more than tensors to load.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ExportError(f"checkpoint {path} is a folder; name the model local-dir:{path} to load it")
     try:
         return _without_wrapper(read_state_dict(path, use_ema=use_ema))
     except UnreadableFileError as error:
-        raise ExportError(f"checkpoint {path} {error}") from error
+        hint = f"; name the model local-dir:{path} to load it" if str(error) == IS_FOLDER else ""
+        raise ExportError(f"checkpoint {path} {error}{hint}") from error
 
 
 def explain_mismatch(error: Exception) -> str:

@@ -32,7 +32,10 @@ def data_config(model: nn.Module, img_size: int | tuple[int, int] | None = None)
         raise ExportError(f"{type(model).__name__} was not made by timm.create_model and does not know its input size")
     try:
         with without_remarks():
-            return resolve_input_data_config(model, {"img_size": img_size})
+            config = resolve_input_data_config(model, {"img_size": img_size})
+        if not all(type(n) is int and n > 0 for n in config["input_size"]):
+            raise ValueError(f"its input_size is {config['input_size']}")
+        return config
     except Exception as error:  # also what a hub folder's config.json says may be nonsense
         raise ExportError(f"{type(model).__name__}: {first_line(error)}") from error
 

@@ -1,5 +1,6 @@
 """Make a model from a name and a checkpoint, or say in one line why not."""
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def _check_name(name: str) -> tuple[str | None, str]:
     except ValueError as error:
         raise ExportError(first_line(error)) from error
     if source == "local-dir":
-        if not Path(model_id, CONFIG).exists():
+        if not os.path.exists(Path(model_id, CONFIG)):  # unlike Path.exists, False for any name
             raise ExportError(f"{name}: {model_id} holds no config.json, wanted a folder in timm's hub layout")
         check_hub_config(Path(model_id))
     if source is None:

@@ -153,8 +153,6 @@ def _input_cfg(recipe: Recipe) -> dict[str, Any]:
 def _from_file(model: ModelRecipe) -> dict[str, Any]:
     """Hand a file's weights to timm's loader, with the file's class count: another head is then left at random."""
     path = Path(model.checkpoint)
-    if not path.is_file():
-        raise TrainError(f"model.checkpoint {path} is not a file")
     try:
         weights = read_state_dict(path, use_ema=prefers_averages(model.name))
     except UnreadableFileError as error:

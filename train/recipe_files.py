@@ -1,5 +1,6 @@
 """Find recipe files, load them (Python through MMEngine's configs, JSON and YAML as data), and apply overrides."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def list_recipes() -> list[str]:
 def find_recipe(name: str | Path) -> Path:
     """Return the file of a recipe, given its path or the bare name of one that comes with the package."""
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, False for any name
         return path
     if path.parent == Path(".") and path.name.removesuffix(".py") in list_recipes():
         return CONFIGS / f"{path.name.removesuffix('.py')}.py"

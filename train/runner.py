@@ -124,10 +124,10 @@ def _run(
     seed_everything(recipe.seed)
     named_hooks = build_hooks(recipe)
     net = build_net(recipe).to(place)
+    model = Classifier(recipe, net).to(place)
+    check_runs(model, recipe)
     optim_wrapper = build_optim_wrapper(net, recipe)
     train_loader, val_loader, classes = build_loaders(recipe, pin_memory=place.type == "cuda")
-    model = Classifier(recipe, net)
-    check_runs(model.to(place), recipe)
     log, save = EpochLog(work_dir, console), SaveCheckpoints(recipe, work_dir, classes)
     with CtrlC() as ctrl_c, ProgressBar(console) as bar:
         runner = RecipeRunner(
