@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ._errors import first_line
+from ._errors import first_line, printable
 from ._files import UnreadableFileError, check_regular
 from ._unpickle import PLACEHOLDER, BlockedError, StoredStorage, StoredTensor, Unpickler
 
@@ -50,8 +50,9 @@ def read_weights(path: str | Path, select: Callable[[Any], Any] = lambda content
     except UnreadableFileError:
         raise
     except BlockedError as error:
+        name = printable(error.name)
         raise UnreadableFileError(
-            f"needs more than tensors ({error.name}), which could run code; save its state_dict() and use that file"
+            f"needs more than tensors ({name}), which could run code; save its state_dict() and use that file"
         ) from error
     except Exception as error:  # zip, pickle and safetensors raise a type for each way to be damaged
         raise UnreadableFileError(

@@ -48,7 +48,8 @@ def write_plan(plan: "Plan", path: Path) -> Path:
 def read_plan(cls: "type[Plan]", path: Path) -> "Plan":
     try:
         data = read_json(path, _LARGEST_BYTES)
-        if not isinstance(data, dict) or data.pop("version", None) != VERSION:
+        version = data.pop("version", None) if isinstance(data, dict) else None
+        if type(version) is not int or version != VERSION:
             raise PruningError(f"plan {path} is damaged or no plan of version {VERSION}")
         return cls(**_decoded(data))
     except UnreadableFileError as error:

@@ -64,7 +64,7 @@ EXPORT = [
     ("--model-arg", "pretrained=True", "--model-arg: pretrained is an argument of timm's loader"),
     ("--model-arg", "checkpoint_path=x", "--model-arg: checkpoint_path is an argument of timm's loader"),
     ("--model-arg", "name=x", "--model-arg: name is an argument of timm's loader"),
-    ("--model-arg", "in_chans=0", "images have 1 or 3 channels, the model takes 0"),
+    ("--model-arg", "in_chans=0", "its input_size is (0, 32, 32)"),
     ("--model-arg", "layers=()", "the model does not run on an input of"),
     ("--model-arg", "num_classes=99999999999999", "test_resnet cannot be built with"),
     ("--checkpoint", "pipe", "checkpoint pipe is not a regular file"),
@@ -239,6 +239,12 @@ def _save_program(path: Path) -> None:
 
 
 def test_a_full_disk_ends_training_in_one_line(monkeypatch):
+    for split, name in ((s, n) for s in ("train", "validation") for n in ("ant", "bee")):
+        Path("data", split, name).mkdir(parents=True)
+        Image.new("L", (16, 16), len(name)).save(f"data/{split}/{name}/0.png")
+    data = RECIPE["data"] | {"source": "folder", "root": "data"}
+    small = {"data": data, "model": RECIPE["model"] | {"num_classes": 2}, "batch_size": 2}
+    Path("recipe.json").write_text(json.dumps(RECIPE | small))
     monkeypatch.setattr("foveate.train.checkpoints.save_torch", fail(FULL))
     done = CliRunner().invoke(app, ["train", "recipe.json", "--work-dir", "run"])
     assert done.exit_code == 2, done.output
