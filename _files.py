@@ -1,12 +1,103 @@
-"""Write a file or a folder in one step: readers see the old state or the new one, never half of it."""
+"""Write a file or a folder in one step (readers see the old state or the new one), and read files of any origin."""
 
+import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+from ._errors import first_line
 
 PART = ".part"  # how the hidden folders end in which files are written; a killed process may leave one
+
+IS_FOLDER = "is a folder"
+_DEEPEST = 64
+
+
+class UnreadableFileError(ValueError):
+    """A file cannot be read or holds something else than wanted; the message says why, without the path."""
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is no regular file before it is opened: a pipe would block, a device would never end.
+
+    Raises:
+        UnreadableFileError: missing, a folder, a pipe, a device, or not to be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise UnreadableFileError("does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise UnreadableFileError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if stat.S_ISDIR(mode):
+        raise UnreadableFileError(IS_FOLDER)
+    if not stat.S_ISREG(mode):
+        raise UnreadableFileError("is not a regular file")
+
+
+def read_text(path: Path, limit_bytes: int) -> str:
+    """Return the text of a regular UTF-8 file of at most `limit_bytes`. Runs nothing.
+
+    Raises:
+        UnreadableFileError: not a regular file, larger, or not UTF-8.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
+        if len(data) > limit_bytes:
+            raise UnreadableFileError(f"is larger than {limit_bytes} bytes")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise UnreadableFileError(f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UnreadableFileError("is not UTF-8 text") from error
+
+
+def read_json(path: Path, limit_bytes: int) -> Any:
+    """Return the content of a JSON file: plain data, without NaN and infinities, nested at most 64 deep. Runs nothing.
+
+    Raises:
+        UnreadableFileError: as `read_text`, or not JSON.
+    """
+    text = read_text(path, limit_bytes)
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+        check_plain(data)
+        return data
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFileError(f"is not JSON: {first_line(error)}") from error
+
+
+def check_plain(data: Any, most: int = 2**24) -> None:
+    """Refuse plain data of more than `most` values (shared parts counted each time), or nested deeper than 64.
+
+    Raises:
+        ValueError: it is.
+    """
+    if _left(data, most, _DEEPEST) < 0:
+        raise ValueError(f"it has more than {most} values")
+
+
+def _left(data: Any, left: int, depth: int) -> int:
+    """Return how many more values are allowed after those in `data`; negative as soon as they are too many."""
+    if depth == 0:
+        raise ValueError(f"it is nested deeper than {_DEEPEST}")
+    left -= 1
+    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ()
+    for part in parts:
+        if left < 0:
+            break
+        left = _left(part, left, depth - 1)
+    return left
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
 
 
 @contextmanager

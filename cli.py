@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ._commands import OneLineCommand
 from ._version import __version__
 from .demo import demo_command
 from .export.cli import export_command
@@ -11,10 +12,10 @@ from .prune import prune_command
 from .train.cli import train_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
-app.command("train")(train_command)
-app.command("export")(export_command)
-app.command("prune")(prune_command)
-app.command("demo")(demo_command)
+app.command("train", cls=OneLineCommand)(train_command)
+app.command("export", cls=OneLineCommand)(export_command)
+app.command("prune", cls=OneLineCommand)(prune_command)
+app.command("demo", cls=OneLineCommand)(demo_command)
 
 
 def _print_version(wanted: bool) -> None:

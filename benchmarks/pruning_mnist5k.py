@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..export import save_hub
 from ..pruning import plan
+from ..pruning.hook import KeepMasks
 from ..train import find_recipe, list_recipes, load_net, load_recipe, train
 from ..train.mnist5k import load_digits
 from ._timing import common_parser, describe_machine, parse_and_set_threads, write_report
@@ -80,7 +81,7 @@ def _tune(recipe: str, seed: int, dense: nn.Module, folder: Path) -> dict[str, f
     px = images.shape[-1]
     chosen = plan(dense, "dimap", TUNED_RATIO, img_size=px)
     masked = _saved(chosen.apply(deepcopy(dense)), folder / "zeroed")
-    hooks = [{"type": "foveate.pruning.hook.KeepMasks", "plan": str(chosen.save(folder / "plan.json"))}]
+    hooks = [{"type": KeepMasks.__name__, "plan": str(chosen.save(folder / "plan.json"))}]
     found = {"dimap 50% tuned": _tuned(recipe, seed, masked, folder, {"hooks": hooks}, images, targets)}
     smaller = plan(dense, "dimap", TUNED_RATIO, structure=("heads", "mlp"), img_size=px).cut(dense)
     found["heads+mlp 50%"] = top1(smaller, images, targets)

@@ -8,10 +8,12 @@ Differs    the rates of the paper are for ImageNet: here a sixth of the base tra
 
 from mmengine.config import read_base
 
+from foveate.pruning.hook import KeepMasks
+
 with read_base():
     from .swin_micro_1xb64_mnist5k import *
 
 model.update(checkpoint="pruned/model.safetensors")
 optimizer.update(lr=3.3e-4)
 schedule.update(epochs=30, warmup_epochs=2)
-hooks = [dict(type="foveate.pruning.hook.KeepMasks", plan="pruned/plan.json")]
+hooks = [dict(type=KeepMasks, plan="pruned/plan.json")]

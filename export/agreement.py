@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 
+from .._errors import first_line
 from .errors import DisagreementError, ExportError
 from .graphs import INPUT_NAME, ONNX_SUFFIX, PROGRAM_SUFFIX, evaluating, require_onnx
+from .load import load_model
 
 # Another order of float32 sums moves logits by some 1e-6 to 2e-5 of their standard deviation, layer after layer;
 # a wrong eps, activation or scale moves them by 1e-3 and more. The line is drawn between.
@@ -39,6 +40,9 @@ def verify(
 ) -> Agreement:
     """Compare the exported file with the model on every batch size in turn.
 
+    A .pt2 program is unpickled by `torch.export.load`, which can run code: give only programs of your own. ONNX files
+    and hub folders run none.
+
     Args:
         model: the PyTorch model the file was made of; runs in eval mode on the CPU.
         path: .onnx (ONNX Runtime), .pt2 (torch.export), or a folder in timm's hub layout.
@@ -55,7 +59,7 @@ def verify(
     batches = images[: sum(batch_sizes)].split(list(batch_sizes))
     run = _runner(path := Path(path))
     with evaluating(model):
-        wanted = [_as_list(model(batch)) for batch in batches]
+        wanted = [_run_model(model, batch) for batch in batches]
         got = [_run_batch(run, batch, path) for batch in batches]
     agreement = _compare(_join(wanted), _join(got), tuple(batch_sizes), tolerance)
     if not agreement.largest_relative <= tolerance:  # written so that a NaN fails
@@ -68,7 +72,7 @@ def verify(
 
 def _runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
     if path.is_dir():
-        saved = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        saved = load_model(f"local-dir:{path}")
         return lambda batch: _as_list(saved(batch))
     if path.suffix == PROGRAM_SUFFIX:
         program = torch.export.load(path).module()
@@ -88,11 +92,20 @@ def _onnx_runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
     return lambda batch: [torch.from_numpy(out) for out in session.run(None, {INPUT_NAME: batch.numpy()})]
 
 
+def _run_model(model: nn.Module, batch: Tensor) -> list[Tensor]:
+    try:
+        return _as_list(model(batch))
+    except Exception as error:  # a model may refuse a size in any way
+        raise ExportError(f"the model does not run on a batch of {tuple(batch.shape)}: {first_line(error)}") from error
+
+
 def _run_batch(run: Callable[[Tensor], list[Tensor]], batch: Tensor, path: Path) -> list[Tensor]:
     try:
         return run(batch)
     except Exception as error:  # each runtime has its own types; that it does not run is the fact
-        raise DisagreementError(f"{path.name} does not run on a batch of {tuple(batch.shape)}: {error}") from error
+        raise DisagreementError(
+            f"{path.name} does not run on a batch of {tuple(batch.shape)}: {first_line(error)}"
+        ) from error
 
 
 def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -1,10 +1,10 @@
 """`foveate export MODEL -o FILE`: load, write, verify on real images, and only then put the result in its place."""
 
-import ast
+import math
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,7 +13,9 @@ from rich.text import Text
 from timm.models import get_model_traits
 from torch import nn
 
+from .._commands import MAX_PX, stop
 from .._files import atomic_path
+from .._options import OptionError, parse_model_args
 from .agreement import BATCH_SIZES, TOLERANCE, Agreement, verify
 from .errors import DisagreementError, ExportError
 from .files import check_empty_folder, check_target
@@ -21,6 +23,8 @@ from .graphs import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program
 from .hub import save_hub
 from .inputs import real_images
 from .load import load_model
+
+DISAGREES = 1  # exit code
 
 
 class Format(str, Enum):
@@ -39,14 +43,17 @@ def export_command(
     file_format: Annotated[
         Format, typer.Option("--format", help="ONNX, torch.export program, or timm hub folder.")
     ] = Format.ONNX,
-    img_size: Annotated[int | None, typer.Option(min=1, help="Height and width, px; default the model's own.")] = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, max=MAX_PX, help="Height and width, px; default the model's own.")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of images to verify on; default digits.")] = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="Allowed difference, in std of the output.")] = TOLERANCE,
+    tolerance: Annotated[float, typer.Option(help="Allowed difference, in std of the output.")] = TOLERANCE,
     model_arg: Annotated[list[str] | None, typer.Option(help="Model argument key=value; may be repeated.")] = None,
 ) -> None:
     """Export a model and verify it against PyTorch on real images."""
     try:
-        kwargs = parse_model_args(model_arg or [])
+        kwargs = parse_model_args(model_arg)
+        _check_tolerance(tolerance)
         _check_output(output, file_format)
         net = _load(model, checkpoint, pretrained, img_size, kwargs)
         pictures = real_images(net, images, count=sum(BATCH_SIZES), img_size=img_size)
@@ -55,26 +62,15 @@ def export_command(
             agreement = verify(net, part, pictures, tolerance=tolerance)
         weights = _weights(model, checkpoint, pretrained)
         Console().print(_report(output, net, weights, tuple(pictures.shape[1:]), agreement))
-    except (ExportError, OSError) as error:  # OSError: no permission, no space
-        typer.echo(f"foveate export: {error}", err=True)
-        raise typer.Exit(1 if isinstance(error, DisagreementError) else 2) from None
+    except DisagreementError as error:
+        stop("export", error, DISAGREES)
+    except (ExportError, OptionError, OSError) as error:  # OSError: no permission, no space
+        stop("export", error)
 
 
-def parse_model_args(pairs: list[str]) -> dict[str, Any]:
-    """Read `key=value` pairs; a value is a Python literal, or else the text itself."""
-    return dict(_parse_pair(pair) for pair in pairs)
-
-
-def _parse_pair(pair: str) -> tuple[str, Any]:
-    key, equals, text = pair.partition("=")
-    if not (equals and key.isidentifier()):
-        raise ExportError(f"--model-arg wants key=value, got {pair}")
-    if text.lower() in ("true", "false", "none"):  # in any case: the text "false" would be true
-        return key, {"true": True, "false": False, "none": None}[text.lower()]
-    try:
-        return key, ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return key, text
+def _check_tolerance(tolerance: float) -> None:
+    if not 0 <= tolerance < math.inf:
+        raise ExportError(f"--tolerance: wanted a number >= 0, got {tolerance}")
 
 
 def _check_output(output: Path, file_format: Format) -> None:

@@ -1,8 +1,8 @@
-"""What can go wrong on the way out of the house; every message is one line that names the wish and the fact."""
+"""Errors of export and loading; every message is one line that names the request and what was found."""
 
 
 class ExportError(ValueError):
-    """A wish that cannot be met: a name, a file, a size or a model that does not fit."""
+    """Invalid export request: a name, a file, a size or a model that does not fit."""
 
 
 class MissingExtraError(ExportError, ImportError):

@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 from .._errors import first_line
 from .._files import atomic_path
+from .._torch_files import written
 from .errors import ExportError, MissingExtraError
 from .files import check_target
-from .inputs import data_config
+from .inputs import check_fits, data_config
 
 ONNX_SUFFIX, PROGRAM_SUFFIX = ".onnx", ".pt2"
 INPUT_NAME = "images"
@@ -75,7 +76,8 @@ def export_program(
         _output_names(model, example)
         with _OursSpelledOut():
             program = _quietly(lambda: _program(model, example, dynamic_batch))
-        torch.export.save(program, part)
+        with written(part) as file:
+            torch.export.save(program, file)
     return out
 
 
@@ -120,7 +122,9 @@ def _prepare(
     if odd := sorted(f"{dtype} on {device}" for device, dtype in kinds - {("cpu", torch.float32)}):
         raise ExportError(f"a graph is exported in torch.float32 on cpu, the model is in {', '.join(odd)}")
     if example is None:
-        return torch.zeros(2 if dynamic_batch else 1, *data_config(model, img_size)["input_size"])
+        size = data_config(model, img_size)["input_size"]
+        check_fits(2 if dynamic_batch else 1, size)
+        return torch.zeros(2 if dynamic_batch else 1, *size)
     if img_size is not None:
         raise ExportError(f"img_size {img_size} and an example {tuple(example.shape)} are given; one decides the size")
     if dynamic_batch and len(example) < 2:
@@ -137,7 +141,7 @@ def _check_onnx_size(model: nn.Module) -> None:
 def _output_names(model: nn.Module, example: Tensor) -> list[str]:
     try:
         outputs = model(example)
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a model may refuse a size in any way
         shape = tuple(example.shape)
         raise ExportError(f"the model does not run on an input of {shape}: {first_line(error)}") from error
     return ["logits"] if isinstance(outputs, Tensor) else [f"features_{i}" for i in range(len(outputs))]
@@ -162,5 +166,7 @@ def _quietly(export: Callable):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's exporters warn about their own internals
             return export()
-    except (RuntimeError, ValueError) as error:
+    except OSError:  # the disk is full
+        raise
+    except Exception as error:  # the exporters raise many types
         raise ExportError(f"torch could not export the model: {first_line(error)}") from error

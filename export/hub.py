@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
@@ -32,6 +33,7 @@ def save_hub(
 
     Raises:
         ExportError: the folder is taken, or the saved model would not come back.
+        OSError: the disk is full, or the folder cannot be written; nothing is left behind.
     """
     folder = Path(folder)
     check_empty_folder(folder)
@@ -40,10 +42,17 @@ def save_hub(
     plain = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other layout
     config = None if img_size is None else data_config(model, img_size)
     with atomic_path(folder) as part:
-        save_for_hf(plain, str(part), model_args=model_args, safe_serialization=True, data_config=config)
+        _save(plain, part, model_args, config)
         copymode(part / "config.json", part / "model.safetensors")  # safetensors makes it private to the user
         _check_comes_back(plain, part)
     return folder
+
+
+def _save(model: nn.Module, folder: Path, model_args: dict[str, Any] | None, config: dict[str, Any] | None) -> None:
+    try:
+        save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True, data_config=config)
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(f"{folder.name}: {first_line(error)}") from error
 
 
 def _check_comes_back(model: nn.Module, folder: Path) -> None:

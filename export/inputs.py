@@ -1,16 +1,21 @@
 """What a model wants to see: the size, and real images brought to it by the model's own preprocessing."""
 
-from collections.abc import Iterable
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
 from torch import Tensor, nn
 
 from .._digits import MissingDigitsError, read_digits
 from .._errors import first_line
+from .._files import UnreadableFileError, check_regular
+from .._memory import check_images_fit
 from .errors import ExportError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -26,15 +31,41 @@ def data_config(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     if not hasattr(model, "pretrained_cfg"):
         raise ExportError(f"{type(model).__name__} was not made by timm.create_model and does not know its input size")
     try:
-        return resolve_input_data_config(model, {"img_size": img_size})
-    except ValueError as error:
+        with without_remarks():
+            config = resolve_input_data_config(model, {"img_size": img_size})
+        if not all(type(n) is int and n > 0 for n in config["input_size"]):
+            raise ValueError(f"its input_size is {config['input_size']}")
+        return config
+    except Exception as error:  # also what a hub folder's config.json says may be nonsense
         raise ExportError(f"{type(model).__name__}: {first_line(error)}") from error
+
+
+def check_fits(images: int, size: tuple[int, int, int]) -> None:
+    """Refuse images, (C, H, W) each, that need more memory than there is."""
+    try:
+        check_images_fit(images, *size)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+
+
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """Keep timm's and torch's remarks on what they are given from the terminal: what is wrong raises later."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def real_images(
     model: nn.Module, folder: str | Path | None = None, *, count: int = 4, img_size: int | tuple[int, int] | None = None
 ) -> Tensor:
-    """Return `count` preprocessed images, (count, C, H, W).
+    """Return `count` preprocessed images, (count, C, H, W). Pillow decodes them; nothing else in a file is used.
 
     Args:
         model: made by timm; its mean, std, crop and interpolation apply.
@@ -49,18 +80,29 @@ def real_images(
     mode = _MODES.get(config["input_size"][0])
     if mode is None:
         raise ExportError(f"images have 1 or 3 channels, the model takes {config['input_size'][0]}")
-    transform = create_transform(**config)
+    check_fits(count, config["input_size"])
     pictures = _digits(count) if folder is None else islice(cycle(_files(Path(folder))), count)
-    return torch.stack([transform(_open(picture).convert(mode)) for picture in pictures])
-
-
-def _open(picture: Path | Image.Image) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture
+    decoded = [_decoded(picture, mode) for picture in pictures]
     try:
-        return Image.open(picture)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ExportError(f"{picture} is not a readable image") from error
+        transform = create_transform(**config)
+        return torch.stack([transform(picture) for picture in decoded])
+    except Exception as error:  # a hub folder's config.json may hold any preprocessing
+        raise ExportError(f"{type(model).__name__}: its preprocessing fails: {first_line(error)}") from error
+
+
+def _decoded(picture: Path | Image.Image, mode: str) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.convert(mode)
+    try:
+        check_regular(picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(picture) as image:
+                return image.convert(mode)
+    except UnreadableFileError as error:
+        raise ExportError(f"image {picture} {error}") from error
+    except Exception as error:  # Pillow's decoders raise their own types
+        raise ExportError(f"{picture} is not a readable image: {first_line(error)}") from error
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,26 +1,36 @@
 """Make a model from a name and a checkpoint, or say in one line why not."""
 
-import sys
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import get_arch_pretrained_cfgs, is_model, model_entrypoint, parse_model_name, split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, is_model, parse_model_name, split_model_name_tag
 from torch import nn
 
 from .._errors import first_line
+from .._options import FEATURE_ARGS, check_model_args
+from .._weights import prefers_averages
 from .checkpoints import explain_mismatch, read_checkpoint
 from .errors import ExportError
+from .hub_files import CONFIG, check_hub_config, read_hub_weights
+from .inputs import without_remarks
 
-_FEATURE_ARGS = ("features_only", "out_indices", "feature_cls")
-_NO_OTHER_SOURCE = {"source": None, "url": None, "file": None, "hf_hub_id": None}
+_NO_OTHER_SOURCE = {
+    **{"source": None, "url": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None},
+    "custom_load": False,
+}
 
 
 def load_model(
     name: str, checkpoint: str | Path | None = None, *, pretrained: bool = False, **kwargs: Any
 ) -> nn.Module:
-    """Create a model in eval mode, with all of its weights from one place.
+    """Create a model in eval mode, with all of its weights from one place. Runs no code from any of the files.
+
+    A checkpoint gives tensors, a hub folder's config.json a registered architecture and its arguments; other files
+    that they name are not followed. `hf-hub:` downloads through timm, which reads safetensors, or torch files with
+    `weights_only=True`. No other name downloads anything, unless `pretrained` is set.
 
     Args:
         name: a timm model name (`van_b0`, `van_b0.in1k`); `local-dir:FOLDER` and `hf-hub:ORG/REPO` bring weights.
@@ -32,16 +42,23 @@ def load_model(
     Raises:
         ExportError: unknown model, argument the model does not take, or weights that are not of this model.
     """
-    source = _check_name(name)
+    source, model_id = _check_name(name)
+    _check_factory_arguments(kwargs)
     if checkpoint is not None and pretrained:
         raise ExportError(f"weights for {name} from the checkpoint {checkpoint} or pretrained, not both")
     wants_weights = pretrained or source is not None or checkpoint is not None
-    overlay = None if checkpoint is None else _overlay(name, checkpoint, kwargs)
+    if checkpoint is not None:
+        overlay, origin = _overlay(name, checkpoint, kwargs), f"checkpoint {checkpoint}"
+    elif source == "local-dir":
+        weights = read_hub_weights(Path(model_id), use_ema=prefers_averages(name))
+        overlay, origin = {**_NO_OTHER_SOURCE, "state_dict": weights}, f"folder {model_id}"
+    else:
+        overlay, origin = None, "the published weights"
     try:
-        model = timm.create_model(name, pretrained=wants_weights, pretrained_cfg_overlay=overlay, **kwargs)
+        with without_remarks():
+            model = timm.create_model(name, pretrained=wants_weights, pretrained_cfg_overlay=overlay, **kwargs)
     except Exception as error:  # a family's checkpoint filter may stumble over a foreign file in any way
         _check_arguments(name, kwargs)
-        origin = f"checkpoint {checkpoint}" if checkpoint else "the published weights"
         raise ExportError(f"{origin} cannot be loaded into {name}: {explain_mismatch(error)}") from error
     model.pretrained_cfg.pop("state_dict", None)  # the model owns the tensors now
     return model.eval()
@@ -49,32 +66,34 @@ def load_model(
 
 def _overlay(name: str, checkpoint: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("features_only"):  # timm loads these leniently: let the whole model take the file first
-        whole = load_model(name, checkpoint, **{k: v for k, v in kwargs.items() if k not in _FEATURE_ARGS})
+        whole = load_model(name, checkpoint, **{k: v for k, v in kwargs.items() if k not in FEATURE_ARGS})
         return {**_NO_OTHER_SOURCE, "state_dict": whole.state_dict()}
-    overlay = {**_NO_OTHER_SOURCE, "state_dict": read_checkpoint(checkpoint, use_ema=_prefers_averages(name))}
+    overlay = {**_NO_OTHER_SOURCE, "state_dict": read_checkpoint(checkpoint, use_ema=prefers_averages(name))}
     if "num_classes" in kwargs:  # else timm drops the file's classifier and keeps a random one
         overlay |= {"num_classes": kwargs["num_classes"], "label_offset": None}
     return overlay
 
 
-def _prefers_averages(name: str) -> bool:
-    """Whether a family's published weights are the moving averages of its training files: most are."""
-    architecture, _ = split_model_name_tag(name)
-    family = sys.modules[model_entrypoint(architecture).__module__] if is_model(architecture) else None
-    return getattr(family, "USE_EMA", True)
-
-
-def _check_name(name: str) -> str | None:
-    """Return the source that a name is prefixed with (`local-dir`, `hf-hub`), None for a registered model."""
+def _check_name(name: str) -> tuple[str | None, str]:
+    """Return the prefix of a name (`local-dir`, `hf-hub`; None: a registered model), and the rest."""
     try:
         source, model_id = parse_model_name(name)
     except ValueError as error:
         raise ExportError(first_line(error)) from error
-    if source == "local-dir" and not (Path(model_id) / "config.json").is_file():
-        raise ExportError(f"{name}: {model_id} holds no config.json, wanted a folder in timm's hub layout")
+    if source == "local-dir":
+        if not os.path.exists(Path(model_id, CONFIG)):  # unlike Path.exists, False for any name
+            raise ExportError(f"{name}: {model_id} holds no config.json, wanted a folder in timm's hub layout")
+        check_hub_config(Path(model_id))
     if source is None:
         _check_registered(name)
-    return source
+    return source, model_id
+
+
+def _check_factory_arguments(kwargs: dict[str, Any]) -> None:
+    try:
+        check_model_args(kwargs, "model arguments")
+    except ValueError as error:
+        raise ExportError(str(error)) from error
 
 
 def _check_registered(name: str) -> None:
@@ -91,6 +110,7 @@ def _check_registered(name: str) -> None:
 
 def _check_arguments(name: str, kwargs: dict[str, Any]) -> None:
     try:
-        timm.create_model(name, **kwargs)
+        with without_remarks():
+            timm.create_model(name, **kwargs)
     except Exception as error:
         raise ExportError(f"{name} cannot be built with {kwargs}: {first_line(error)}") from error

@@ -13,7 +13,10 @@ import torch
 from timm.models import get_model_traits
 from torch import Tensor, nn
 
+from .._errors import first_line
+from .._memory import check_images_fit
 from ..attention_ops.macs import count_macs
+from .errors import PruningError
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,39 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def example_image(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> Tensor:
-    """Return one image of zeros as the model takes it, (1, C, H, W); its own size unless another is given."""
+    """Return one image of zeros as the model takes it, (1, C, H, W); its own size unless another is given.
+
+    Raises:
+        PruningError: it does not fit into memory.
+    """
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *own = config.get("input_size", (3, 224, 224))
     channels = getattr(model, "in_chans", channels)
     parameter = next(model.parameters())
     size = img_size or get_model_traits(model).get("img_size") or own
     size = (size, size) if isinstance(size, int) else size
+    try:
+        check_images_fit(1, channels, *size)
+    except ValueError as error:
+        raise PruningError(str(error)) from error
     return torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype)
+
+
+@torch.no_grad()
+def check_runs(model: nn.Module, image: Tensor) -> None:
+    """Run the model once, in eval mode.
+
+    Raises:
+        PruningError: it does not take the image, or there is not enough memory.
+    """
+    height, width = image.shape[2:]
+    try:
+        with evaluating(model):
+            model(image)
+    except Exception as error:  # a model may refuse a size in any way
+        raise PruningError(
+            f"{type(model).__name__} does not run on an image of {height}x{width}: {first_line(error)}"
+        ) from error
 
 
 def share(part: int, whole: int) -> float:

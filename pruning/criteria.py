@@ -7,7 +7,7 @@ LAMP       Lee et al. 2021, arXiv:2010.07611: the same score. The papers differ 
 Taylor     Molchanov et al. 2019, arXiv:1906.10771: (weight * gradient)^2, averaged over batches.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._errors import first_line
 from .errors import PruningError
 
 Scope = Literal["layer", "group", "model"]
@@ -43,24 +44,39 @@ def magnitudes(weight: Tensor) -> Tensor:
 def taylor_scores(model: nn.Module, names: Iterable[str], batches: Batches) -> Scores:
     """Return the mean over batches of (weight * gradient of the cross-entropy)^2; the model runs in eval mode.
 
+    Frozen weights (requires_grad False) have no gradient and get no score: they stay as they are.
+
     Raises:
-        PruningError: there is no batch.
+        PruningError: there is no batch, no weight that is not frozen, or the model does not take the images.
     """
-    weights = {name: model.get_parameter(name) for name in names}
+    weights = {name: weight for name in names if (weight := model.get_parameter(name)).requires_grad}
+    if not weights:
+        raise PruningError("taylor: all of the weights are frozen (requires_grad is False), none has a gradient")
     scores = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
     count, mode = 0, model.training
     model.eval()
     try:
         for images, targets in batches:
-            grads = torch.autograd.grad(F.cross_entropy(model(images), targets), list(weights.values()))
-            for (name, weight), grad in zip(weights.items(), grads, strict=True):
-                scores[name] += (weight.detach().double() * grad.double()).square()
+            for (name, weight), grad in zip(weights.items(), _gradients(model, weights, images, targets), strict=True):
+                if grad is not None:  # else the weight took no part: it scores 0
+                    scores[name] += (weight.detach().double() * grad.double()).square()
             count += 1
     finally:
         model.train(mode)
     if count == 0:
         raise PruningError("taylor: wanted batches of images and classes, got none")
     return {name: score / count for name, score in scores.items()}
+
+
+def _gradients(
+    model: nn.Module, weights: Mapping[str, Tensor], images: Tensor, targets: Tensor
+) -> Sequence[Tensor | None]:
+    try:
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(images), targets)
+            return torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    except Exception as error:  # a model may refuse images in any way, or record no gradients
+        raise PruningError(f"taylor: no gradients of {type(model).__name__}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""Fine-tuning under a plan: what was zeroed stays zero. A recipe names the hook, no code needs to know of it:
+"""Fine-tuning under a plan: what was zeroed stays zero. A recipe names the hook:
 
-hooks = [dict(type="foveate.pruning.hook.KeepMasks", plan="OUT/plan.json")]
+from foveate.pruning.hook import KeepMasks
+
+hooks = [dict(type=KeepMasks, plan="OUT/plan.json")]  # in .json and .yaml recipes: type KeepMasks
 """
 
 from typing import Any

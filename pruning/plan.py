@@ -119,7 +119,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read what `save` wrote.
+        """Read what `save` wrote. The file is JSON, checked before memory is taken; it runs nothing.
 
         Raises:
             PruningError: the file is missing, damaged or no plan.

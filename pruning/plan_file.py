@@ -4,6 +4,8 @@ import base64
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._errors import first_line
-from .._files import atomic_path
+from .._files import UnreadableFileError, atomic_path, read_json
 from .counts import Counts
 from .errors import PruningError
 
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _TENSORS = ("masks", "cuts")
+_LARGEST_BYTES = 2**30
+_KINDS: dict[str, Any] = {
+    **{"architecture": str, "method": str, "scope": str, "ratio": (int, float), "structure": list},
+    **dict.fromkeys(("masks", "cuts", "counts", "removed", "groups", "thresholds", "widths"), dict),
+    "pattern": (str, type(None)),
+}
 
 
 def write_plan(plan: "Plan", path: Path) -> Path:
@@ -39,27 +47,74 @@ def write_plan(plan: "Plan", path: Path) -> Path:
 
 def read_plan(cls: "type[Plan]", path: Path) -> "Plan":
     try:
-        data = json.loads(path.read_text())
-        if data.pop("version") != VERSION:
-            raise PruningError(f"plan {path} is of another version than {VERSION}")
+        data = read_json(path, _LARGEST_BYTES)
+        version = data.pop("version", None) if isinstance(data, dict) else None
+        if type(version) is not int or version != VERSION:
+            raise PruningError(f"plan {path} is damaged or no plan of version {VERSION}")
         return cls(**_decoded(data))
-    except OSError as error:
-        raise PruningError(f"plan {path} cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except UnreadableFileError as error:
+        raise PruningError(f"plan {path} {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         if isinstance(error, PruningError):
             raise
         raise PruningError(f"plan {path} is damaged or no plan: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _decoded(data: dict[str, Any]) -> dict[str, Any]:
+    for key, kinds in _KINDS.items():
+        if not isinstance(data[key], kinds) or isinstance(data[key], bool):
+            raise TypeError(f"{key} is a {type(data[key]).__name__}")
     data["masks"] = MappingProxyType({name: _unpack(packed) for name, packed in data["masks"].items()})
     data["cuts"] = MappingProxyType(
-        {name: {int(axis): torch.tensor(kept) for axis, kept in axes.items()} for name, axes in data["cuts"].items()}
+        {name: {_axis(axis): _indices(kept) for axis, kept in axes.items()} for name, axes in data["cuts"].items()}
     )
-    data["counts"] = Counts(**data["counts"] | {"input_size": tuple(data["counts"]["input_size"])})
-    data["structure"] = tuple(data["structure"])
-    data["removed"] = {kind: tuple(counts) for kind, counts in data["removed"].items()}
+    counts = {key: _whole(value) for key, value in data["counts"].items() if key != "input_size"}
+    data["counts"] = Counts(**counts, input_size=_wholes(data["counts"]["input_size"], 3))
+    data["structure"] = tuple(_text(kind) for kind in data["structure"])
+    data["removed"] = {kind: _wholes(counts, 2) for kind, counts in data["removed"].items()}
+    data["groups"] = {name: _text(group) for name, group in data["groups"].items()}
+    data["thresholds"] = {label: _number(limit) for label, limit in data["thresholds"].items()}
+    data["widths"] = {attribute: _whole(number) for attribute, number in data["widths"].items()}
+    if not data["masks"].keys() <= data["groups"].keys():
+        raise ValueError("a mask belongs to no group")
     return data
+
+
+def _axis(text: str) -> int:
+    if text not in ("0", "1", "2", "3"):
+        raise ValueError("an axis is no small number")
+    return int(text)
+
+
+def _indices(kept: Any) -> Tensor:
+    numbers = _wholes(kept)
+    if not numbers or any(b <= a for a, b in pairwise(numbers)):
+        raise ValueError("the indices of a cut are not ascending")
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def _wholes(values: Any, count: int | None = None) -> tuple[int, ...]:
+    if not isinstance(values, list) or count not in (None, len(values)):
+        raise TypeError("a list of numbers is malformed")
+    return tuple(map(_whole, values))
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**62:
+        raise TypeError("a count is no whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError("a threshold is no number")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a name is no text")
+    return value
 
 
 def _pack(mask: Tensor) -> dict[str, Any]:
@@ -68,7 +123,9 @@ def _pack(mask: Tensor) -> dict[str, Any]:
 
 
 def _unpack(packed: Mapping[str, Any]) -> Tensor:
-    shape = packed["shape"]
-    count = int(np.prod(shape))
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed["bits"], validate=True), dtype=np.uint8), count=count)
+    shape = _wholes(packed["shape"])
+    count, packed_bits = prod(shape), base64.b64decode(_text(packed["bits"]), validate=True)
+    if len(packed_bits) != -(-count // 8):  # before memory is taken
+        raise ValueError(f"a mask of shape {shape} has {len(packed_bits)} bytes of bits")
+    bits = np.unpackbits(np.frombuffer(packed_bits, dtype=np.uint8), count=count)
     return torch.from_numpy(bits.astype(bool)).view(shape)

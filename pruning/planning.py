@@ -6,11 +6,11 @@ from types import MappingProxyType
 
 from torch import nn
 
-from .counts import count_masked, example_image
+from .counts import check_runs, count_masked, example_image
 from .criteria import CRITERIA, Batches, Scope
 from .criteria import weight_scores as score_weights
 from .errors import PruningError
-from .groups import group_of_weights
+from .groups import declared, group_of_weights
 from .plan import Plan
 from .structured import plan_structures
 from .unstructured import keep_highest, two_of_four
@@ -33,7 +33,7 @@ def plan(
 ) -> Plan:
     """Decide what goes; the model stays as it is.
 
-    Cost: a sort per layer and one forward pass (to count); with data a backward pass per batch, or for
+    Cost: a sort per layer and two forward passes (to check and to count); with data a backward pass per batch, or for
     head_importance a forward pass per head and batch.
 
     Args:
@@ -53,6 +53,8 @@ def plan(
         PruningError: the wish cannot be met; the message says what.
     """
     _check(method, ratio, structure, scope, pattern, groups)
+    declared(model)  # refuses other families
+    check_runs(model, example_image(model, img_size))
     if structure:
         return plan_structures(
             model, method, ratio, structure, scope=scope, batches=batches, img_size=img_size, seed=seed

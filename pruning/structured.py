@@ -33,7 +33,7 @@ def plan_structures(
     group_of = group_of_weights(model)
     by_heads = method == "head_importance"
     scores = weight_scores(model, group_of, "magnitude" if by_heads else method, batches=batches, seed=seed)
-    found = find_structures(model, structure, scores)
+    found = [s for s in find_structures(model, structure, scores) if s.scored(scores)]
     totals = head_scores(model, found, batches) if by_heads else [s.scores(scores) for s in found]
     scope = "group" if scope is None else scope
     removed, thresholds = remove_lowest(found, totals, ratio, scope)

@@ -47,6 +47,10 @@ class Structures:
     def size(self) -> int:
         return len(self.slices[0].index)
 
+    def scored(self, weights: Scores) -> bool:
+        """Whether any of the weights has a score; frozen ones may have none."""
+        return any(part.tensor in weights for part in self.slices)
+
     def scores(self, weights: Scores) -> Tensor:
         """Sum the scores of the weights in each structure, (size,) float64."""
         total = torch.zeros(self.size, dtype=torch.float64)

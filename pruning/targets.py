@@ -1,5 +1,6 @@
 """Prune until a cost is met: bisect the ratio, and measure every candidate."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -66,8 +67,8 @@ def plan_until(
     Raises:
         PruningError: no ratio meets the target.
     """
-    if not target > 0:
-        raise PruningError(f"the target must be above 0 {unit}, got {target:g}")
+    if not 0 < target < math.inf:
+        raise PruningError(f"the target must be a number above 0 {unit}, got {target:g}")
     found = make_plan(0.0)
     least = cost(found, model)
     if least <= target:

@@ -1,4 +1,4 @@
-"""Checkpoints that are either complete or absent, hold nothing but tensors and plain data, and load with weights_only.
+"""Checkpoints that are complete or absent, hold nothing but tensors and plain data, and load without running code.
 
 A work_dir holds epoch_N.pth (the newest few, everything a resumed run needs), best.pth (weights alone) and
 last_checkpoint (the name of the newest). Keys: meta, state_dict (EMA weights where EMA is on), optimizer,
@@ -12,27 +12,33 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._errors import first_line
-from .._files import PART, atomic_path
+from .._files import PART, UnreadableFileError, atomic_path
+from .._torch_files import read_weights, save_torch
 from .errors import TrainError
 from .model import build_net
-from .recipe import Recipe, read_recipe
+from .recipe import Recipe
+from .recipe_files import load_recipe
 
 POINTER = "last_checkpoint"
 BEST = "best.pth"
 _EPOCH = re.compile(r"epoch_(\d+)\.pth")
 _NET = "net."  # Classifier's attribute
+_META = {
+    **{"epoch": int, "iter": int, "seed": int, "processes": int, "recipe": dict, "versions": dict},
+    **{"classes": list | None, "best": dict | None},
+}
 
 
 def write_epoch(work_dir: Path, checkpoint: dict[str, Any], keep: int) -> Path:
     """Write epoch_N.pth, point last_checkpoint at it, then remove all but the newest `keep`."""
     path = work_dir / f"epoch_{checkpoint['meta']['epoch']}.pth"
     with atomic_path(path) as part:
-        torch.save(checkpoint, part)
+        save_torch(checkpoint, part)
     with atomic_path(work_dir / POINTER) as part:
         part.write_text(f"{path.name}\n")
     for old in list_epochs(work_dir)[keep:]:
@@ -44,7 +50,7 @@ def write_best(work_dir: Path, checkpoint: dict[str, Any]) -> Path:
     path = work_dir / BEST
     weights = {key: checkpoint[key] for key in ("meta", "state_dict")}
     with atomic_path(path) as part:
-        torch.save(weights, part)
+        save_torch(weights, part)
     return path
 
 
@@ -55,21 +61,40 @@ def list_epochs(work_dir: Path) -> list[Path]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint on the CPU; nothing in it can run code.
+    """Load a checkpoint on the CPU. Runs no code from the file.
 
     Raises:
         TrainError: missing, truncated, or not a checkpoint of ours.
     """
     path = Path(path)
-    if not path.is_file():
-        raise TrainError(f"checkpoint {path} does not exist")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle, end of file, class not allowed: torch raises a type for each
-        raise TrainError(f"checkpoint {path} is truncated or damaged: {first_line(error)}") from error
+        checkpoint = read_weights(path)
+    except UnreadableFileError as error:
+        raise TrainError(f"checkpoint {path} {error}") from error
     if not isinstance(checkpoint, dict) or not {"meta", "state_dict"} <= checkpoint.keys():
         raise TrainError(f"checkpoint {path} was not written by foveate train: no meta and state_dict in it")
+    _check_kinds(path, checkpoint)
     return checkpoint
+
+
+def _check_kinds(path: Path, checkpoint: dict[str, Any]) -> None:
+    meta, state = checkpoint["meta"], checkpoint["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise TrainError(f"checkpoint {path} was not written by foveate train: its state_dict is no names and tensors")
+    wrong = [key for key, kind in _META.items() if isinstance(meta, dict) and not isinstance(meta.get(key), kind)]
+    if not isinstance(meta, dict) or any(key in meta for key in wrong):
+        raise TrainError(f"checkpoint {path} was not written by foveate train: its meta is malformed")
+
+
+def meta_of(checkpoint: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Return what a checkpoint says about its run.
+
+    Raises:
+        TrainError: one of the keys is missing.
+    """
+    if missing := [key for key in keys if key not in checkpoint["meta"]]:
+        raise TrainError(f"the checkpoint was not written by foveate train: its meta has no {missing[0]}")
+    return checkpoint["meta"]
 
 
 def find_resumable(work_dir: Path, say: Callable[[str], None]) -> Path | None:
@@ -90,7 +115,8 @@ def find_resumable(work_dir: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def recipe_of(checkpoint: dict[str, Any]) -> Recipe:
-    return read_recipe(checkpoint["meta"]["recipe"])
+    """Return the recipe that a checkpoint was trained with: data, checked as a recipe file is. Builds nothing."""
+    return load_recipe(meta_of(checkpoint, "recipe")["recipe"])
 
 
 def net_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -99,11 +125,25 @@ def net_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_net(path: str | Path) -> nn.Module:
-    """Build the model that a checkpoint was trained with, in eval mode, with its weights (EMA where EMA was on)."""
+    """Build the model that a checkpoint was trained with, in eval mode, with its weights (EMA where EMA was on).
+
+    Runs no code from the file; hooks that its recipe names are not built.
+
+    Raises:
+        TrainError: not a checkpoint of ours, or its weights do not fit its own recipe.
+    """
     checkpoint = read_checkpoint(path)
-    net = build_net(from_scratch(recipe_of(checkpoint)))
-    net.load_state_dict(net_weights(checkpoint))
-    return net.eval()
+    return build_with_weights(recipe_of(checkpoint), checkpoint).eval()
+
+
+def build_with_weights(recipe: Recipe, checkpoint: dict[str, Any]) -> nn.Module:
+    """Build the recipe's model with the checkpoint's weights, and with no others."""
+    net = build_net(from_scratch(recipe))
+    try:
+        net.load_state_dict(net_weights(checkpoint))
+    except RuntimeError as error:
+        raise TrainError(f"the checkpoint's weights do not fit its {recipe.model.name}: {first_line(error)}") from error
+    return net
 
 
 def from_scratch(recipe: Recipe) -> Recipe:
@@ -123,7 +163,14 @@ def export_weights(checkpoint: str | Path, out: str | Path) -> Path:
     architecture = {"format": "pt", "architecture": recipe_of(loaded).model.name}
     with atomic_path(out) as part:
         if out.suffix == ".pth":
-            torch.save(weights, part)
+            save_torch(weights, part)
         else:
-            save_file(weights, part, metadata=architecture)
+            _save_safetensors(weights, part, architecture)
     return out
+
+
+def _save_safetensors(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(weights, path, metadata=metadata)
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(f"{path.name}: {first_line(error)}") from error

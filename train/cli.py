@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .._commands import stop
 from .checkpoints import list_epochs
 from .errors import TrainError
 from .launch import Launcher
@@ -23,7 +24,7 @@ Options = Annotated[
 StartedBy = Annotated[Launcher, typer.Option(help="What started the processes; torchrun is pytorch.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps.  [default: cuda where there is one]")]
 
-WRONG, DIVERGED, INTERRUPTED = 2, 1, 130  # exit codes; 130 is what shells report for Ctrl-C
+DIVERGED, INTERRUPTED = 1, 130  # exit codes; 130 is what shells report for Ctrl-C
 
 
 def train_command(
@@ -47,12 +48,12 @@ def train_command(
             launcher=launcher,
             device=device,
         )
-    except TrainError as error:
-        _stop(str(error), WRONG)
+    except (TrainError, OSError) as error:  # OSError: no permission, no space
+        stop("train", error)
     except DivergedError as error:
-        _stop(str(error), DIVERGED)
+        stop("train", error, DIVERGED)
     except KeyboardInterrupt:
-        _stop(_how_to_resume(work_dir), INTERRUPTED)
+        stop("train", _how_to_resume(work_dir), INTERRUPTED)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(_in_words(result))
 
@@ -66,8 +67,3 @@ def _how_to_resume(work_dir: Path) -> str:
     if complete := list_epochs(work_dir):
         return f"interrupted; {complete[0]} is complete: the same command with --resume goes on from there"
     return f"interrupted before the first checkpoint; {work_dir} holds logs only"
-
-
-def _stop(message: str, code: int) -> None:
-    typer.echo(f"foveate train: {message}", err=True)
-    raise typer.Exit(code)

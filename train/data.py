@@ -118,8 +118,8 @@ class Collate:
 
     def __call__(self, samples: list | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, targets = samples if isinstance(samples, tuple) else default_collate(samples)
-        if targets.min() < 0 or targets.max() >= self.num_classes:
-            raise TrainError(f"data: class number {int(targets.max())}, but model.num_classes is {self.num_classes}")
+        if len(wrong := targets[(targets < 0) | (targets >= self.num_classes)]):
+            raise TrainError(f"data: class number {int(wrong[0])}, but model.num_classes is {self.num_classes}")
         return images, targets
 
 

@@ -13,7 +13,9 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
 
+from .._errors import first_line
 from .checkpoints import read_checkpoint
+from .errors import TrainError
 
 _NO_HISTORY = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}  # a message hub's state, empty
 
@@ -27,7 +29,9 @@ class RecipeRunner(Runner):
         """Write to the log file as usual; only errors reach the terminal."""
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
-            if not isinstance(handler, logging.FileHandler):
+            if isinstance(handler, logging.FileHandler):
+                handler.handleError = lambda record: None  # a full disk: checkpoints report it, in one line
+            else:
                 handler.setLevel(logging.ERROR)
         return logger
 
@@ -50,6 +54,15 @@ class RecipeRunner(Runner):
         model = self.model.module if is_model_wrapper(self.model) else self.model
         model.load_state_dict(checkpoint["state_dict"])
         return checkpoint | {"message_hub": _NO_HISTORY}
+
+    def load_or_resume(self) -> None:
+        """Refuse a checkpoint whose parts do not fit the run, in one line."""
+        try:
+            super().load_or_resume()
+        except TrainError:
+            raise
+        except Exception as error:  # model and optimiser refuse foreign states in any way
+            raise TrainError(f"checkpoint {self._load_from} cannot be resumed: {first_line(error)}") from error
 
     @master_only
     def dump_config(self) -> None:

@@ -5,20 +5,21 @@ bit as the uninterrupted one: shuffling, augmentation in workers, mixup, drop pa
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine import registry as registries
 from mmengine.dist import all_reduce_params, get_dist_info, master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, Registry
 from mmengine.runner import Runner
 
-from .._errors import first_line
+from .._errors import did_you_mean, first_line
 from .checkpoints import write_best, write_epoch
 from .errors import TrainError
 from .optim import lr_at
@@ -120,18 +121,43 @@ class SaveCheckpoints(Hook):
 
 
 def build_hooks(recipe: Recipe) -> list[Hook]:
-    """Build the hooks that the recipe names.
+    """Build the hooks that the recipe names, each by a name in MMEngine's registry. Nothing is imported.
 
     Raises:
-        TrainError: no such hook, or it refuses its arguments.
+        TrainError: no such hook, it refuses its arguments, or an argument names something to import.
     """
-    hooks = []
-    for wish in recipe.hooks:
-        try:
-            hooks.append(HOOKS.build(dict(wish)))
-        except Exception as error:  # a hook may refuse its arguments in any way
-            raise TrainError(f"hooks: cannot build {wish.get('type')!r}: {first_line(error)}") from error
-    return hooks
+    return [_build_hook(request) for request in recipe.hooks]
+
+
+def _build_hook(request: Mapping[str, Any]) -> Hook:
+    kind = request.get("type")
+    if not isinstance(kind, str) or kind not in HOOKS.module_dict:
+        near = did_you_mean(str(kind).rpartition(".")[2], HOOKS.module_dict)
+        raise TrainError(
+            f"hooks: no hook is registered as {kind!r}{near} (a Python recipe may import another hook's class)"
+        )
+    if (named := _unregistered(request)) is not None:
+        raise TrainError(f"hooks: {kind} would import {named!r}; only registered names are taken")
+    try:
+        return HOOKS.build(dict(request))
+    except Exception as error:  # a hook may refuse its arguments in any way
+        raise TrainError(f"hooks: cannot build {kind!r}: {first_line(error)}") from error
+
+
+def _unregistered(value: Any) -> str | None:
+    """Return what MMEngine's registries would import: they follow `_scope_`, and `type`, `ema_type` and the like."""
+    found: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        types = (v for k, v in value.items() if str(k).endswith("type") and isinstance(v, str) and not _registered(v))
+        scopes = (v for k, v in value.items() if k == "_scope_")
+        found = (*types, *scopes, *map(_unregistered, value.values()))
+    elif isinstance(value, list | tuple):
+        found = map(_unregistered, value)
+    return next((str(name) for name in found if name is not None), None)
+
+
+def _registered(name: str) -> bool:
+    return any(name in registry.module_dict for registry in vars(registries).values() if isinstance(registry, Registry))
 
 
 def seed_everything(*numbers: int) -> None:

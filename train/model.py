@@ -14,11 +14,14 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import is_model, load_state_dict
+from timm.models import is_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._errors import did_you_mean, first_line
+from .._files import UnreadableFileError
+from .._memory import check_images_fit
+from .._weights import prefers_averages, read_state_dict
 from .augment import BatchTransform
 from .errors import TrainError
 from .recipe import AugmentRecipe, ModelRecipe, Precision, Recipe
@@ -97,9 +100,41 @@ def build_net(recipe: Recipe) -> nn.Module:
         )
     except Exception as error:  # a model may refuse its arguments, or a file's weights, in any way
         raise _why_not_built(model, error) from error
-    net.pretrained_cfg = {**(net.pretrained_cfg or {}), **_input_cfg(recipe)}
+    kept = {key: value for key, value in (net.pretrained_cfg or {}).items() if key != "state_dict"}
+    net.pretrained_cfg = {**kept, **_input_cfg(recipe)}
     net.default_cfg = net.pretrained_cfg
     return net
+
+
+def check_runs(model: Classifier, recipe: Recipe) -> None:
+    """Run one training batch of two zero images at the recipe's size; parameters and statistics stay as they are.
+
+    Raises:
+        TrainError: the model does not take the size, or returns something else than logits of its classes.
+    """
+    size, classes = _input_cfg(recipe)["input_size"], recipe.model.num_classes
+    device = next(model.parameters()).device
+    try:
+        if device.type == "cpu":
+            check_images_fit(min(2, recipe.batch_size), *size)
+    except ValueError as error:
+        raise TrainError(f"data.img_size: {error}") from error
+    images = torch.zeros(min(2, recipe.batch_size), *size, device=device)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    mode = model.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            shape = tuple(model.train()(images, None).shape)
+    except Exception as error:  # a model may refuse a size in any way
+        raise TrainError(
+            f"data.img_size: {recipe.model.name} does not run on images of {size[1]}x{size[2]}: {first_line(error)}"
+        ) from error
+    finally:
+        model.train(mode)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    if shape != (len(images), classes):
+        raise TrainError(f"model: {recipe.model.name} returns {shape}, wanted {(len(images), classes)}")
 
 
 def _input_cfg(recipe: Recipe) -> dict[str, Any]:
@@ -116,17 +151,16 @@ def _input_cfg(recipe: Recipe) -> dict[str, Any]:
 
 
 def _from_file(model: ModelRecipe) -> dict[str, Any]:
-    """Point timm's loader at a local file, and tell it the file's class count: another head is then left at random."""
+    """Hand a file's weights to timm's loader, with the file's class count: another head is then left at random."""
     path = Path(model.checkpoint)
-    if not path.is_file():
-        raise TrainError(f"model.checkpoint {path} is not a file")
     try:
-        weights = load_state_dict(str(path), device="cpu")
-    except Exception as error:  # torch and safetensors raise a type for each way to be damaged
-        raise TrainError(f"model.checkpoint {path} cannot be read: {first_line(error)}") from error
-    classes = next((len(weights[name]) for name in _HEADS if name in weights), model.num_classes)
-    nowhere_else = {"source": None, "url": None, "hf_hub_id": None}
-    return {**nowhere_else, "file": str(path), "num_classes": classes, "label_offset": None}
+        weights = read_state_dict(path, use_ema=prefers_averages(model.name))
+    except UnreadableFileError as error:
+        raise TrainError(f"model.checkpoint {path} {error}") from error
+    classes = next((len(weights[name]) for name in _HEADS if name in weights and weights[name].dim()), None)
+    nowhere_else = {"source": None, "url": None, "file": None, "hf_hub_id": None, "custom_load": False}
+    counted = {"num_classes": model.num_classes if classes is None else classes, "label_offset": None}
+    return {**nowhere_else, **counted, "state_dict": weights}
 
 
 def _why_not_built(model: ModelRecipe, error: Exception) -> TrainError:

@@ -1,4 +1,4 @@
-"""What a recipe may say, and what every value means. A recipe is data; this file is its whole vocabulary.
+"""What a recipe may say, and what every value means. This file is its whole vocabulary.
 
 A key that would change nothing (a switch probability without a switch) is refused like a key that does not exist.
 """
@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from .._options import FEATURE_ARGS, check_model_args
 from .errors import TrainError
 from .schema import limited, read
 
@@ -27,6 +28,12 @@ class ModelRecipe:
     keywords: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        try:
+            check_model_args(self.keywords, "model")
+        except ValueError as error:
+            raise TrainError(str(error)) from error
+        if features := sorted(FEATURE_ARGS & set(self.keywords)):
+            raise TrainError(f"model.{features[0]}: a recipe trains a whole classifier, not a feature extractor")
         if self.pretrained and self.checkpoint:
             raise TrainError("model.checkpoint: starts from a file, but model.pretrained is True; give one of the two")
 
@@ -39,13 +46,13 @@ class DataRecipe:
     root: str | None = None
     train_split: str = "train"
     val_split: str = "validation"
-    img_size: int | tuple[int, int] = limited(224, at_least=1)  # px; (rows, columns) where not square
+    img_size: int | tuple[int, int] = limited(224, at_least=1, at_most=8192)  # px; (rows, columns) where not square
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = limited((0.229, 0.224, 0.225), above=0)
     interpolation: Interpolation = "bicubic"
     train_interpolation: Interpolation | Literal["random"] | None = None  # None: as for validation
-    crop_pct: float = limited(0.875, above=0, at_most=1)  # share of the resized side that validation keeps
-    workers: int = limited(4, at_least=0)  # loader processes, for each training process
+    crop_pct: float = limited(0.875, at_least=0.1, at_most=1)  # share of the resized side that validation keeps
+    workers: int = limited(4, at_least=0, at_most=1024)  # loader processes, for each training process
 
 
 @dataclass(frozen=True)
@@ -162,10 +169,10 @@ class Recipe:
     accumulate: int = limited(1, at_least=1)
     precision: Precision = "fp32"
     ema: float | None = limited(None, above=0, below=1)  # decay per optimizer step
-    seed: int = limited(0, at_least=0)
+    seed: int = limited(0, at_least=0, at_most=2**32 - 1)  # what NumPy takes
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
-    hooks: tuple[dict[str, Any], ...] = ()  # more MMEngine hooks: {"type": registered name or import path, arguments}
+    hooks: tuple[dict[str, Any], ...] = ()  # more MMEngine hooks: {"type": registered name, arguments}
 
     def __post_init__(self) -> None:
         for key in ("mean", "std"):
@@ -188,7 +195,7 @@ class Recipe:
 
 def read_recipe(data: dict[str, Any]) -> Recipe:
     """Check plain data, as a recipe file holds it, and return the recipe."""
-    model = data.get("model")
+    model = data.get("model") if isinstance(data, dict) else None
     if isinstance(model, dict):
         own = set(ModelRecipe.__dataclass_fields__)
         keywords = {k: _as_tuples(v) for k, v in model.items() if k not in own}

@@ -1,20 +1,25 @@
-"""Find recipe files, load them through MMEngine's lazy configs, and lay overrides over them."""
+"""Find recipe files, load them (Python through MMEngine's configs, JSON and YAML as data), and apply overrides."""
 
-import ast
-import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 
 from .._errors import did_you_mean, first_line
+from .._files import UnreadableFileError, check_plain, read_json, read_text
+from .._options import parse_options as parse_pairs
 from .errors import TrainError
 from .recipe import Recipe, read_recipe, recipe_data
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
-_WORDS = {"true": True, "false": False, "none": None}
+_LARGEST_BYTES = 2**20  # of a recipe that is data; of a config.json 16 times as much
+_VALUES = 100_000  # in a recipe
 
 
 def list_recipes() -> list[str]:
@@ -25,7 +30,7 @@ def list_recipes() -> list[str]:
 def find_recipe(name: str | Path) -> Path:
     """Return the file of a recipe, given its path or the bare name of one that comes with the package."""
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, False for any name
         return path
     if path.parent == Path(".") and path.name.removesuffix(".py") in list_recipes():
         return CONFIGS / f"{path.name.removesuffix('.py')}.py"
@@ -39,6 +44,8 @@ def load_recipe(
 ) -> Recipe:
     """Load, override and check a recipe.
 
+    A .py file is Python and runs as such: load only your own. A .json or .yaml file is data, and runs nothing.
+
     Args:
         source: a name or path as `find_recipe` takes it, a loaded MMEngine config, plain data, or a recipe.
         cfg_options: dotted keys to values, such as {"schedule.epochs": 3}; checked like the file itself.
@@ -51,7 +58,8 @@ def load_recipe(
     elif isinstance(source, Recipe):
         data = recipe_data(source)
     else:
-        data = source.to_dict() if isinstance(source, Config) else dict(source)
+        data = _config_data(source) if isinstance(source, Config) else dict(source)
+    _check_plain(data)
     for key, value in (cfg_options or {}).items():
         data = _override(data, key, key.split("."), value)
     return read_recipe(_with_widths(data))
@@ -66,11 +74,11 @@ def _with_widths(data: dict[str, Any]) -> dict[str, Any]:
     if not (isinstance(model, Mapping) and isinstance(path := model.get("widths"), str)):
         return data
     try:
-        config = json.loads(Path(path).read_text())
+        config = read_json(Path(path), 16 * _LARGEST_BYTES)
         found = {"widths": config["model_args"]["widths"]}
         if "of" in config["model_args"]:
             found |= {"of": config["model_args"]["of"], "name": config["architecture"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise TrainError(f"model.widths {path} is no config.json of a pruned model: {first_line(error)}") from error
     whole, name = found.get("of"), str(model.get("name")).partition(".")[0]
     if whole is not None and name not in (whole, found["name"]):
@@ -79,30 +87,70 @@ def _with_widths(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_options(options: Iterable[str]) -> dict[str, Any]:
-    """Read `key=value` words: a value is a Python literal (3, 1e-4, (32, 64), None) or, failing that, a string."""
-    parsed = {}
-    for option in options:
-        key, separator, text = option.partition("=")
-        if not separator or not key.strip():
-            raise TrainError(f"--cfg-options: wanted key=value, got {option!r}")
-        parsed[key.strip()] = _parse_value(text.strip())
-    return parsed
-
-
-def _parse_value(text: str) -> Any:
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
+    """Read the `key=value` words of --cfg-options; keys are dotted."""
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+        return parse_pairs(options, "--cfg-options", dotted=True)
+    except ValueError as error:
+        raise TrainError(str(error)) from error
 
 
 def _load_file(path: Path) -> dict[str, Any]:
+    if path.suffix == ".py":
+        return _run_python(path)
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise TrainError(f"recipe {path}: wanted a name that ends in .py, .json, .yaml or .yml")
     try:
-        return Config.fromfile(path).to_dict()
+        data = read_json(path, _LARGEST_BYTES) if path.suffix == ".json" else _read_yaml(path)
+    except UnreadableFileError as error:
+        raise TrainError(f"recipe {path} {error}") from error
+    if not isinstance(data, dict):
+        raise TrainError(f"recipe {path} holds no sections of keys")
+    return data
+
+
+def _read_yaml(path: Path) -> Any:
+    text = read_text(path, _LARGEST_BYTES)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UnreadableFileError(f"is not plain YAML: {first_line(error)}") from error
+
+
+def _run_python(path: Path) -> dict[str, Any]:
+    try:
+        return _config_data(Config.fromfile(path))
+    except TrainError:
+        raise
     except Exception as error:  # a recipe is Python: anything can go wrong in it
         raise TrainError(f"recipe {path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _config_data(config: Config) -> dict[str, Any]:
+    """Return a config as plain data; hooks whose classes a Python recipe imports get their registered names."""
+    data = config.to_dict()
+    if isinstance(data.get("hooks"), list | tuple):
+        pairs = zip(config.hooks, data["hooks"], strict=True)
+        data["hooks"] = [_with_name(live, plain) for live, plain in pairs]
+    return data
+
+
+def _with_name(live: Any, plain: Any) -> Any:
+    kind = live.get("type") if isinstance(live, Mapping) else None
+    if not isinstance(kind, type):
+        return plain
+    if not issubclass(kind, Hook):
+        raise TrainError(f"hooks: {kind.__name__} is no MMEngine hook")
+    if HOOKS.module_dict.setdefault(kind.__name__, kind) is not kind:
+        raise TrainError(f"hooks: another hook is registered as {kind.__name__}")
+    return plain | {"type": kind.__name__}
+
+
+def _check_plain(data: Any) -> None:
+    """Refuse data that is nested too deep, or that a few shared parts (YAML's aliases) blow up."""
+    try:
+        check_plain(data, _VALUES)
+    except ValueError as error:
+        raise TrainError(f"the recipe is no plain data: {error}") from error
 
 
 def _override(data: Any, key: str, path: list[str], value: Any) -> dict[str, Any]:

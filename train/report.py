@@ -111,14 +111,22 @@ class ProgressBar(Hook):
 
 
 def read_scalars(path: Path) -> list[dict[str, float]]:
-    """Return the records of a scalars.jsonl; a last line that a killed process left unfinished is passed over."""
+    """Return the records of a scalars.jsonl, up to a line that a killed process left unfinished. Runs nothing."""
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not _is_record(record):
+            break
+        records.append(record)
     return records
+
+
+def _is_record(record: Any) -> bool:
+    numbers = isinstance(record, dict) and all(type(value) in (int, float) for value in record.values())
+    return numbers and {"epoch", "val_top1"} <= record.keys()
 
 
 def _in_words(record: dict[str, float], epochs: int) -> str:

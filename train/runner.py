@@ -14,14 +14,14 @@ from mmengine.dist import barrier, broadcast_object_list, get_dist_info
 from mmengine.hooks import Hook, SyncBuffersHook
 from rich.console import Console
 
-from .checkpoints import BEST, find_resumable, from_scratch, list_epochs, net_weights, read_checkpoint, recipe_of
+from .checkpoints import BEST, build_with_weights, find_resumable, list_epochs, meta_of, read_checkpoint, recipe_of
 from .data import build_loaders, build_val_loader
 from .engine import RecipeRunner
 from .errors import TrainError
 from .hooks import Ema, LearningRate, SaveCheckpoints, SeedEpoch, build_hooks, seed_everything
 from .interrupt import CtrlC
 from .launch import Launcher, check_precision, processes
-from .model import Classifier, TopK, build_net, summarise
+from .model import Classifier, TopK, build_net, check_runs, summarise
 from .optim import build_optim_wrapper
 from .recipe import Recipe, recipe_data
 from .recipe_files import load_recipe
@@ -66,7 +66,8 @@ def train(
     """Train a recipe.
 
     Args:
-        recipe: the name of a recipe that comes with the package, a file, or what such a file holds.
+        recipe: the name of a recipe that comes with the package, a file, or what such a file holds. A .py file is
+            Python and runs as such; .json and .yaml files are data and run nothing.
         work_dir: where checkpoints and logs go; made if need be. One that holds a run is only touched by `resume`.
         data: the folder of the data set, in place of the recipe's data.root.
         resume: go on from the newest complete checkpoint in work_dir; from scratch where there is none.
@@ -74,7 +75,8 @@ def train(
         launcher, device: see `launch.processes`.
 
     Raises:
-        TrainError: anything about the wish that cannot be met; before anything is written.
+        TrainError: invalid request; before anything is written.
+        OSError: the disk is full, or work_dir cannot be written any more.
         DivergedError: the training loss is not finite; checkpoints of earlier epochs stay.
     """
     start = time.perf_counter()
@@ -97,15 +99,20 @@ def evaluate(
     cfg_options: Mapping[str, Any] | None = None,
     device: str | None = None,
 ) -> EvalResult:
-    """Measure a checkpoint (EMA weights where EMA was on) on the validation split of its own recipe."""
+    """Measure a checkpoint (EMA weights where EMA was on) on the validation split of its own recipe.
+
+    Runs no code from the file; hooks that its recipe names are not built.
+
+    Raises:
+        TrainError: not a checkpoint of ours, or its data or device cannot be used.
+    """
     start = time.perf_counter()
     loaded = read_checkpoint(checkpoint)
     recipe = _with_data(load_recipe(recipe_of(loaded), cfg_options), data)
     with processes("none", device) as place:
         check_precision(recipe.precision, place)
-        loader = build_val_loader(recipe, loaded["meta"]["classes"], pin_memory=place.type == "cuda")
-        net = build_net(from_scratch(recipe))
-        net.load_state_dict(net_weights(loaded))
+        loader = build_val_loader(recipe, meta_of(loaded, "classes")["classes"], pin_memory=place.type == "cuda")
+        net = build_with_weights(recipe, loaded)
         model = Classifier(recipe, net).to(place).eval()
         rows = [row for batch in loader for row in model.val_step(batch)]
     return EvalResult(**summarise(rows), images=len(rows), seconds=time.perf_counter() - start)
@@ -117,13 +124,15 @@ def _run(
     seed_everything(recipe.seed)
     named_hooks = build_hooks(recipe)
     net = build_net(recipe).to(place)
+    model = Classifier(recipe, net).to(place)
+    check_runs(model, recipe)
     optim_wrapper = build_optim_wrapper(net, recipe)
     train_loader, val_loader, classes = build_loaders(recipe, pin_memory=place.type == "cuda")
     log, save = EpochLog(work_dir, console), SaveCheckpoints(recipe, work_dir, classes)
     with CtrlC() as ctrl_c, ProgressBar(console) as bar:
         runner = RecipeRunner(
             device=place,
-            model=Classifier(recipe, net),
+            model=model,
             work_dir=str(work_dir),
             train_dataloader=train_loader,
             val_dataloader=val_loader,
@@ -170,7 +179,10 @@ def _starting_point(work_dir: Path, resume: bool, recipe: Recipe, say: Callable[
     if path is None:
         say(f"nothing to resume in {work_dir}: starting from scratch")
         return None
-    _check_same_run(read_checkpoint(path)["meta"], recipe, path)
+    loaded = read_checkpoint(path)
+    if "optimizer" not in loaded:
+        raise TrainError(f"checkpoint {path} cannot be resumed: it holds no optimizer state")
+    _check_same_run(meta_of(loaded, "epoch", "iter", "recipe", "processes", "best"), recipe, path)
     say(f"resuming from {path}")
     return path
 

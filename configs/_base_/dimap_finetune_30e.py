@@ -6,10 +6,12 @@ Augmentation is Swin's, as in the paper. The batch is not published for fine-tun
 
 from mmengine.config import read_base
 
+from foveate.pruning.hook import KeepMasks
+
 with read_base():
     from .imagenet_1k import *
 
 data.update(crop_pct=0.9)
 optimizer = dict(opt="adamw", lr=2e-5, weight_decay=1e-8, clip_grad=5.0)
 schedule = dict(kind="cosine", epochs=30, warmup_epochs=15, warmup_lr=2e-8, min_lr=2e-7)
-hooks = [dict(type="foveate.pruning.hook.KeepMasks", plan="pruned/plan.json")]
+hooks = [dict(type=KeepMasks, plan="pruned/plan.json")]

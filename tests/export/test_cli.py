@@ -8,8 +8,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from foveate.export import ExportError
-from foveate.export.cli import export_command, parse_model_args
+from foveate._options import OptionError, parse_options
+from foveate.export.cli import export_command
 
 app = typer.Typer()
 app.command()(export_command)
@@ -83,7 +83,7 @@ def test_a_file_that_differs_is_not_put_in_place():
         (["test_resnet", "-o", "net.pt"], "wanted a file name that ends in .onnx"),
         (["test_resnet", "-o", "net.onnx", "--checkpoint", "none.pth"], "checkpoint none.pth does not exist"),
         (["test_resnet", "-o", "net.onnx", "--images", "none"], "no image in none"),
-        (["test_resnet", "-o", "net.onnx", "--model-arg", "depth"], "--model-arg wants key=value, got depth"),
+        (["test_resnet", "-o", "net.onnx", "--model-arg", "depth"], "--model-arg wants key=value, got 'depth'"),
         (["test_vit", "-o", "net.onnx", "--img-size", "100"], "does not run on an input of (2, 3, 100, 100)"),
     ],
 )
@@ -117,9 +117,9 @@ def test_a_full_disk_prints_one_line_and_leaves_nothing(monkeypatch):
     ],
 )
 def test_model_arguments_are_literals_or_text(text, value):
-    assert parse_model_args([f"key={text}"]) == {"key": value}
+    assert parse_options([f"key={text}"], "--model-arg") == {"key": value}
 
 
 def test_a_model_argument_without_a_name_is_refused():
-    with pytest.raises(ExportError, match="wants key=value, got =3"):
-        parse_model_args(["=3"])
+    with pytest.raises(OptionError, match="wants key=value, got '=3'"):
+        parse_options(["=3"], "--model-arg")

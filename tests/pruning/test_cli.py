@@ -106,6 +106,36 @@ def test_a_mistake_prints_one_line_and_writes_nothing(arguments, message):
     assert os.listdir() == ["van.pth"] and done.stdout == ""
 
 
+def test_a_cut_that_is_not_the_net_with_zeros_is_refused(monkeypatch):
+    whole = Plan.cut
+
+    def wrong(self, model):
+        smaller = whole(self, model)
+        with torch.no_grad():
+            smaller.stages[1].blocks[0].mlp.fc2.weight[0, 0] += 0.1
+        return smaller
+
+    monkeypatch.setattr(Plan, "cut", wrong)
+    done = prune(*NET, "-o", "out", "--structure", "mlp")
+    assert done.exit_code == 2 and done.stdout == ""
+    assert done.stderr.startswith("foveate prune: the cut net differs from the net with zeros by ")
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_cut_whose_output_is_no_number_is_refused(broken, monkeypatch):
+    whole = Plan.cut
+
+    def wrong(self, model):
+        smaller = whole(self, model)
+        smaller.head.fc.bias.data[0] = broken
+        return smaller
+
+    monkeypatch.setattr(Plan, "cut", wrong)
+    done = prune(*NET, "-o", "out", "--structure", "mlp")
+    assert done.exit_code == 2 and "the cut net differs" in done.stderr and os.listdir() == []
+
+
 def test_a_model_without_groups_or_a_taken_folder_is_refused():
     done = prune("test_efficientnet", "-o", "out")
     assert done.exit_code == 2 and "EfficientNet declares no module groups" in done.stderr

@@ -1,16 +1,19 @@
 """Fine-tuning keeps zeros: the hook holds a plan's masks in a real training run, averages of weights included."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
 
 from foveate.export import save_hub
 from foveate.pruning import PruningError, plan
+from foveate.pruning.hook import KeepMasks
 from foveate.train import TrainError, load_net, train
 from foveate.train.checkpoints import net_weights, read_checkpoint
 
 MICRO = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "kernel_size": 3, "in_chans": 1, "num_classes": 10}
-HOOK = "foveate.pruning.hook.KeepMasks"
+HOOK = KeepMasks.__name__
 
 
 def recipe(tmp_path, **changes):
@@ -45,6 +48,19 @@ def test_what_was_zeroed_stays_zero_and_the_rest_learns(pruned, tmp_path):
         assert (averaged[name] != before[name])[mask].float().mean() > 0.9
 
 
+def test_a_plan_is_applied_again_to_weights_that_were_loaded_after_it(pruned, tmp_path):
+    net = timm.create_model("nat_mini", **MICRO)
+    dense = torch.load(tmp_path / "weights.pth", weights_only=True)
+    net.load_state_dict(dense)
+    hook, runner = KeepMasks(str(tmp_path / "plan.json")), SimpleNamespace(model=net)
+    hook.before_run(runner)
+    net.load_state_dict(dense)  # as resuming does, between the two
+    assert all(net.get_parameter(name)[~mask].any() for name, mask in pruned.masks.items())
+    hook.before_train(runner)
+    assert not any(net.get_parameter(name)[~mask].any() for name, mask in pruned.masks.items())
+    assert all((net.get_parameter(name) == dense[name])[mask].all() for name, mask in pruned.masks.items())
+
+
 def test_without_the_hook_they_would_grow_back(pruned, tmp_path):
     pruned_weights = pruned.masked(torch.load(tmp_path / "weights.pth", weights_only=True))
     torch.save(pruned_weights, tmp_path / "weights.pth")
@@ -64,9 +80,9 @@ def test_a_plan_of_another_model_stops_the_run(pruned, tmp_path):
 @pytest.mark.parametrize(
     ("hook", "message"),
     [
-        ({"type": HOOK, "plan": "none.json"}, r"cannot build 'foveate\.pruning\.hook\.KeepMasks': plan none\.json"),
-        ({"type": "NoSuchHook"}, "cannot build 'NoSuchHook'"),
-        ({}, "cannot build None"),
+        ({"type": HOOK, "plan": "none.json"}, "cannot build 'KeepMasks': plan none.json"),
+        ({"type": "NoSuchHook"}, "no hook is registered as 'NoSuchHook'"),
+        ({}, "no hook is registered as None"),
     ],
 )
 def test_a_hook_that_cannot_be_built_is_refused_before_anything_is_written(hook, message, pruned, tmp_path):

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from foveate.train import TrainError, export_weights, load_net, load_recipe
-from foveate.train import checkpoints as module
 from foveate.train.checkpoints import find_resumable, list_epochs, read_checkpoint, write_epoch
 from foveate.train.model import Classifier, build_net
 from foveate.train.recipe import recipe_data
@@ -27,8 +26,9 @@ def fill(work_dir: Path, epochs: int, keep: int = 2) -> None:
 
 
 def write_half_and_die(work_dir: Path) -> None:
-    def save(obj, path):
-        Path(path).write_bytes(b"PK\x03\x04 half a checkpoint")
+    def save(obj, file):
+        file.write(b"PK\x03\x04 half a checkpoint")
+        file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = save
@@ -50,11 +50,11 @@ def test_a_kill_while_writing_leaves_the_complete_checkpoint(tmp_path):
 def test_an_error_while_writing_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
     fill(tmp_path, 1)
 
-    def full_disk(obj, part: Path) -> None:
-        part.write_bytes(b"half")
+    def full_disk(obj, part) -> None:
+        part.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module.torch, "save", full_disk)
+    monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_epoch(tmp_path, checkpoint(1), keep=1)
     monkeypatch.undo()
@@ -96,7 +96,7 @@ def test_a_work_dir_with_only_damaged_checkpoints_is_refused(tmp_path):
 
 def test_a_checkpoint_that_could_run_code_is_refused(tmp_path):
     torch.save({"meta": {}, "state_dict": {}, "evil": Path("x")}, tmp_path / "evil.pth")
-    with pytest.raises(TrainError, match=r"evil.pth is truncated or damaged: Weights only load failed"):
+    with pytest.raises(TrainError, match=r"evil.pth needs more than tensors \(pathlib\.PosixPath\)"):
         read_checkpoint(tmp_path / "evil.pth")
     torch.save({"weights": 1}, tmp_path / "foreign.pth")
     with pytest.raises(TrainError, match="was not written by foveate train"):

@@ -40,7 +40,7 @@ def test_a_run_prints_a_line_an_epoch_and_the_result(command, tmp_path):
     ("words", "message"),
     [
         (["--cfg-options", "schedule.epoch=1"], "unknown key schedule.epoch; did you mean schedule.epochs"),
-        (["--cfg-options", "epochs"], "--cfg-options: wanted key=value, got 'epochs'"),
+        (["--cfg-options", "epochs"], "--cfg-options wants key=value, got 'epochs'"),
         (["--data", "nowhere"], "data.root nowhere does not exist"),
         (["--device", "tpu"], "device: wanted cpu, cuda, cuda:N or mps, got 'tpu'"),
         (["--work-dir", "tiny.py/run"], "cannot be written"),

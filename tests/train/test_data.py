@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from foveate.train import MissingPackageError, TrainError, load_recipe, mnist5k
-from foveate.train.data import build_loaders, build_val_loader
+from foveate.train.data import Collate, build_loaders, build_val_loader
 
 
 def loaders(recipe, **options):
@@ -159,3 +159,18 @@ def test_digits_take_image_by_image_augmentation_too(make_recipe):
     assert train.dataset.fixed is None
     images, _ = next(iter(train))
     assert images.shape == (50, 1, 16, 16) and images.float().std() > 10
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 3])
+@pytest.mark.parametrize("stacked", [True, False], ids=["batch", "samples"])
+def test_a_class_number_that_the_model_has_no_output_for_is_refused(wrong, stacked):
+    images, targets = torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, wrong, 2])
+    batch = (images, targets) if stacked else [(image, int(t)) for image, t in zip(images, targets, strict=True)]
+    with pytest.raises(TrainError, match=f"data: class number {wrong}, but model.num_classes is 3"):
+        Collate(3)(batch)
+
+
+@pytest.mark.parametrize("targets", [[0, 1, 2], [2, 2, 2], [0, 0, 0]])
+def test_every_class_of_the_model_is_taken(targets):
+    batch = torch.zeros(3, 1, 2, 2), torch.tensor(targets)
+    assert Collate(3)(batch)[1].tolist() == targets

@@ -102,7 +102,7 @@ def test_options_are_literals_or_strings():
     words = ["a.b=1e-3", "c=(32, 64)", "d=rand-m9", "e=true", "f=None", "g=a=b", "h=3"]
     expected = {"a.b": 1e-3, "c": (32, 64), "d": "rand-m9", "e": True, "f": None, "g": "a=b", "h": 3}
     assert parse_options(words) == expected
-    with pytest.raises(TrainError, match="wanted key=value, got 'lr'"):
+    with pytest.raises(TrainError, match="--cfg-options wants key=value, got 'lr'"):
         parse_options(["lr"])
 
 
