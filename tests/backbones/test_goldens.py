@@ -100,9 +100,11 @@ def rounding_noise(model, x, given):
 
 @every_golden
 def test_gradients_equal_the_official_ones(name, det, official):
-    """Compare in float64, whose result is the same on every machine: only the recorded run's rounding is left."""
+    """Compare in float32 and, where ReLUs near zero make that too coarse on this machine, in float64: its result is the
+    same on every machine, so that only the recorded run's own rounding is left."""
     facts, _, model, official_key = official(name, "grad_gain")
-    check_gradients(model.double(), facts, official_key, det)
+    if wrong_gradients(model, facts, official_key, det):
+        assert wrong_gradients(model.double(), facts, official_key, det) == []
 
 
 def sample(tensor, count):
@@ -110,20 +112,25 @@ def sample(tensor, count):
     return flat[np.linspace(0, flat.size - 1, count).astype(int)]
 
 
-def check_gradients(model, facts, official_key, det):
-    tolerance = facts.get("grad_tolerance", 1e-4)
-    first = facts["inputs"][0]
-    out = model(torch.from_numpy(det.det_input(first["shape"], first["seed"])).double())
+def wrong_gradients(model, facts, official_key, det):
+    """The official names of the parameters whose gradient is not the recorded one."""
+    tolerance, wrong = facts.get("grad_tolerance", 1e-4), []
+    first, dtype = facts["inputs"][0], next(model.parameters()).dtype
+    model.zero_grad()
+    out = model(torch.from_numpy(det.det_input(first["shape"], first["seed"])).to(dtype))
     (out * torch.from_numpy(det.det_input(out.shape, 7))).mean().backward()
     for key, parameter in model.named_parameters():
         name, grad = official_key[key], parameter.grad
         expected = facts["grads"][name]
-        assert abs(grad.norm() - expected["l2"]) <= tolerance * expected["l2"], name
+        off = abs(grad.double().norm() - expected["l2"]) / expected["l2"]
         if "dot" in expected:
             probe = torch.from_numpy(det.det_input(grad.shape, zlib.crc32(f"grad:{name}".encode())))
-            assert abs((grad * probe).sum() - expected["dot"]) <= 1e-4 * expected["l2"], name
+            off = max(off, abs((grad * probe).sum() - expected["dot"]) / expected["l2"])
         else:
-            assert np.abs(sample(grad, 4) - expected["samples"]).max() <= tolerance * float(grad.abs().max()), name
+            off = max(off, np.abs(sample(grad, 4) - expected["samples"]).max() / float(grad.abs().max()))
+        if not off <= tolerance:
+            wrong.append((name, float(off)))
+    return wrong
 
 
 def van_key(key):
