@@ -1,5 +1,6 @@
 """Turn a model into a file that runs without this package: ONNX, or a torch.export program."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -162,6 +163,9 @@ class _OursSpelledOut(TorchFunctionMode):
 
 
 def _quietly(export: Callable):
+    log = logging.getLogger("torch.onnx")  # torch 2.8 warns here about torchvision's operators
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's exporters warn about their own internals
@@ -170,3 +174,5 @@ def _quietly(export: Callable):
         raise
     except Exception as error:  # the exporters raise many types
         raise ExportError(f"torch could not export the model: {first_line(error)}") from error
+    finally:
+        log.setLevel(level)

@@ -1,4 +1,4 @@
-"""What all tests share: threads (two; one in each process of pytest-xdist), and the official code's outputs."""
+"""What all tests share: the number of threads, and the official code's outputs."""
 
 import importlib.util
 import json
@@ -11,7 +11,10 @@ import torch
 
 GOLDENS = Path(__file__).parent / "goldens"
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+THREADS_ARE_GIVEN = "OMP_NUM_THREADS" in os.environ  # torch reads it by itself
+
+if not THREADS_ARE_GIVEN:
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,6 +24,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if not hasattr(config, "workerinput"):
         import mmengine.config  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread unless OMP_NUM_THREADS is set: on tiny tensors, more threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if THREADS_ARE_GIVEN else 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

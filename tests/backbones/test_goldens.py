@@ -1,5 +1,6 @@
 """Every family against its official code, through the door that users' checkpoints take."""
 
+import copy
 import zlib
 from importlib import import_module
 
@@ -29,7 +30,7 @@ def official(det, golden, tmp_path):
 
     def load(name, gain="gain"):
         facts, logits = golden(name)
-        weights = det.det_state_dict(facts["state_dict"], facts["mul"], facts.get(gain, 1.0))
+        weights = det.det_state_dict(facts["state_dict"], facts["mul"], facts.get(gain, facts.get("gain", 1.0)))
         torch.save(weights, tmp_path / "official.pth")
         overlay = {"file": str(tmp_path / "official.pth")}
         model = timm.create_model(facts["variant"], pretrained=True, pretrained_cfg_overlay=overlay).eval()
@@ -40,26 +41,70 @@ def official(det, golden, tmp_path):
     return load
 
 
+ROUNDINGS = 16  # measured: float32 moves a map at most 10 times as far as such a change of the weights
+
+
 @every_golden
-def test_logits_stages_and_gradients_equal_the_official_ones(name, det, official):
-    facts, logits, model, official_key = official(name)
+def test_logits_and_stages_equal_the_official_ones(name, det, official):
+    """Compare in float32, with a fixed tolerance, or, where ReLUs near zero amplify float32 rounding, 16 times the
+    effect that a change of every weight by at most float32's eps has in float64. No thread count, instruction set or
+    torch release came near that; a wrong layer exceeds it by orders of magnitude."""
+    facts, logits, model, _ = official(name)
     assert sum(p.numel() for p in model.parameters()) == facts["params"]
+    tolerance = 1e-4 if name.startswith("litv2") else 5e-5  # of the standard deviation; sampling amplifies
     for given in facts["inputs"]:
         x = torch.from_numpy(det.det_input(given["shape"], given["seed"]))
-        with torch.no_grad():
-            out, maps = model(x), model.forward_intermediates(x, intermediates_only=True)
-        expected, tolerance = logits[given["name"]], 1e-4 if name.startswith("litv2") else 5e-5  # sampling amplifies
-        assert np.abs(out.numpy() - expected).max() <= tolerance * expected.std(), given["name"]
-        for i, stage in ((i, given["stages"].get(f"stage{i}")) for i in range(len(maps))):
-            if stage is None:  # of the isotropic nets' layers, four are recorded
-                continue
-            ours = maps[i] if len(stage["shape"]) == 4 else maps[i].flatten(2).transpose(1, 2)
-            assert list(ours.shape) == stage["shape"]
-            assert np.abs(sample(ours, 64) - stage["samples"]).max() <= tolerance * stage["std"], (given["name"], i)
-    if "grad_gain" in facts:  # float64, as the plain weights of a deep BatchNorm net leave gradients near rounding
-        _, _, model, official_key = official(name, "grad_gain")
-        model.double()
-    check_gradients(model, facts, official_key, det)
+        found = differences(outputs(model, x, given), recorded(given, logits))
+        wrong = {key: by for key, by in found.items() if not by <= tolerance}
+        if wrong:
+            noise = rounding_noise(model, x, given)
+            wrong = {key: (by, noise[key]) for key, by in wrong.items() if not by <= ROUNDINGS * noise[key]}
+        assert wrong == {}, given["name"]
+
+
+def outputs(model, x, given):
+    """The logits and the recorded stages' maps, in the recorded layout."""
+    with torch.no_grad():
+        found, maps = {"logits": model(x)}, model.forward_intermediates(x, intermediates_only=True)
+    for i, ours in enumerate(maps):
+        stage = given["stages"].get(f"stage{i}")
+        if stage is not None:  # of the isotropic nets' layers, four are recorded
+            found[f"stage{i}"] = ours if len(stage["shape"]) == 4 else ours.flatten(2).transpose(1, 2)
+            assert list(found[f"stage{i}"].shape) == stage["shape"]
+    return found
+
+
+def recorded(given, logits):
+    """(samples, standard deviation) of the logits and of every recorded stage."""
+    out = logits[given["name"]]
+    stages = {key: (np.array(stage["samples"]), stage["std"]) for key, stage in given["stages"].items()}
+    return {"logits": (out, out.std())} | stages
+
+
+def differences(found, expected):
+    """The largest difference of each map's samples in standard deviations of the map."""
+    pairs = ((key, sample(ours, expected[key][0].size), *expected[key]) for key, ours in found.items())
+    return {key: np.abs(ours - theirs.ravel()).max() / std for key, ours, theirs, std in pairs}
+
+
+def rounding_noise(model, x, given):
+    """How far each map moves, in its standard deviations, when every weight moves by at most float32's eps."""
+    net, generator = copy.deepcopy(model).double(), torch.Generator().manual_seed(0)
+    before = outputs(net, x.double(), given)
+    for parameter in net.parameters():
+        noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        parameter.data.mul_(1 + torch.finfo(torch.float32).eps * noise)
+    after = outputs(net, x.double(), given)
+    return {key: float((after[key] - out).abs().max() / out.std()) for key, out in before.items()}
+
+
+@every_golden
+def test_gradients_equal_the_official_ones(name, det, official):
+    """Compare in float32 and, where ReLUs near zero make that too coarse on this machine, in float64: its result is the
+    same on every machine, so that only the recorded run's own rounding is left."""
+    facts, _, model, official_key = official(name, "grad_gain")
+    if wrong_gradients(model, facts, official_key, det):
+        assert wrong_gradients(model.double(), facts, official_key, det) == []
 
 
 def sample(tensor, count):
@@ -67,21 +112,25 @@ def sample(tensor, count):
     return flat[np.linspace(0, flat.size - 1, count).astype(int)]
 
 
-def check_gradients(model, facts, official_key, det):
-    tolerance = facts.get("grad_tolerance", 1e-4)
-    first = facts["inputs"][0]
-    dtype = next(model.parameters()).dtype
+def wrong_gradients(model, facts, official_key, det):
+    """The official names of the parameters whose gradient is not the recorded one."""
+    tolerance, wrong = facts.get("grad_tolerance", 1e-4), []
+    first, dtype = facts["inputs"][0], next(model.parameters()).dtype
+    model.zero_grad()
     out = model(torch.from_numpy(det.det_input(first["shape"], first["seed"])).to(dtype))
     (out * torch.from_numpy(det.det_input(out.shape, 7))).mean().backward()
     for key, parameter in model.named_parameters():
         name, grad = official_key[key], parameter.grad
         expected = facts["grads"][name]
-        assert abs(grad.double().norm() - expected["l2"]) <= tolerance * expected["l2"], name
+        off = abs(grad.double().norm() - expected["l2"]) / expected["l2"]
         if "dot" in expected:
             probe = torch.from_numpy(det.det_input(grad.shape, zlib.crc32(f"grad:{name}".encode())))
-            assert abs((grad * probe).sum() - expected["dot"]) <= 1e-4 * expected["l2"], name
+            off = max(off, abs((grad * probe).sum() - expected["dot"]) / expected["l2"])
         else:
-            assert np.abs(sample(grad, 4) - expected["samples"]).max() <= tolerance * float(grad.abs().max()), name
+            off = max(off, np.abs(sample(grad, 4) - expected["samples"]).max() / float(grad.abs().max()))
+        if not off <= tolerance:
+            wrong.append((name, float(off)))
+    return wrong
 
 
 def van_key(key):

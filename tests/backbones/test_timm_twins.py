@@ -45,6 +45,8 @@ def randomised(name):
     ("name", "size"),
     [
         ("halonet26t", 256),
+        ("eca_halonext26ts", 256),
+        ("halonet_h1", 256),
         pytest.param("haloregnetz_b", 224, marks=pytest.mark.slow),
         pytest.param("davit_tiny", 96, marks=pytest.mark.slow),
     ],
@@ -60,24 +62,6 @@ def test_logits_and_gradients_are_timms_in_float64(name, size):
         out.square().sum().backward()
     for (key, p), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.grad, other.grad, rtol=1e-6, atol=1e-9, msg=key)
-
-
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512",
-    reason="wants AVX-512: on other CPUs a product rounds by the layout of its operands, and timm's is another",
-)
-@pytest.mark.parametrize("name", ["halonet26t", "eca_halonext26ts", "halonet_h1"])
-def test_where_gradients_are_asked_for_halonets_round_as_timms(name):
-    theirs = randomised(name).float()
-    ours = timm.create_model(f"fv_{name}", num_classes=5).eval()
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(1, 3, 256, 256)
-    outs = [model(x) for model in (ours, theirs)]
-    assert torch.equal(*outs)  # one bit less, and ReLUs cross zero elsewhere: gradients then jump by up to a hundredth
-    for out in outs:
-        out.square().sum().backward()
-    for (key, p), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert (p.grad - other.grad).norm() <= 1e-4 * other.grad.norm(), key
 
 
 @pytest.mark.parametrize("number", range(8))

@@ -16,7 +16,7 @@ import pytest
 from packaging.version import Version
 
 HERE = Path(__file__).parent
-BOUNDS_OF = Version("3.9")
+BOUNDS_OF = Version("3.8")
 SWITCH = {"interpreted": "TRITON_INTERPRET", "compiled": "FOVEATE_COMPILE_GATE"}
 
 

@@ -86,13 +86,9 @@ def stir(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True, scope="module")
+def few_threads(one_thread):
+    """Use one thread: the tensors are tiny."""
 
 
 @pytest.fixture(scope="session")

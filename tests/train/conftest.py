@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 CLASSES = ("ant", "bee", "cow")
@@ -19,13 +18,9 @@ EVERYTHING = {  # all that draws random numbers, and an accumulation that does n
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True, scope="module")
+def few_threads(one_thread):
+    """Use one thread: the tensors are tiny."""
 
 
 def write_images(folder: Path, count: int, seed: int) -> None:

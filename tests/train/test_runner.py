@@ -62,14 +62,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert same(read_checkpoint(whole.best_checkpoint), read_checkpoint(parts.best_checkpoint))
 
 
+LEARNER = {"name": "nat_mini", "dims": (32,), "depths": (1,), "kernel_size": 3}  # no BatchNorm over 4 images
+
+
 def test_training_learns_and_leaves_log_checkpoints_and_the_recipe(make_recipe, tmp_path, capsys):
-    recipe = make_recipe(schedule={"epochs": 6}, optimizer={"lr": 1e-2}, checkpoint={"keep": 1})
+    """Brightness tells the classes apart. With each of 50 seeds top-1 ended at 100 %, the loss at 0.35 of its start."""
+    recipe = make_recipe(model=LEARNER, schedule={"epochs": 6}, optimizer={"lr": 3e-3}, checkpoint={"keep": 1})
     result = train(recipe, work_dir=tmp_path / "run")
     lines = records(result)
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6] and [line["iter"] for line in lines][-1] == 36
     assert lines[-1].keys() == {"epoch", "iter", "lr", "train_loss", "val_loss", "val_top1", "val_top5"}
     assert result.best_top1 == max(line["val_top1"] for line in lines) > 60
-    assert lines[-1]["train_loss"] < lines[0]["train_loss"] and lines[0]["lr"] > lines[-1]["lr"] > 0
+    assert lines[-1]["train_loss"] < 0.6 * lines[0]["train_loss"] and lines[0]["lr"] > lines[-1]["lr"] > 0
     assert {p.name for p in result.work_dir.glob("*.*")} == {"best.pth", "epoch_6.pth", "recipe.py", "scalars.jsonl"}
     assert load_recipe(tmp_path / "run" / "recipe.py") == load_recipe(recipe)
     out = capsys.readouterr().out.splitlines()
@@ -115,12 +119,12 @@ def test_a_gradient_never_crosses_an_epoch(make_recipe, tmp_path, monkeypatch):
 
 def test_bf16_trains_on_a_cpu(make_recipe, tmp_path):
     fp32, bf16 = (
-        train(make_recipe(precision=p, schedule={"epochs": 1}, data=SIZE), work_dir=tmp_path / p)
+        train(make_recipe(model=LEARNER, precision=p, schedule={"epochs": 1}, data=SIZE), work_dir=tmp_path / p)
         for p in ("fp32", "bf16")
     )
     losses = [records(result)[0]["train_loss"] for result in (fp32, bf16)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
-    assert read_checkpoint(bf16.last_checkpoint)["state_dict"]["net.fc.weight"].dtype == torch.float32
+    assert read_checkpoint(bf16.last_checkpoint)["state_dict"]["net.head.fc.weight"].dtype == torch.float32
 
 
 def test_fp16_on_a_cpu_is_refused(make_recipe, tmp_path):
