@@ -24,7 +24,7 @@ LEAST_CHANGE = 1e-3  # of the output's standard deviation: what is equal because
 ROUNDING = 2e-5  # of the same, between the modes; and of the change itself
 MOST_DIFFERENCE = 1e-3
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
-HEAVY = ("fv_sehalonet33ts", "fv_haloregnetz_b")  # timm's blocks around our attention once more
+HEAVY = ("fv_sehalonet33ts", "fv_eca_halonext26ts", "fv_haloregnetz_b")  # more of timm's blocks around our attention
 every_kind = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in KINDS]
 )
@@ -79,15 +79,19 @@ def first_of_their_roles(name: str) -> list[tuple[str, bool]]:
 @contextmanager
 def hook(model: nn.Module, path: str) -> Iterator[None]:
     handle = model.get_submodule(path).register_forward_hook(lambda module, args, out: disturbed(out))
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
 def pre_hook(model: nn.Module, path: str) -> Iterator[None]:
     handle = model.get_submodule(path).register_forward_pre_hook(lambda module, args: disturbed(args))
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -95,16 +99,20 @@ def patched_forward(model: nn.Module, path: str) -> Iterator[None]:
     module = model.get_submodule(path)
     run = module.forward
     module.forward = lambda *args, **kwargs: disturbed(run(*args, **kwargs))
-    yield
-    del module.forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 @contextmanager
 def replaced(model: nn.Module, path: str, make: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
     module = model.get_submodule(path)
     model.set_submodule(path, make(module).eval())
-    yield
-    model.set_submodule(path, module)
+    try:
+        yield
+    finally:
+        model.set_submodule(path, module)
 
 
 class Wrapper(nn.Module):
