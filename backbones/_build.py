@@ -60,14 +60,15 @@ def build_features(make: Callable[..., nn.Module], variant: str, pretrained: boo
     if not kwargs.get("features_only"):
         return build_model_with_cfg(make, variant, pretrained, **kwargs)
     wrapper = kwargs.pop("feature_cls", "getter")
-    feature_cfg = {"feature_cls": FeatureGetter if wrapper == "getter" else wrapper, "flatten_sequential": True}
+    feature_cfg = {"feature_cls": FeatureGetter if wrapper == "getter" else wrapper}
 
     def checked(**arguments: Any) -> nn.Module:
         model = make(**arguments)
-        maps = len(model.feature_info)
-        check_indices("out_indices", out_indices, maps)
-        feature_cfg["out_indices"] = tuple(range(maps)) if out_indices is None else out_indices  # timm reads it later
-        return model
+        maps = [info["module"] for info in model.feature_info]
+        check_indices("out_indices", out_indices, len(maps))
+        feature_cfg["out_indices"] = tuple(range(len(maps))) if out_indices is None else out_indices
+        feature_cfg["flatten_sequential"] = any("." in module for module in maps)  # stages.0: inside a child
+        return model  # timm reads feature_cfg after this
 
     return build_model_with_cfg(checked, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 

@@ -4,36 +4,14 @@ import pytest
 import timm
 import timm.optim
 import torch
+from small_models import OF_TIMMS_CLASSES, SCALED, SMALL, small
 
 import foveate
 
 MODELS = foveate.list_models()
 every_model = pytest.mark.parametrize("name", MODELS)
-SMALL = {
-    "nat_mini": {"dims": (32, 64), "depths": (1, 2), "kernel_size": 3},
-    "dinat_s_tiny": {"dims": (32, 64), "depths": (1, 2), "dilations": ((1,), (1, 2)), "kernel_size": 3},
-    "vitrpb_small": {"dims": (32,) * 3, "depths": (1,) * 3, "kernel_size": 4},
-    "van_b0": {"dims": (8, 16), "depths": (1, 1), "mlp_ratios": (2, 2)},
-    "biformer_tiny": {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "regions": 3},
-    "biformer_stl_nchw": {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "regions": 3},
-    "litv2_small": {"dims": (16, 32), "depths": (1, 1), "windows": (None, 2), "head_dim": 8},
-    "fv_davit_tiny": {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "window_size": 3},
-    "fv_davit_base_fl": {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "window_size": 3, "num_classes": 1000},
-    "fv_halonet_h0": {"depths": (1, 1, 1, 1), "block_size": 4, "halo": 1},
-    "eca_resnet18": {"depths": (1, 1, 1, 1)},
-    "eca_mobilenet_v2": {"depths": (1, 1, 1, 1, 2, 2, 1)},
-    "ela_resnet18_b": {"depths": (1, 1, 1, 1)},
-    "ela_mobilenet_v2_l": {"depths": (1, 1, 1, 1, 2, 2, 1)},
-}
-OF_TIMMS_CLASSES = ("fv_halonet_h0", "eca_resnet18", "eca_mobilenet_v2", "ela_resnet18_b", "ela_mobilenet_v2_l")
-SCALED = ("nat_mini", "dinat_s_tiny", "vitrpb_small")  # whose layer scale starts near zero, or can
 every_small = pytest.mark.parametrize("name", SMALL)
 every_small_staged = pytest.mark.parametrize("name", [name for name in SMALL if name not in OF_TIMMS_CLASSES])
-
-
-def small(name, **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL[name], **kwargs})
 
 
 def test_all_models_of_the_families_are_listed():

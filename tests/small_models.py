@@ -1,0 +1,82 @@
+"""Small models of every family and of each kind of block: what each is built with."""
+
+import timm
+import torch
+from torch import nn
+
+import foveate  # noqa: F401  (registers the models)
+
+NAT = {"dims": (32, 64), "depths": (1, 2), "kernel_size": 3}
+BIFORMER = {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "regions": 3}
+LITV2 = {"dims": (16, 32), "depths": (1, 1), "windows": (None, 2), "head_dim": 8}
+DAVIT = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "window_size": 3}
+HALO = {"block_size": 4, "halo": 1}
+FOUR_BLOCKS = {"depths": (1, 1, 1, 1)}
+MOBILENET = {"depths": (1, 1, 1, 1, 2, 2, 1)}
+
+SMALL = {  # one of every family; the key is a model's name, "name:kind" where a name stands for several models
+    "nat_mini": NAT,
+    "dinat_s_tiny": {"dims": (32, 64), "depths": (1, 2), "dilations": ((1,), (1, 2)), "kernel_size": 3},
+    "vitrpb_small": {"dims": (32,) * 3, "depths": (1,) * 3, "kernel_size": 4},
+    "van_b0": {"dims": (8, 16), "depths": (1, 1), "mlp_ratios": (2, 2)},
+    "biformer_tiny": BIFORMER,
+    "biformer_stl_nchw": BIFORMER,
+    "litv2_small": LITV2,
+    "fv_davit_tiny": DAVIT,
+    "fv_davit_base_fl": {**DAVIT, "num_classes": 1000},
+    "fv_halonet_h0": {**FOUR_BLOCKS, **HALO},
+    "eca_resnet18": FOUR_BLOCKS,
+    "eca_mobilenet_v2": MOBILENET,
+    "ela_resnet18_b": FOUR_BLOCKS,
+    "ela_mobilenet_v2_l": MOBILENET,
+}
+KINDS = {  # and the other kinds of blocks
+    **SMALL,
+    "dinat_mini": {**NAT, "dilations": ((1,), (1, 2)), "layer_scale": 1.0},
+    "nat_mini:dropout": {**NAT, "drop_path_rate": 0.2, "proj_drop_rate": 0.2, "drop_rate": 0.2},
+    "biformer_stl": BIFORMER,
+    "biformer_tiny:conv": {**BIFORMER, "topks": ("conv", "plain"), "mlp_conv": True, "pre_norm": False},
+    "litv2_small:alpha0": {**LITV2, "windows": (2, 2), "alpha": 0.0},
+    "litv2_small:alpha1": {**LITV2, "windows": (2, 2), "alpha": 1.0},
+    "litv2_small:mixed": {**LITV2, "windows": (1, 2), "alpha": 0.5},
+    "fv_halonet_h0:wide": {**FOUR_BLOCKS, **HALO, "value_ratio": 2.0, "output_ratio": 2, "final_dim": 48},
+    "fv_halonet26t": HALO,
+    "fv_sehalonet33ts": HALO,
+    "fv_eca_halonext26ts": HALO,
+    "fv_haloregnetz_b": HALO,
+    "eca_resnet50": FOUR_BLOCKS,
+    "ela_resnet50_l": FOUR_BLOCKS,
+}
+OF_TIMMS_CLASSES = tuple(name for name in KINDS if name.startswith(("fv_halo", "fv_se", "fv_eca", "eca", "ela")))
+SCALED = ("nat_mini", "dinat_s_tiny", "vitrpb_small")  # whose layer scale starts near zero, or can
+
+
+def small(name: str, **kwargs) -> nn.Module:
+    """Build the small model of that name; the same weights at every call."""
+    torch.manual_seed(0)
+    return timm.create_model(name.partition(":")[0], **{**KINDS[name], **kwargs})
+
+
+@torch.no_grad()
+def alive(model: nn.Module) -> nn.Module:
+    """Draw weights and statistics with which every layer changes the output, and return the model in eval mode."""
+    generator = torch.Generator().manual_seed(1)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for module in model.modules():
+        scales = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm)
+        for name, tensor in module.named_parameters(recurse=False):
+            noise = torch.randn(tensor.shape, generator=generator)
+            if "scale" in name or "gamma" in name or (scales and name == "weight"):
+                tensor.copy_(1 + 0.5 * noise.clamp(-1.5, 1.5))
+            elif name == "weight":
+                tensor.copy_(1.5 * noise * tensor[0].numel() ** -0.5)
+            else:
+                tensor.copy_(0.5 * noise)
+    model.eval()
+    for norm in norms:
+        norm.train().momentum = 1.0
+    if norms:
+        model(torch.randn(8, 3, 64, 64, generator=generator))  # statistics of such images: no layer fades out
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
