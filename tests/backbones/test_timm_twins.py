@@ -45,8 +45,8 @@ def randomised(name):
     ("name", "size"),
     [
         ("halonet26t", 256),
-        ("eca_halonext26ts", 256),
         ("halonet_h1", 256),
+        pytest.param("eca_halonext26ts", 256, marks=pytest.mark.slow),
         pytest.param("haloregnetz_b", 224, marks=pytest.mark.slow),
         pytest.param("davit_tiny", 96, marks=pytest.mark.slow),
     ],
@@ -61,7 +61,7 @@ def test_logits_and_gradients_are_timms_in_float64(name, size):
     for out in outs:
         out.square().sum().backward()
     for (key, p), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, other.grad, rtol=1e-6, atol=1e-9, msg=key)
+        assert (p.grad - other.grad).norm() <= 1e-6 * other.grad.norm(), key
 
 
 @pytest.mark.parametrize("number", range(8))

@@ -47,7 +47,7 @@ class Compiled:
         """(address, opcode, operands) of the machine code, in order."""
         return [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(self._dump("-sass"))]
 
-    @property
+    @cached_property
     def loops(self) -> list[list[str]]:
         """Opcodes of every loop (a backward branch), longest first."""
         found = []
