@@ -89,6 +89,16 @@ class Op:
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
         return {name: given[name] if name in given else p.default for name, p in self.parameters.items()}
 
+    def calling(self, body: Body) -> Body:
+        """Let a body of this op be called as the public function is, with its defaults: for ops that consist of it."""
+
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            arguments = self.bind(*args, **kwargs)
+            del arguments["impl"]
+            return body(**arguments)
+
+        return call
+
     def _first(self, arguments: Mapping[str, Any]) -> Tensor:
         return next(_tensors(arguments))
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._attend import accumulator, sdpa
-from ._op import Impl, SymSize, Tensors, check_alike, check_at_least, declare, run
+from ._op import OPS, Impl, SymSize, Tensors, check_alike, check_at_least, declare, run
 from .tiling import pad_to_windows
 from .window import why_not_fused as why_no_window_kernel
 from .window import (
@@ -123,7 +123,7 @@ def _both(
     """Give every branch that has heads to its function; heads of the high one first."""
     outs = []
     if high[0].shape[3]:
-        outs.append(attend_windows(*high, window_size, None, None, scale))
+        outs.append(OPS["window_attention"].calling(attend_windows)(*high, window_size, scale=scale))
     if low[0].shape[3]:
         tokens = (x.flatten(1, 2).transpose(1, 2) for x in low)  # (B, heads, tokens, d)
         pooled = attend(*tokens, scale=scale).transpose(1, 2)
