@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import foveate
+
 ROOT = Path(__file__).parents[1]
 TOP = ("train", "export", "pruning")  # neighbours, who do not know each other
 HEIGHT = {"kernels": 0, "attention_ops": 1, "backbones": 2} | dict.fromkeys(TOP, 3)
 HEIGHT |= dict.fromkeys(("_version", "_errors", "_digits", "_unpickle"), 0)  # the files at the root
 HEIGHT |= dict.fromkeys(("_files", "_options", "_commands", "_memory"), 1) | {"_torch_files": 2, "_weights": 2.5}
-HEIGHT |= {"__init__": 3, "benchmarks": 4, "demo": 4, "prune": 4, "cli": 5}
+HEIGHT |= {"__init__": 3, "benchmarks": 4, "demo": 4, "prune": 4, "cli": 5, "__main__": 6}
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name.isidentifier()}
 SOURCES = [*ROOT.glob("*.py"), *(path for folder in HEIGHT for path in (ROOT / folder).rglob("*.py"))]
 FILES = sorted(path.relative_to(ROOT) for path in SOURCES)
@@ -63,6 +65,11 @@ def test_our_folders_are_imported_relatively(path):
 
 def test_the_stack_has_files():
     assert {path.parts[0] for path in FILES} >= {"kernels", "attention_ops", "backbones", "train", "export", "cli.py"}
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "foveate", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, foveate.__version__), done.stderr
 
 
 def test_importing_foveate_needs_no_triton():
