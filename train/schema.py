@@ -10,11 +10,12 @@ from dataclasses import MISSING, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .._errors import did_you_mean
+from .._errors import did_you_mean, printable
 from .errors import TrainError
 
 T = TypeVar("T")
 
+_SHOWN = 200  # characters of a name or value that a message repeats
 _WORDS = {"at_least": ">=", "above": ">", "at_most": "<=", "below": "<"}
 _HOLDS = {
     "at_least": lambda value, limit: value >= limit,
@@ -107,8 +108,10 @@ def _plain(hint: Any) -> str:
 
 
 def _dotted(where: str, name: object) -> str:
-    return f"{where}.{name}" if where else str(name)
+    name = printable(str(name)[:_SHOWN])
+    return f"{where}.{name}" if where else name
 
 
 def _wrong(key: str, wanted: str, got: object) -> TrainError:
-    return TrainError(f"{key}: wanted {wanted}, got {got!r}")
+    text = printable(repr(got))
+    return TrainError(f"{key}: wanted {wanted}, got {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}")

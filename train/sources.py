@@ -51,7 +51,7 @@ class Digits(Dataset):
 def open_split(
     data: DataRecipe, split: str, transform: Transform, *, fixed: bool, classes: Sequence[str] | None = None
 ) -> Dataset:
-    """Open a split.
+    """Open a split. Its files are decoded as images; `hfds/` may download through Hugging Face's datasets package.
 
     Args:
         data: the recipe's data section; `split` is one of its two names.

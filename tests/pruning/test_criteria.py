@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foveate.pruning import PruningError
-from foveate.pruning.criteria import share_of_larger, taylor_scores
+from foveate.pruning import PruningError, group_of_weights, plan
+from foveate.pruning.criteria import share_of_larger, taylor_scores, weight_scores
 
 
 def by_the_formula(weight: Tensor) -> Tensor:
@@ -55,3 +55,38 @@ def test_taylor_is_the_squared_product_of_weight_and_gradient():
 def test_taylor_without_data_is_refused():
     with pytest.raises(PruningError, match="got none"):
         taylor_scores(nn.Linear(2, 2), ["weight"], [])
+
+
+def batches(px: int = 40) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.randn(3, 3, px, px, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 1, 2]))]
+
+
+@pytest.mark.parametrize("structure", [(), ("mlp",), ("heads", "mlp"), ("channels",)], ids=str)
+def test_taylor_leaves_frozen_layers_as_they_are_and_works_on_the_rest(structure, small):
+    net = small("nat_mini")
+    net.stages[0].requires_grad_(False)
+    p = plan(net, "taylor", 0.5, structure=structure, batches=batches(), img_size=40)
+    assert p.masks and not any(name.startswith("stages.0.") for name in (*p.masks, *p.cuts))
+    assert not any(q.requires_grad for q in net.stages[0].parameters())
+    assert all(q.requires_grad for q in net.stages[1].parameters())
+
+
+@pytest.mark.parametrize("structure", [(), ("mlp",)], ids=str)
+def test_taylor_with_every_weight_frozen_is_refused_in_one_line(structure, small):
+    net = small("nat_mini").requires_grad_(False)
+    with pytest.raises(PruningError, match="taylor: all of the weights are frozen"):
+        plan(net, "taylor", 0.5, structure=structure, batches=batches(), img_size=40)
+
+
+def test_taylor_of_a_model_that_records_no_gradients_is_refused_in_one_line(small):
+    net = small("nat_mini")
+    net.forward = torch.no_grad()(net.forward)
+    with pytest.raises(PruningError, match="taylor: no gradients of Nat: element 0 of tensors does not require grad"):
+        plan(net, "taylor", 0.5, batches=batches(), img_size=40)
+
+
+def test_taylor_scores_a_weight_that_takes_no_part_as_nothing(small):
+    net = small("nat_mini")
+    net.stages[1].blocks[0].forward = lambda x: x
+    scores = weight_scores(net, group_of_weights(net), "taylor", batches=batches())
+    assert not scores["stages.1.blocks.0.mlp.fc1.weight"].any() and scores["stages.1.blocks.1.mlp.fc1.weight"].all()
