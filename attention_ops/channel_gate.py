@@ -99,6 +99,14 @@ def adaptive_kernel_size(channels: int, gamma: float = 2.0, beta: float = 1.0) -
     return max(size if size % 2 else size + 1, 3)
 
 
+def token_means(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C), summed in float32 at least. The gradient of x.mean would be a map of its own."""
+    return (x.sum((2, 3), dtype=accumulator(x.dtype)) / (x.shape[2] * x.shape[3])).to(x.dtype)
+
+
+torch.fx.wrap("token_means")
+
+
 class EfficientChannelAttention(nn.Module):
     """Efficient channel attention with its weights: a drop-in for the attention slots of timm's blocks.
 
@@ -118,6 +126,5 @@ class EfficientChannelAttention(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=padding, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        means = x.sum((2, 3), dtype=accumulator(x.dtype)) / (x.shape[2] * x.shape[3])  # x.mean's gradient is a map
-        gate = self.conv(means.to(x.dtype)[:, None]).sigmoid()[:, 0]  # (B, C)
+        gate = self.conv(token_means(x)[:, None]).sigmoid()[:, 0]  # (B, C)
         return x * gate.to(x.dtype)[:, :, None, None]

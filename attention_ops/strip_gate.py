@@ -177,8 +177,7 @@ class EfficientLocalAttention(nn.Module):
         self.norm = nn.GroupNorm(largest_divisor(channels, norm_groups), channels, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        wide = accumulator(x.dtype)
-        rows = self.norm(self.conv(x.mean(3, dtype=wide).to(x.dtype))).sigmoid().to(x.dtype)  # (B, C, H)
-        cols = self.norm(self.conv(x.mean(2, dtype=wide).to(x.dtype))).sigmoid().to(x.dtype)  # (B, C, W)
+        rows = self.norm(self.conv(x.mean(3))).sigmoid().to(x.dtype)  # (B, C, H); torch sums 16-bit means in float32
+        cols = self.norm(self.conv(x.mean(2))).sigmoid().to(x.dtype)  # (B, C, W)
         gated = x * (rows[:, :, :, None] * cols[:, :, None, :])
         return x + gated if self.residual else gated

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 
 @register_notrace_function
-def take_image(x: Tensor, least_px: int, channels_last: bool) -> Tensor:
+def take_image(x: Tensor, least_px: int = 1, channels_last: bool = False) -> Tensor:
     """Return the image batch in the memory layout that the model wants; the first convolution checks the channels.
 
     Raises:

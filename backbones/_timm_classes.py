@@ -14,7 +14,6 @@ from torch import Tensor, fx
 
 from ._staged import check_indices, take_image
 
-LEAST_PX = 1
 fx.wrap("take_image")
 
 
@@ -29,7 +28,7 @@ class _Checked:
         """
         if not kwargs.get("extra_blocks"):  # EfficientNet then counts blocks
             check_indices("indices", indices, len(self.feature_info))
-        return super().forward_intermediates(take_image(x, LEAST_PX, False), indices, *args, **kwargs)
+        return super().forward_intermediates(take_image(x), indices, *args, **kwargs)
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
         """As timm's.
@@ -44,7 +43,7 @@ class _Checked:
 
 class CheckedResNet(_Checked, ResNet):
     def forward_features(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, ceil(H / 32), ceil(W / 32))
-        x = take_image(x, LEAST_PX, False)
+        x = take_image(x)
         if torch.jit.is_scripting():  # TorchScript has no super()
             x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
             return self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -54,7 +53,7 @@ class CheckedResNet(_Checked, ResNet):
 
 class CheckedEfficientNet(_Checked, EfficientNet):
     def forward_features(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, ceil(H / 32), ceil(W / 32))
-        x = take_image(x, LEAST_PX, False)
+        x = take_image(x)
         if torch.jit.is_scripting():
             return self.bn2(self.conv_head(self.blocks(self.bn1(self.conv_stem(x)))))
         else:
@@ -63,7 +62,7 @@ class CheckedEfficientNet(_Checked, EfficientNet):
 
 class CheckedByobNet(_Checked, ByobNet):
     def forward_features(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, ceil(H / 32), ceil(W / 32))
-        x = take_image(x, LEAST_PX, False)
+        x = take_image(x)
         if torch.jit.is_scripting():
             return self.final_conv(self.stages(self.stem(x)))
         else:

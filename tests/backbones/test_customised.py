@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from small_models import KINDS, SMALL, alive, small
+from small_models import KINDS, OF_TIMMS_CLASSES, SMALL, alive, small
 from torch import nn
 
 BATCH_NORMS = [name for name in SMALL if not name.startswith(("nat", "dinat", "vitrpb", "fv_davit"))]
@@ -172,3 +172,23 @@ def test_a_narrowed_model_of_timms_gives_features_with_gradient_checkpointing():
     assert model.model.grad_checkpointing
     with pytest.raises(ValueError, match="out_indices must be"):
         timm.create_model("narrowed", of="test_vit", widths={}, features_only=True, out_indices=(99,))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name in SMALL if name in OF_TIMMS_CLASSES])
+def test_models_of_timms_classes_script_and_refuse_images_without_pixels(name):
+    model = alive(small(name, num_classes=5))
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(X), model(X))
+    with pytest.raises(Exception, match=r"must be \(B, C, H, W\) with sides of at least 1 px, got "):
+        scripted(torch.zeros(1, 3, 0, 8))
+
+
+@pytest.mark.parametrize("name", ["van_b0", *(name for name in SMALL if name in OF_TIMMS_CLASSES)])
+def test_convolutional_models_are_traced_by_torch_fx(name):
+    model = alive(small(name, num_classes=5))
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(X), model(X))
+    called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    layers = {path for path, m in model.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)}
+    assert layers <= called
