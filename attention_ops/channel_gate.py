@@ -11,7 +11,7 @@ Tiled      one read of the map for the means, one for the product; the convoluti
 import math
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ._attend import accumulator
 from ._op import Impl, check_device, declare, run, why_no_kernel
@@ -104,7 +104,7 @@ def token_means(x: Tensor) -> Tensor:
     return (x.sum((2, 3), dtype=accumulator(x.dtype)) / (x.shape[2] * x.shape[3])).to(x.dtype)
 
 
-torch.fx.wrap("token_means")
+fx.wrap("token_means")
 
 
 class EfficientChannelAttention(nn.Module):
