@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._attend import accumulator
-from ._op import Impl, check_device, declare, run, why_no_kernel
+from ._op import Impl, check_alike, check_device, declare, run, why_no_kernel
 
 OP = "channel_gate"
 
@@ -42,7 +42,8 @@ def channel_gate(x: Tensor, weight: Tensor, *, impl: Impl | str = Impl.AUTO) -> 
 def _check(x: Tensor, weight: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"{OP}: x must be (B, C, H, W), got shape {tuple(x.shape)}")
-    if min(x.shape[1:]) < 1:
+    check_alike(OP, x=x)
+    if any(size < 1 for size in x.shape[1:]):
         raise ValueError(f"{OP}: C, H and W must be at least 1, got shape {tuple(x.shape)}")
     shape = tuple(weight.shape)
     if len(shape) != 3 or shape[:2] != (1, 1) or shape[2] % 2 == 0:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._attend import accumulator
-from ._op import Impl, check_device, declare, run, why_no_kernel
+from ._op import Impl, check_alike, check_device, declare, run, why_no_kernel
 
 OP = "strip_gate"
 ElaVariant = Literal["t", "b", "s", "l"]
@@ -60,7 +60,8 @@ def strip_gate(
 def _check(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int) -> None:
     if x.dim() != 4:
         raise ValueError(f"{OP}: x must be (B, C, H, W), got shape {tuple(x.shape)}")
-    if min(x.shape[1:]) < 1:
+    check_alike(OP, x=x)
+    if any(size < 1 for size in x.shape[1:]):
         raise ValueError(f"{OP}: C, H and W must be at least 1, got shape {tuple(x.shape)}")
     channels, shape = x.shape[1], tuple(weight.shape)
     if len(shape) != 3 or shape[0] != channels or shape[1] < 1 or channels % shape[1] or shape[2] % 2 == 0:

@@ -72,9 +72,3 @@ def test_bad_input_is_refused_by_name():
         channel_attention(q, q[:, :3], q)
     with pytest.raises(ValueError, match="ChannelAttention: heads must divide dim 8, got 3"):
         ChannelAttention(8, 3)
-
-
-def test_asking_for_fused_never_falls_back():
-    q = torch.zeros(1, 4, 4, 2, 8)
-    with pytest.raises(NotImplementedError, match="channel_attention: impl='fused' cannot run here: "):
-        channel_attention(q, q, q, impl="fused")

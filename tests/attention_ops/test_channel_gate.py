@@ -76,11 +76,6 @@ def test_an_even_kernel_is_refused():
         EfficientChannelAttention(8, 4)
 
 
-def test_asking_for_fused_never_falls_back():
-    with pytest.raises(NotImplementedError, match="channel_gate: impl='fused' cannot run here: "):
-        channel_gate(torch.zeros(1, 6, 9, 9), torch.zeros(1, 1, 3), impl="fused")
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_float32_is_no_worse_than_the_authors_layers(layout):
     torch.manual_seed(0)

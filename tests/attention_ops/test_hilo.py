@@ -100,15 +100,6 @@ def test_the_high_branch_is_window_attention():
     torch.testing.assert_close(hilo_attention(high, low, (3, 2)), window_attention(*high, (3, 2)))
 
 
-def test_scale_is_used():
-    _, high, low = branches((6, 10), (3, 5), 2, 3)
-    scaled = hilo_attention(high, low, 2, scale=0.1)
-    factor = 0.1 * 8**0.5
-    expected = hilo_attention((high[0] * factor, *high[1:]), (low[0] * factor, *low[1:]), 2)
-    torch.testing.assert_close(scaled, expected)
-    assert not torch.allclose(scaled, hilo_attention(high, low, 2))
-
-
 # The layer
 
 
@@ -183,11 +174,6 @@ def test_two_empty_branches_are_refused():
     empty = [torch.zeros(1, 6, 4, 0, 8)] * 3
     with pytest.raises(ValueError, match="hilo_attention: one of high and low must have heads, got none"):
         hilo_attention(empty, empty, 2)
-
-
-def test_asking_for_fused_never_falls_back():
-    with pytest.raises(NotImplementedError, match="hilo_attention: impl='fused' cannot run here: "):
-        call(impl="fused")
 
 
 @pytest.mark.parametrize(

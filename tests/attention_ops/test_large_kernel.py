@@ -68,8 +68,3 @@ def test_bad_input_is_refused_by_name(place, value, words):
     arguments[place] = value
     with pytest.raises(ValueError, match=f"large_kernel_attention: {words}"):
         large_kernel_attention(*arguments)
-
-
-def test_asking_for_fused_never_falls_back():
-    with pytest.raises(NotImplementedError, match="large_kernel_attention: impl='fused' cannot run here: "):
-        large_kernel_attention(torch.zeros(1, 6, 9, 9), *weights(6, dtype=torch.float32), impl="fused")

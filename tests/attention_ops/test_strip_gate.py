@@ -90,8 +90,3 @@ def test_bad_input_is_refused_by_name(place, value, words):
 def test_an_unknown_variant_is_refused():
     with pytest.raises(ValueError, match=r"EfficientLocalAttention: variant must be one of .* got 'x'"):
         EfficientLocalAttention(16, "x")
-
-
-def test_asking_for_fused_never_falls_back():
-    with pytest.raises(NotImplementedError, match="strip_gate: impl='fused' cannot run here: "):
-        strip_gate(torch.zeros(1, 6, 9, 9), torch.zeros(6, 1, 3), torch.zeros(6), torch.zeros(6), 2, impl="fused")

@@ -110,31 +110,6 @@ def test_tiled_is_no_worse_than_low_precision_torch(dtype, biased, masked):
         assert (ours - truth).abs().max() <= 2 * (torchs - truth).abs().max() + floor
 
 
-def test_scale_is_used():
-    _, (q, k, v) = qkv((6, 4))
-    scaled = window_attention(q, k, v, 2, scale=0.1)
-    torch.testing.assert_close(scaled, window_attention(q * 0.1 * 8**0.5, k, v, 2))
-    assert not torch.allclose(scaled, window_attention(q, k, v, 2))
-
-
-@every_extra
-def test_an_empty_batch_gives_an_empty_result(biased, masked):
-    empty = torch.zeros(0, 4, 6, 2, 4, dtype=torch.float64, requires_grad=True)
-    bias, mask = extras((4, 6), (2, 3), biased, masked)
-    out = window_attention(empty, empty, empty, (2, 3), bias=bias, mask=mask)
-    out.sum().backward()
-    assert out.shape == empty.shape
-
-
-def test_gradcheck():
-    torch.manual_seed(0)
-    tensors = [torch.randn(1, 4, 3, 1, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    bias, mask = extras((4, 3), (2, 3), True, True, heads=1)
-    assert torch.autograd.gradcheck(
-        lambda q, k, v, b: window_attention(q, k, v, (2, 3), bias=b, mask=mask), [*tensors, bias]
-    )
-
-
 @pytest.mark.parametrize("size", [(6, 10), (5, 7), (2, 3)])
 def test_the_layer_pads_with_zeros_before_the_projection_and_crops(size):
     torch.manual_seed(0)
@@ -175,11 +150,6 @@ def call(**changes):
 def test_bad_input_is_refused_by_name(changes, words):
     with pytest.raises(ValueError, match=f"window_attention: .*{words}"):
         call(**changes)
-
-
-def test_asking_for_fused_never_falls_back():
-    with pytest.raises(NotImplementedError, match="window_attention: impl='fused' cannot run here: "):
-        call(impl="fused")
 
 
 def test_the_layer_refuses_heads_that_do_not_divide_dim():
