@@ -20,8 +20,8 @@ def batches(images):
 
 @pytest.mark.parametrize("name", ["nat_mini", "litv2_small", "fv_halonet_h0", "swin_tiny_patch4_window7_224"])
 def test_silencing_a_head_is_what_cutting_it_does(name, small, images):
-    net = small(name)
-    x, targets = images(name), torch.tensor([1, 4])
+    net = small(name).double()
+    x, targets = images(name).double(), torch.tensor([1, 4])
     found = head_importance(net, [(x, targets)])
     modules = list(dict.fromkeys(h.module for h in found))
     assert len(found) > len(modules) > 0
