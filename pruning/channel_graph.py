@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 
+from .._modes import evaluating
 from ..backbones._prunable import AttentionLayout
-from .counts import evaluating
 from .errors import PruningError
 from .groups import declared
 

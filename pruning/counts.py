@@ -5,8 +5,7 @@ biases stay. Nothing runs faster by that: only shapes that shrink do.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .._errors import first_line
 from .._memory import check_images_fit
+from .._modes import evaluating
 from ..attention_ops.macs import count_macs
 from .errors import PruningError
 
@@ -75,18 +75,6 @@ def count_positions(model: nn.Module, names: set[str], images: Tensor) -> dict[s
     for name, owner in owners.items():
         counts[name] = seen.get(owner) or seen.get(f"{owner} in {owner.rpartition('.')[0]}", 0)
     return counts
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold every module in eval mode; give each its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def example_image(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._errors import first_line
+from .._modes import evaluating
 from .errors import PruningError
 
 Scope = Literal["layer", "group", "model"]
@@ -53,16 +54,13 @@ def taylor_scores(model: nn.Module, names: Iterable[str], batches: Batches) -> S
     if not weights:
         raise PruningError("taylor: all of the weights are frozen (requires_grad is False), none has a gradient")
     scores = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
-    count, mode = 0, model.training
-    model.eval()
-    try:
+    count = 0
+    with evaluating(model):
         for images, targets in batches:
             for (name, weight), grad in zip(weights.items(), _gradients(model, weights, images, targets), strict=True):
                 if grad is not None:  # else the weight took no part: it scores 0
                     scores[name] += (weight.detach().double() * grad.double()).square()
             count += 1
-    finally:
-        model.train(mode)
     if count == 0:
         raise PruningError("taylor: wanted batches of images and classes, got none")
     return {name: score / count for name, score in scores.items()}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .counts import evaluating
+from .._modes import evaluating
 from .criteria import Batches
 from .errors import PruningError
 from .structures import Structures, find_structures

@@ -6,8 +6,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from .._modes import evaluating
 from ..attention_ops.macs import count_macs
-from .counts import Counts, evaluating, example_image
+from .counts import Counts, example_image
 from .criteria import Batches, Scope, weight_scores
 from .errors import PruningError
 from .groups import group_of_weights

@@ -7,10 +7,10 @@ from typing import Any
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from .._modes import evaluating
 from ..backbones._prunable import Prunable
 from ..backbones._widths import ends, feature_channels, narrow, set_features
 from ..backbones.narrowed import narrowed
-from .counts import evaluating
 from .errors import PruningError
 
 

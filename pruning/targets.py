@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .counts import evaluating, example_image
+from .._modes import evaluating
+from .counts import example_image
 from .errors import PruningError
 from .plan import Plan
 

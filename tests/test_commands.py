@@ -292,3 +292,15 @@ def test_an_image_that_is_cut_or_too_large_is_refused(tmp_path):
         (tmp_path / "one" / "a.ppm").write_bytes(content)
         with pytest.raises(ExportError, match="is not a readable image"):
             real_images(load_model("test_resnet"), tmp_path / "one", img_size=32)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("prune", ["default: (0.5)", "default: (group for structures", "default: (8)", "default: (32 of --data"]),
+        ("train", ["default: (work_dirs/CONFIG)", "default: (cuda if available"]),
+    ],
+)
+def test_the_help_shows_defaults_that_depend_on_other_options(command, words):
+    shown = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(app, [command, "--help"]).output
+    assert [word for word in words if word not in shown] == []

@@ -16,13 +16,15 @@ from .runner import TrainResult, train
 
 Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name, or the path of a recipe file.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of the data set, in place of the recipe's data.root.")]
-WorkDir = Annotated[Path | None, typer.Option(help="Where checkpoints and logs go.  [default: work_dirs/CONFIG]")]
+WorkDir = Annotated[Path | None, typer.Option(help="Folder of checkpoints and logs.", show_default="work_dirs/CONFIG")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in the work dir.")]
 Options = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="Override a recipe's value; repeat for more.")
 ]
 StartedBy = Annotated[Launcher, typer.Option(help="What started the processes; torchrun is pytorch.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps.  [default: cuda where there is one]")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:N or mps.", show_default="cuda if available, otherwise cpu")
+]
 
 DIVERGED, INTERRUPTED = 1, 130  # exit codes; 130 is what shells report for Ctrl-C
 

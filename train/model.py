@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from .._errors import did_you_mean, first_line
 from .._files import UnreadableFileError
 from .._memory import check_images_fit
+from .._modes import keeping_modes
 from .._weights import prefers_averages, read_state_dict
 from .augment import BatchTransform
 from .errors import TrainError
@@ -121,16 +122,14 @@ def check_runs(model: Classifier, recipe: Recipe) -> None:
         raise TrainError(f"data.img_size: {error}") from error
     images = torch.zeros(min(2, recipe.batch_size), *size, device=device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    mode = model.training
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with keeping_modes(model), torch.no_grad(), torch.random.fork_rng():
             shape = tuple(model.train()(images, None).shape)
     except Exception as error:  # a model may refuse a size in any way
         raise TrainError(
             f"data.img_size: {recipe.model.name} does not run on images of {size[1]}x{size[2]}: {first_line(error)}"
         ) from error
     finally:
-        model.train(mode)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     if shape != (len(images), classes):

@@ -52,6 +52,14 @@ def test_taylor_is_the_squared_product_of_weight_and_gradient():
     assert (model.training and model.weight.grad is None) or not model.weight.grad.any()
 
 
+def test_scoring_gives_every_module_its_own_mode_back():
+    """A BatchNorm that was frozen in a model that trains stays frozen."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    model[1].eval()
+    taylor_scores(model, ["0.weight"], [(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 0]))])
+    assert [module.training for module in model] == [True, False, True]
+
+
 def test_taylor_without_data_is_refused():
     with pytest.raises(PruningError, match="got none"):
         taylor_scores(nn.Linear(2, 2), ["weight"], [])
