@@ -96,7 +96,7 @@ def _check(
 
 
 def axis_window(
-    queries: int, keys: int, block: int, halo: int, stride: int, device: torch.device
+    queries: int, keys: int, block: int, halo: int, stride: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Say what every query of one axis sees; the window is block + 2 * halo keys.
 

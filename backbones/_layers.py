@@ -9,6 +9,11 @@ def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else x * gamma
 
 
+def to_channels_last(x: Tensor) -> Tensor:
+    """Lay a (B, C, H, W) map out channels-last in memory, by operations that torch.func.vmap can batch."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 class MapGELU(nn.Module):
     """Exact GELU of a (B, C, H, W) map that lies channels-last in memory.
 

@@ -9,6 +9,8 @@ from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, fx, nn
 
+from ._layers import to_channels_last
+
 
 @register_notrace_function
 def take_image(x: Tensor, least_px: int = 1, channels_last: bool = False) -> Tensor:
@@ -20,7 +22,7 @@ def take_image(x: Tensor, least_px: int = 1, channels_last: bool = False) -> Ten
     if x.dim() != 4 or x.shape[2] < least_px or x.shape[3] < least_px:
         raise ValueError(f"the image must be (B, C, H, W) with sides of at least {least_px} px, got {list(x.shape)}")
     if channels_last and not x.is_cuda:
-        return x.contiguous(memory_format=torch.channels_last)
+        return to_channels_last(x)
     return x
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..attention_ops import ChannelAttention, WindowAttention2d
 from ..attention_ops.tiling import cover_with_windows
 from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._layers import to_channels_last
 from ._prunable import AttentionLayout, Prunable
 from ._staged import StagedBackbone
 
@@ -73,7 +74,7 @@ class DavitStem(nn.Module):
         rest_h, rest_w = x.shape[2] % 4, x.shape[3] % 4
         if rest_h > 0 or rest_w > 0:
             x = F.pad(x, [0, (4 - rest_w) % 4, 0, (4 - rest_h) % 4])
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv(to_channels_last(x))
         return _to_nchw(self.norm(_to_nhwc(x)))
 
 

@@ -21,7 +21,7 @@ from torchvision.ops import deform_conv2d
 
 from ..attention_ops import HiLoAttention
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import DepthwiseMlp
+from ._layers import DepthwiseMlp, to_channels_last
 from ._prunable import AttentionLayout, Projection, Prunable
 from ._staged import StagedBackbone
 
@@ -70,7 +70,7 @@ class PatchEmbed(nn.Module):
         rest_h, rest_w = x.shape[2] % 4, x.shape[3] % 4
         if rest_h > 0 or rest_w > 0:
             x = F.pad(x, [0, (4 - rest_w) % 4, 0, (4 - rest_h) % 4])
-        x = x.contiguous(memory_format=torch.channels_last)  # the convolution then writes what the norm reads
+        x = to_channels_last(x)  # the convolution then writes what the norm reads
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..attention_ops import NeighborhoodAttention2d
 from ._build import StateDict, build, cfg, check_fits, resize_rpb, unwrap
-from ._layers import scaled
+from ._layers import scaled, to_channels_last
 from ._prunable import AttentionLayout, Prunable
 from ._staged import StagedBackbone
 
@@ -82,7 +82,7 @@ class ConvStem(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # the convolutions then write what the norm reads
+        x = to_channels_last(x)  # the convolutions then write what the norm reads
         return self.norm(_to_nhwc(self.proj(x)))
 
 
@@ -103,7 +103,7 @@ class PatchStem(nn.Module):
             x = F.pad(
                 x, [0, (self.patch_size - rest_w) % self.patch_size, 0, (self.patch_size - rest_h) % self.patch_size]
             )
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = to_channels_last(x)
         return self.norm(_to_nhwc(self.proj(x)))
 
 

@@ -190,6 +190,37 @@ def test_a_training_step_lowers_the_loss_in_float32_and_bf16(name):
         assert losses[-1] < losses[0]
 
 
+DEFORMABLE = ("litv2_small",)  # torchvision's deform_conv2d knows neither torch.func nor second derivatives
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in DEFORMABLE])
+def test_gradients_of_each_image_and_a_jvp_are_those_of_plain_autograd(name):
+    """torch.func on whole models: vmap of grad over images, forward-mode AD, and a second derivative."""
+    model, x = small(name, num_classes=3).eval().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    weights = {key: p.detach() for key, p in model.named_parameters()}
+
+    def loss(weights, image):
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    per_image = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    for i, image in enumerate(x):
+        plain = torch.autograd.grad(model(image[None]).square().sum(), list(model.parameters()))
+        torch.testing.assert_close([per_image[key][i] for key in weights], list(plain))
+    _, tangent = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    image = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(model(image).sum(), image, create_graph=True)
+    torch.testing.assert_close(first.sum(), tangent.sum())
+    assert torch.autograd.grad(first.square().sum(), image)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", DEFORMABLE)
+def test_deformable_convolutions_refuse_torch_func(name):
+    model = small(name).eval()
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: model(x).sum())(torch.randn(1, 3, 32, 32))
+
+
 @every_small
 def test_training_is_deterministic_with_a_seed(name):
     def step():
