@@ -267,7 +267,7 @@ def test_what_is_attached_acts_in_every_mode(name, attach):
 
 
 @pytest.mark.slow
-@every_kind
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in HEAVY])  # those take an hour
 @pytest.mark.parametrize("attach", [*TO_MODULES, *TO_PARAMETERS, *TO_WEIGHTS], ids=lambda f: f.__name__)
 def test_what_is_attached_to_any_module_acts_in_every_mode(name, attach):
     assert faults(name, attach, [path for path, _ in built(name)[0].named_modules() if path]) == []
