@@ -105,7 +105,7 @@ class Op:
     def _choose(self, impl: str, arguments: Mapping[str, Any]) -> tuple[Body, AbstractContextManager]:
         """Return the body to run, and the context that it needs."""
         tensors = list(_tensors(arguments))
-        transformed = _under_transform(tensors)
+        transformed = under_transform(tensors)
         reason = self.why_not_fused(arguments)
         if reason is None and transformed:
             reason = "the kernels support neither torch.func nor forward-mode AD; use impl='tiled'"
@@ -268,7 +268,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
-def _under_transform(tensors: Sequence[Tensor]) -> bool:
+def under_transform(tensors: Sequence[Tensor]) -> bool:
     """Say whether torch.func transforms these tensors, or one of them carries a tangent."""
     if torch._C._are_functorch_transforms_active():
         return True

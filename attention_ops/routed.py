@@ -7,7 +7,7 @@ We differ  soft routing and the authors' ways of pooling keys are not here (no r
            `kv_region_size` serves callers who pool keys themselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ._op import (
     pair,
     register,
     run,
+    under_transform,
     why_no_attention_kernel,
 )
 from .routed_parts import RegionPlan
@@ -159,7 +160,7 @@ def _check_routes(routes: Tensor, q: Tensor, regions: int) -> None:
         raise ValueError(f"{OP}: routes must be {wanted}, got {tuple(routes.shape)}")
     if routes.dtype != torch.int64 or routes.device != q.device:
         raise ValueError(f"{OP}: routes must be int64 on {q.device}, got {routes.dtype} on {routes.device}")
-    readable = routes.device.type == "cpu" and not is_traced(routes) and not torch._C._are_functorch_transforms_active()
+    readable = routes.device.type == "cpu" and not is_traced(routes) and not under_transform([routes])
     if readable and routes.numel():
         low, high = (int(t) for t in routes.aminmax())
         if low < 0 or high >= regions:
@@ -192,28 +193,21 @@ def routed_attention_reference(
     return merge_windows(out, (q.shape[1], q.shape[2]), plan.region).to(q.dtype)
 
 
-def _tiled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor,
-    region_size: tuple[int, int],
-    kv_region_size: tuple[int, int] | None,
-    scale: float,
-) -> Tensor:
-    return routed_attention_tiled(q, k, v, routes, _plan(region_size, kv_region_size, scale))
+def _with_plan(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Give a body that takes a plan the arguments of the op."""
 
+    def body(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        region_size: tuple[int, int],
+        kv_region_size: tuple[int, int] | None,
+        scale: float,
+    ) -> Tensor:
+        return attend(q, k, v, routes, _plan(region_size, kv_region_size, scale))
 
-def _graph(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor,
-    region_size: tuple[int, int],
-    kv_region_size: tuple[int, int] | None,
-    scale: float,
-) -> Tensor:
-    return routed_attention_graph(q, k, v, routes, _plan(region_size, kv_region_size, scale))
+    return body
 
 
 def _fused(
@@ -243,8 +237,8 @@ declare(
     routed_attention,
     check=_check,
     reference=routed_attention_reference,
-    tiled=_tiled,
-    graph=_graph,
+    tiled=_with_plan(routed_attention_tiled),
+    graph=_with_plan(routed_attention_graph),
     fused=_fused,
     why_not_fused=why_no_attention_kernel,
     macs=_macs,
