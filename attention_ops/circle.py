@@ -19,7 +19,6 @@ from .tiled_attention import (
     TilePlan,
     cheapest_tiles,
     from_maps,
-    graph_attention,
     to_maps,
 )
 from .tiling import AxisTiling
@@ -83,7 +82,8 @@ def circle_attention_graph(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: 
     """The same by differentiable operations, whose tables become part of a traced graph."""
     rows, cols = plan_tiles((q.shape[1], q.shape[2]), radius)
     seen = tile_mask(radius, *(axis_distances(radius, axis, q.device) for axis in (rows, cols)))
-    return from_maps(graph_attention(*to_maps(q, k, v), None, seen, TilePlan(rows, cols, scale)))
+    attend = TiledAttention(TileMask.of(seen), TilePlan(rows, cols, scale)).graph
+    return from_maps(attend(*to_maps(q, k, v), None))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:

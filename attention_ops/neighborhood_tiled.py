@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiled_attention import TILES, TiledAttention, TileMask, TilePlan, cheapest_tiles, graph_attention
+from .tiled_attention import TILES, TiledAttention, TileMask, TilePlan, cheapest_tiles
 from .tiling import AxisTiling, outer_mask, pieces
 
 
@@ -50,7 +50,8 @@ def neighborhood_attention_graph(
     rows, cols = plan_tiles(size, kernel_size, dilation)
     seen = tile_mask(size, kernel_size, dilation, is_causal, rows, cols, q.device)
     bias = None if rpb is None else _tile_bias(rpb, rows, cols, kernel_size)
-    out = graph_attention(*(_to_groups(x, dilation) for x in (q, k, v)), bias, seen, TilePlan(rows, cols, scale))
+    attend = TiledAttention(TileMask.of(seen), TilePlan(rows, cols, scale)).graph
+    out = attend(*(_to_groups(x, dilation) for x in (q, k, v)), bias)
     return _from_groups(out, size)
 
 

@@ -150,11 +150,6 @@ class TiledAttention(EagerBody):
         )
 
 
-def graph_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor, plan: TilePlan) -> Tensor:
-    """`TiledAttention` by plain differentiable operations."""
-    return TiledAttention(TileMask.of(seen), plan).graph(q, k, v, bias)
-
-
 def to_maps(*maps: Tensor) -> list[Tensor]:
     """(B, H, W, heads, d) -> (B, heads, 1, 1, H, W, d), views: maps without dilation groups."""
     return [x.permute(0, 3, 1, 2, 4)[:, :, None, None] for x in maps]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._attend import accumulator, sdpa
 from ._op import Impl, SymSize, check_at_least, check_device, check_qkv, declare, pair, run, why_no_local_kernel
-from .tiled_attention import TiledAttention, TileMask, TilePlan, from_maps, graph_attention, to_maps
+from .tiled_attention import TiledAttention, TileMask, TilePlan, from_maps, to_maps
 from .tiling import WindowTiling, cover_with_windows, merge_windows, split_windows
 
 OP = "window_attention"
@@ -115,9 +115,7 @@ def window_attention_tiled(
     """SDPA on windows; with a bias or a mask the body that local patterns share."""
     if bias is None and mask is None:
         return _on_windows(sdpa, q, k, v, window_size, scale)
-    seen, plan = _plan(q, window_size, mask, scale)
-    shown = TileMask.of(seen) if mask is not None else TileMask(seen, seen)
-    return from_maps(TiledAttention(shown, plan)(*to_maps(q, k, v), bias))
+    return from_maps(_tiles(q, window_size, mask, scale)(*to_maps(q, k, v), bias))
 
 
 def window_attention_graph(
@@ -132,7 +130,7 @@ def window_attention_graph(
     """The same by differentiable operations."""
     if bias is None and mask is None:
         return _on_windows(F.scaled_dot_product_attention, q, k, v, window_size, scale)
-    return from_maps(graph_attention(*to_maps(q, k, v), bias, *_plan(q, window_size, mask, scale)))
+    return from_maps(_tiles(q, window_size, mask, scale).graph(*to_maps(q, k, v), bias))
 
 
 def _on_windows(
@@ -143,12 +141,13 @@ def _on_windows(
     return merge_windows(out.unflatten(1, (q.shape[3], -1)), (q.shape[1], q.shape[2]), window_size)
 
 
-def _plan(q: Tensor, window_size: tuple[int, int], mask: Tensor | None, scale: float) -> tuple[Tensor, TilePlan]:
+def _tiles(q: Tensor, window_size: tuple[int, int], mask: Tensor | None, scale: float) -> TiledAttention:
     rows, cols = WindowTiling(q.shape[1], window_size[0]), WindowTiling(q.shape[2], window_size[1])
     if mask is None:
         tokens = rows.tile * cols.tile
-        mask = torch.ones((), dtype=torch.bool, device=q.device).expand(rows.tiles * cols.tiles, tokens, tokens)
-    return mask, TilePlan(rows, cols, scale)
+        all_seen = torch.ones((), dtype=torch.bool, device=q.device).expand(rows.tiles * cols.tiles, tokens, tokens)
+        return TiledAttention(TileMask(all_seen, all_seen), TilePlan(rows, cols, scale))
+    return TiledAttention(TileMask.of(mask), TilePlan(rows, cols, scale))
 
 
 def window_attention_fused(
