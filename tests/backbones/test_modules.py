@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from small_models import KINDS, alive, small
+from small_models import KINDS, SMALL, alive, small
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -261,9 +261,18 @@ def faults(name: str, attach: Callable, where: list[str]) -> list[str]:
 @every_kind
 @pytest.mark.parametrize("attach", [*TO_MODULES, *TO_PARAMETERS, *TO_WEIGHTS], ids=lambda f: f.__name__)
 def test_what_is_attached_acts_in_every_mode(name, attach):
-    """One module of each role; where timm's code calls it, a patched forward only (the slow test has all)."""
+    """One module of each role; where timm's code calls it, a patched forward only (the slow test has all).
+
+    The next test has every module of one model of each family, with one attachment to the module and one to its weights.
+    """
     everywhere = attach is patched_forward
     assert faults(name, attach, [path for path, ours in first_of_their_roles(name) if ours or everywhere]) == []
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("attach", [hook, parametrization], ids=lambda f: f.__name__)
+def test_what_is_attached_to_any_module_of_a_family_acts_in_every_mode(name, attach):
+    assert faults(name, attach, [path for path, _ in built(name)[0].named_modules() if path]) == []
 
 
 @pytest.mark.slow
