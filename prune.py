@@ -25,14 +25,12 @@ from .export.files import check_empty_folder
 from .pruning import CRITERIA, Plan, PruningError, plan
 from .pruning.counts import example_image
 from .pruning.criteria import Batches
-from .pruning.hook import KeepMasks
 from .pruning.targets import Latency, macs_of, plan_until
 from .train import TrainError
 from .train.data import ToMode, draw_batches
 from .train.recipe import DataRecipe
 
 PLAN_FILE = "plan.json"
-HOOK = KeepMasks  # imported so that recipes that are data may name it
 DIGITS = "mnist5k"
 LATENCY_BATCH, DATA_BATCH, BATCHES = 1, 32, 8  # where the user says nothing
 TOLERANCE = 1e-4  # largest difference between a cut net and the masked one, in standard deviations of the logits

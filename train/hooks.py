@@ -20,10 +20,13 @@ from mmengine.registry import HOOKS, Registry
 from mmengine.runner import Runner
 
 from .._errors import did_you_mean, first_line
+from ..pruning.hook import KeepMasks
 from .checkpoints import write_best, write_epoch
 from .errors import TrainError
 from .optim import lr_at
 from .recipe import Recipe, recipe_data
+
+OF_OUR_OWN = (KeepMasks,)  # importing the class registers it: recipes that are data can name it
 
 
 class SeedEpoch(Hook):

@@ -263,7 +263,7 @@ def faults(name: str, attach: Callable, where: list[str]) -> list[str]:
 def test_what_is_attached_acts_in_every_mode(name, attach):
     """One module of each role; where timm's code calls it, a patched forward only (the slow test has all).
 
-    The next test has every module of one model of each family, with one attachment to the module and one to its weights.
+    The next test has every module of one model of each family, with a hook and with other weights.
     """
     everywhere = attach is patched_forward
     assert faults(name, attach, [path for path, ours in first_of_their_roles(name) if ours or everywhere]) == []
