@@ -7,11 +7,11 @@ from typing import Any
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
-from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from .._timm import FeatureGetterNet
+from ._pruning import narrow
 from ._staged import check_indices
-from ._widths import narrow
 
 StateDict = dict[str, Tensor]
 
@@ -87,7 +87,7 @@ def build(
         config: the variant's frozen config; keyword arguments that name its fields replace them.
         filter_fn: turns a checkpoint's keys into ours.
         kwargs: what the model's constructor and timm know; anything else is a TypeError there. `widths` builds the
-            model narrower, see _widths.py. `out_indices`, `feature_cls`: see `build_features`.
+            model narrower, see _pruning.py. `out_indices`, `feature_cls`: see `build_features`.
 
     Raises:
         ValueError: the config contradicts itself, or `out_indices` chooses a map that the model does not have.

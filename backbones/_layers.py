@@ -1,4 +1,4 @@
-"""Layers that timm does not have."""
+"""Layers and views of maps that timm does not have."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,9 +9,27 @@ def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else x * gamma
 
 
+def to_nhwc(x: Tensor) -> Tensor:
+    """View a (B, C, H, W) map as (B, H, W, C)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def to_nchw(x: Tensor) -> Tensor:
+    """View a (B, H, W, C) map as (B, C, H, W)."""
+    return x.permute(0, 3, 1, 2)
+
+
 def to_channels_last(x: Tensor) -> Tensor:
     """Lay a (B, C, H, W) map out channels-last in memory, by operations that torch.func.vmap can batch."""
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return to_nchw(to_nhwc(x).contiguous())
+
+
+def pad_to_multiples(x: Tensor, size: int) -> Tensor:
+    """Zero-pad a (B, C, H, W) map on the right and at the bottom, to sides that are multiples of `size`."""
+    rest_h, rest_w = x.shape[2] % size, x.shape[3] % size
+    if rest_h > 0 or rest_w > 0:
+        return F.pad(x, [0, (size - rest_w) % size, 0, (size - rest_h) % size])
+    return x
 
 
 class MapGELU(nn.Module):
@@ -22,7 +40,7 @@ class MapGELU(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return to_nchw(F.gelu(to_nhwc(x)))
 
 
 class DepthwiseMlp(nn.Module):
@@ -38,5 +56,5 @@ class DepthwiseMlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = to_nhwc(self.dwconv(to_nchw(self.fc1(x))))
         return self.drop(self.fc2(self.drop(self.act(x))))

@@ -1,15 +1,16 @@
 """What timm asks of a backbone, once for every family: a stem, stages that each give a map, a norm, a classifier."""
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
 import torch
-from timm.layers import ClassifierHead, get_device_dtype
-from timm.models import register_notrace_function
-from timm.models._features import feature_take_indices
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype
+from timm.models import checkpoint_seq, register_notrace_function
 from torch import Tensor, fx, nn
 
-from ._layers import to_channels_last
+from .._timm import feature_take_indices
+from ._layers import to_channels_last, to_nchw
 
 
 @register_notrace_function
@@ -58,47 +59,127 @@ def take_maps(maps: int, indices: int | Sequence[int] | None) -> tuple[list[int]
     return feature_take_indices(maps, indices)
 
 
+@dataclass(frozen=True)
+class StageConfig:
+    """Sizes that every family has. A family's config gives the published defaults and adds its own fields.
+
+    Raises:
+        ValueError: a field of `per_stage` has not one entry per stage.
+    """
+
+    dims: tuple[int, ...]  # channels, per stage
+    depths: tuple[int, ...]  # blocks, per stage
+
+    per_stage: ClassVar[tuple[str, ...]] = ("depths",)
+
+    def __post_init__(self) -> None:
+        check_stages(self, self.per_stage, len(self.dims))
+
+    @property
+    def reductions(self) -> list[int]:
+        """Image pixels per token, per stage."""
+        return [4 * 2**i for i in range(len(self.dims))]
+
+
+def check_stages(config: object, names: Iterable[str], stages: int) -> None:
+    """Check that the named fields have one entry per stage.
+
+    Raises:
+        ValueError: one has more or fewer.
+    """
+    for name in names:
+        if len(value := getattr(config, name)) != stages:
+            raise ValueError(f"{name} must have one entry per stage, {stages}, got {value}")
+
+
+class Stage(nn.Module):
+    """Down-sampling, then blocks, which run again in the backward pass under gradient checkpointing."""
+
+    def __init__(self, downsample: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run_blocks(self.downsample(x))
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
 class StagedBackbone(nn.Module):
-    """Base of the families. A subclass builds `stem`, `stages` (nn.Sequential), `norm`, then calls `finish`.
+    """Base of the families. A subclass makes the stem, a stage and, where it has one, the norm behind the last stage.
 
     Every stage maps a map to a map in the family's layout (`output_fmt`), does its own down-sampling first, and owns
     `grad_checkpointing`. `norm` acts on the last map only.
+
+    Args:
+        config: sizes and kinds of layers.
+        num_classes, in_chans, global_pool, drop_rate: as in timm; drop_rate acts before the classifier.
+        proj_drop_rate: dropout inside the blocks; `make_stage` of the family says where.
+        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
     """
 
     output_fmt = "NCHW"
     channels_last: Final[bool] = False  # whether a convolutional family runs channels-last on a CPU
 
-    def finish(
+    def __init__(
         self,
-        dims: tuple[int, ...],
-        reductions: list[int],
-        *,
-        num_classes: int,
-        in_chans: int,
-        global_pool: str,
-        drop_rate: float,
+        config: StageConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ) -> None:
-        """Set the classifier and the attributes that timm reads.
-
-        Args:
-            dims: channels of each stage's map.
-            reductions: image pixels per token of each stage's map.
-        """
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = config.dims[-1]
+        self.stride_px = config.reductions[-1]
         self.grad_checkpointing = False
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
-            for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
+            for i, (dim, reduction) in enumerate(zip(config.dims, config.reductions, strict=True))
         ]
-        self.stride_px = reductions[-1]
-        self.head = ClassifierHead(
-            dims[-1], num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, device=device, dtype=dtype
+        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
+        self.stem = self.make_stem(config, in_chans, **dd)
+        self.stages = nn.Sequential(
+            *(self.make_stage(config, i, proj_drop_rate, own, **dd) for i, own in enumerate(rates))
         )
+        self.norm = self.make_norm(config.dims[-1], **dd)
+        self.head = self.make_head(config.dims[-1], num_classes, global_pool, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
+        self.init_weights()
+
+    def make_stem(self, config: StageConfig, in_chans: int, **dd) -> nn.Module:
+        """Make what turns images (B, in_chans, H, W) into the first stage's map."""
+        raise NotImplementedError
+
+    def make_stage(self, config: StageConfig, index: int, drop: float, drop_paths: list[float], **dd) -> Stage:
+        """Make one stage; `drop_paths` holds the rate of each of its blocks."""
+        raise NotImplementedError
+
+    def make_norm(self, dim: int, **dd) -> nn.Module:
+        return nn.Identity()
+
+    def make_head(self, dim: int, num_classes: int, global_pool: str, drop_rate: float, **dd) -> nn.Module:
+        return ClassifierHead(dim, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd)
+
+    def init_weights(self) -> None:
+        """Draw the weights of linear layers as ViTs do; the other layers begin as torch makes them."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last map after the norm, unpooled."""
@@ -146,7 +227,7 @@ class StagedBackbone(nn.Module):
             x = stage(x)
             if i in take:
                 y = self.norm(x) if norm and i == last else x
-                maps.append(y.permute(0, 3, 1, 2) if self.output_fmt == "NHWC" else y)
+                maps.append(to_nchw(y) if self.output_fmt == "NHWC" else y)
         if intermediates_only:
             return maps
         return (self.norm(x) if len(stages) == len(self.stages) else x), maps

@@ -1,4 +1,4 @@
-"""timm's ResNet, EfficientNet and ByobNet with the errors of our own backbones.
+"""timm's ResNet, EfficientNet and ByobNet with the errors of our own backbones, and MobileNetV2 made of one of them.
 
 Everything else is timm's: modules, keys, memory layout and results.
 """
@@ -10,8 +10,9 @@ import torch
 from timm.models.byobnet import ByobNet
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import ResNet
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from .._timm import decode_arch_def
 from ._staged import check_indices, take_image
 
 fx.wrap("take_image")
@@ -67,3 +68,23 @@ class CheckedByobNet(_Checked, ByobNet):
             return self.final_conv(self.stages(self.stem(x)))
         else:
             return super().forward_features(x)
+
+
+# The strings of timm's builder: kind, repeats, kernel, stride, expansion, output channels.
+STAGES = ("ds_r{}_k3_s1_c16", "ir_r{}_k3_s2_e6_c24", "ir_r{}_k3_s2_e6_c32", "ir_r{}_k3_s2_e6_c64")
+STAGES += ("ir_r{}_k3_s1_e6_c96", "ir_r{}_k3_s2_e6_c160", "ir_r{}_k3_s1_e6_c320")
+
+
+class MobileNetV2(CheckedEfficientNet):
+    """MobileNetV2 of width 1 (Sandler et al. 2018, arXiv:1801.04381), as timm's EfficientNet.
+
+    Args:
+        depths: blocks, per stage.
+        kwargs: as in timm's EfficientNet.
+    """
+
+    def __init__(self, depths: tuple[int, ...], **kwargs) -> None:
+        if len(depths) != len(STAGES):
+            raise ValueError(f"depths must have one entry per stage, {len(STAGES)}, got {depths}")
+        stages = [[stage.format(depth)] for stage, depth in zip(STAGES, depths, strict=True)]
+        super().__init__(decode_arch_def(stages), act_layer=nn.ReLU6, **kwargs)

@@ -11,19 +11,19 @@ Layout     channels-last on a CPU, by itself.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
-from timm.models import checkpoint_seq, generate_default_cfgs, load_state_dict, register_model, register_notrace_module
+from timm.layers import DropPath, LayerNorm2d, Mlp
+from timm.models import generate_default_cfgs, load_state_dict, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from ..attention_ops import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw
-from ..attention_ops.bi_level_routing import lepe
+from ..attention_ops.bi_level_routing import RegionPool, Routing, lepe
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import DepthwiseMlp, MapGELU, scaled
-from ._prunable import AttentionLayout, Prunable
-from ._staged import StagedBackbone
+from ._layers import DepthwiseMlp, MapGELU, scaled, to_nchw, to_nhwc
+from ._pruning import AttentionLayout, Prunable
+from ._staged import Stage, StageConfig, StagedBackbone, check_stages
 
 USE_EMA = False  # the published accuracy is of `model`, where timm's loader would take `model_ema`
 
@@ -32,7 +32,7 @@ register_notrace_module(BiLevelRoutingAttentionNchw)
 
 
 @dataclass(frozen=True)
-class BiFormerConfig:
+class BiFormerConfig(StageConfig):
     """What makes one variant differ from another."""
 
     dims: tuple[int, ...] = (64, 128, 256, 512)  # channels, per stage
@@ -50,11 +50,24 @@ class BiFormerConfig:
     layer_scale: float | None = None  # initial value; None: no layer scale
     swin_layout: bool = False  # 4x4 patches and 2x2 down-sampling (the authors' "STL")
     nchw: bool = False  # the authors' later code, which pads maps in another way
+    # Options of the authors' attention that no published model uses; see BiLevelRoutingAttention.
+    routing: Routing = "hard"
+    qk_dims: tuple[int | None, ...] | None = None  # width of q and k, per stage; None: as dims
+    kv_pool: Literal["avg", "max"] | None = None  # pool keys and values inside their regions
+    kv_sizes: tuple[int, ...] | None = None  # tokens a side that pooling leaves of a region, per stage
+    kv_strides: tuple[int, ...] | None = None  # or: side of the pooled windows in tokens, per stage; 1: no pooling
+
+    per_stage = ("depths", "topks")
 
     def __post_init__(self) -> None:
-        for name in ("depths", "topks"):
-            if len(getattr(self, name)) != len(self.dims):
-                raise ValueError(f"{name} must have one entry per stage, {len(self.dims)}, got {getattr(self, name)}")
+        super().__post_init__()
+        check_stages(
+            self, [n for n in ("qk_dims", "kv_sizes", "kv_strides") if getattr(self, n) is not None], len(self.dims)
+        )
+        if self.kv_pool is None and (self.kv_sizes or self.kv_strides):
+            raise ValueError("kv_sizes and kv_strides need kv_pool, 'avg' or 'max'")
+        if self.kv_pool is not None and (self.kv_sizes is None) == (self.kv_strides is None):
+            raise ValueError(f"kv_pool {self.kv_pool!r} needs one of kv_sizes and kv_strides")
         for dim, topk in zip(self.dims, self.topks, strict=True):
             if isinstance(topk, str) and topk not in ("plain", "conv"):
                 raise ValueError(f"topks must be numbers, None, 'plain' or 'conv', got {topk!r}")
@@ -68,11 +81,8 @@ class BiFormerConfig:
                 "nchw goes with swin_layout and pre_norm, without pos_conv, mlp_conv, 'plain' and 'conv', "
                 "as in the authors' code"
             )
-
-    @property
-    def reductions(self) -> list[int]:
-        """Image pixels per token, per stage."""
-        return [4 * 2**i for i in range(len(self.dims))]
+        if self.nchw and (self.routing != "hard" or self.qk_dims or self.kv_pool):
+            raise ValueError("nchw knows neither routing, qk_dims nor kv_pool, as in the authors' code")
 
 
 @register_notrace_module
@@ -93,7 +103,7 @@ class DenseLepeAttention(nn.Module):
         size = [x.shape[1], x.shape[2]]
         out = torch.ops.foveate.window_attention(q, k, v, size, scale=self.scale).flatten(3)
         if self.lepe is not None:
-            out = out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            out = out + to_nhwc(self.lepe(to_nchw(x)))
         return self.proj(out)
 
 
@@ -111,10 +121,10 @@ class DenseLepeAttentionNchw(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        q, k, v = self.qkv(x).permute(0, 2, 3, 1).unflatten(-1, (3, self.heads, -1)).unbind(3)
+        q, k, v = to_nhwc(self.qkv(x)).unflatten(-1, (3, self.heads, -1)).unbind(3)
         size = [x.shape[2], x.shape[3]]
         out = torch.ops.foveate.window_attention(q, k, v, size, scale=self.scale)
-        return self.proj((out.flatten(3)).permute(0, 3, 1, 2) + self.lepe(v.flatten(3).permute(0, 3, 1, 2)))
+        return self.proj(to_nchw(out.flatten(3)) + self.lepe(to_nchw(v.flatten(3))))
 
 
 class ConvMixer(nn.Module):
@@ -128,18 +138,32 @@ class ConvMixer(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        return self.conv2(self.dwconv(self.conv1(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+        return to_nhwc(self.conv2(self.dwconv(self.conv1(to_nchw(x)))))
 
 
-def _attention(dim: int, topk: int | str | None, config: BiFormerConfig, **dd) -> nn.Module:
+def _attention(index: int, config: BiFormerConfig, **dd) -> nn.Module:
+    dim, topk = config.dims[index], config.topks[index]
     if topk == "conv":
         return ConvMixer(dim, **dd)
     if topk == "plain":
         return DenseLepeAttention(dim, config.dense_heads, lepe_kernel=0, **dd)
     if topk is None:
         return (DenseLepeAttentionNchw if config.nchw else DenseLepeAttention)(dim, config.dense_heads, **dd)
-    kind = BiLevelRoutingAttentionNchw if config.nchw else BiLevelRoutingAttention
-    return kind(dim, dim // config.head_dim, config.regions, topk, **dd)
+    heads = dim // config.head_dim
+    if config.nchw:
+        return BiLevelRoutingAttentionNchw(dim, heads, config.regions, topk, **dd)
+    options = {"routing": config.routing, "qk_dim": config.qk_dims and config.qk_dims[index]}
+    pool = _kv_pool(index, config)
+    return BiLevelRoutingAttention(dim, heads, config.regions, topk, kv_pool=pool, **options, **dd)
+
+
+def _kv_pool(index: int, config: BiFormerConfig) -> RegionPool | None:
+    if config.kv_pool is None:
+        return None
+    if config.kv_sizes is not None:
+        return RegionPool(config.kv_pool, size=config.kv_sizes[index])
+    stride = config.kv_strides[index]
+    return RegionPool(config.kv_pool, stride=stride) if stride != 1 else None
 
 
 def _mlp(dim: int, config: BiFormerConfig, drop: float, **dd) -> nn.Module:
@@ -156,16 +180,15 @@ class BiFormerBlock(nn.Module):
     channels_first: Final[bool]  # what the norms, the attention and the MLP take
     pre_norm: Final[bool]
 
-    def __init__(
-        self, dim: int, topk: int | str | None, config: BiFormerConfig, drop: float, drop_path: float, **dd
-    ) -> None:
+    def __init__(self, index: int, config: BiFormerConfig, drop: float, drop_path: float, **dd) -> None:
         super().__init__()
+        dim = config.dims[index]
         self.channels_first = config.nchw
         self.pre_norm = config.pre_norm
         norm = LayerNorm2d if config.nchw else nn.LayerNorm
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if config.pos_conv else None
         self.norm1 = norm(dim, eps=1e-6, **dd)
-        self.attn = _attention(dim, topk, config, **dd)
+        self.attn = _attention(index, config, **dd)
         self.norm2 = norm(dim, eps=1e-6, **dd)
         self.mlp = _mlp(dim, config, drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -177,14 +200,14 @@ class BiFormerBlock(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed(x)
         if not self.channels_first:
-            x = x.permute(0, 2, 3, 1)
+            x = to_nhwc(x)
         if self.pre_norm:
             x = x + self.drop_path(scaled(self.attn(self.norm1(x)), self.gamma1))
             x = x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
         else:
             x = self.norm1(x + self.drop_path(scaled(self.attn(x), self.gamma1)))
             x = self.norm2(x + self.drop_path(scaled(self.mlp(x), self.gamma2)))
-        return x if self.channels_first else x.permute(0, 3, 1, 2)
+        return x if self.channels_first else to_nchw(x)
 
 
 def _stem(in_chans: int, dim: int, config: BiFormerConfig, **dd) -> nn.Sequential:
@@ -205,34 +228,8 @@ def _downsample(dim: int, out_dim: int, config: BiFormerConfig, **dd) -> nn.Sequ
     return nn.Sequential(nn.Conv2d(dim, out_dim, 3, 2, 1, **dd), nn.BatchNorm2d(out_dim, **dd))
 
 
-class BiFormerStage(nn.Module):
-    """Down-sampling (all stages but the first) and blocks."""
-
-    def __init__(self, index: int, config: BiFormerConfig, drop: float, drop_paths: list[float], **dd) -> None:
-        super().__init__()
-        dim = config.dims[index]
-        self.downsample = _downsample(config.dims[index - 1], dim, config, **dd) if index else nn.Identity()
-        self.blocks = nn.Sequential(
-            *(BiFormerBlock(dim, config.topks[index], config, drop, rate, **dd) for rate in drop_paths)
-        )
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, H / 2, W / 2)
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
 class BiFormer(StagedBackbone):
-    """Bi-level routing attention backbone; maps are (B, C, H, W).
-
-    Args:
-        config: sizes of layers.
-        num_classes, in_chans, global_pool, drop_rate: as in timm; drop_rate acts before the classifier.
-        proj_drop_rate: dropout inside the MLPs, twice.
-        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
-    """
+    """Bi-level routing attention backbone; maps are (B, C, H, W)."""
 
     channels_last: Final[bool] = True
 
@@ -242,7 +239,15 @@ class BiFormer(StagedBackbone):
         mlp=r".+\.mlp\.fc[12]\.weight",
         depthwise=r".+\.(lepe|pos_embed)\.weight",
         attentions=(
-            AttentionLayout(r".+\.attn", "BiLevelRoutingAttention", per_value=("lepe",)),
+            AttentionLayout(
+                r".+\.attn",
+                "BiLevelRoutingAttention",
+                per_value=("lepe",),
+                unless=(
+                    ("router.emb", "learned routing reads the queries and keys of all heads side by side"),
+                    ("qk_head_dim", "queries and keys have a width of their own"),
+                ),
+            ),
             AttentionLayout(r".+\.attn", "BiLevelRoutingAttentionNchw", per_value=("lepe",)),
             AttentionLayout(r".+\.attn", "DenseLepeAttentionNchw", per_value=("lepe",)),
             # its positional convolution reads the input, and adds to the heads' outputs
@@ -250,43 +255,17 @@ class BiFormer(StagedBackbone):
         ),
     )
 
-    def __init__(
-        self,
-        config: BiFormerConfig,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.stem = _stem(in_chans, config.dims[0], config, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
-        self.stages = nn.Sequential()
-        for i, own in enumerate(rates):
-            self.stages.append(BiFormerStage(i, config, proj_drop_rate, own, **dd))
-        self.norm = nn.BatchNorm2d(config.dims[-1], **dd)
-        self.finish(
-            config.dims,
-            config.reductions,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
+    def make_stem(self, config: BiFormerConfig, in_chans: int, **dd) -> nn.Module:
+        return _stem(in_chans, config.dims[0], config, **dd)
+
+    def make_stage(self, config: BiFormerConfig, index: int, drop: float, drop_paths: list[float], **dd) -> Stage:
+        return Stage(
+            _downsample(config.dims[index - 1], config.dims[index], config, **dd) if index else nn.Identity(),
+            [BiFormerBlock(index, config, drop, rate, **dd) for rate in drop_paths],
         )
-        self.apply(_init_weights)
 
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def make_norm(self, dim: int, **dd) -> nn.Module:
+        return nn.BatchNorm2d(dim, **dd)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:

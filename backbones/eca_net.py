@@ -21,9 +21,9 @@ from torch import nn
 
 from ..attention_ops import EfficientChannelAttention
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._mobilenet_v2 import MobileNetV2
-from ._prunable import Prunable
-from ._timm_classes import CheckedResNet
+from ._pruning import Prunable
+from ._staged import check_stages
+from ._timm_classes import CheckedResNet, MobileNetV2
 
 register_notrace_module(EfficientChannelAttention)
 
@@ -37,9 +37,7 @@ class EcaResNetConfig:
     bottleneck: bool = True  # False: two 3x3 convolutions a block
 
     def __post_init__(self) -> None:
-        for name in ("depths", "kernel_sizes"):
-            if len(getattr(self, name)) != 4:
-                raise ValueError(f"{name} must have one entry per stage, 4, got {getattr(self, name)}")
+        check_stages(self, ("depths", "kernel_sizes"), 4)
         if even := [k for k in self.kernel_sizes if k < 1 or k % 2 == 0]:
             raise ValueError(f"kernel_sizes must be odd and positive, got {even}")
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..attention_ops import EfficientLocalAttention, insert_attention
 from ..attention_ops.strip_gate import VARIANTS
 from ._build import build, cfg, check_fits, unwrap
-from ._mobilenet_v2 import MobileNetV2
-from ._prunable import Prunable
-from ._timm_classes import CheckedResNet
+from ._pruning import Prunable
+from ._staged import check_stages
+from ._timm_classes import CheckedResNet, MobileNetV2
 
 register_notrace_module(EfficientLocalAttention)
 
@@ -43,8 +43,7 @@ class ElaResNetConfig:
     ela_residual: bool = False  # add the gate's input to its output
 
     def __post_init__(self) -> None:
-        if len(self.depths) != 4:
-            raise ValueError(f"depths must have one entry per stage, 4, got {self.depths}")
+        check_stages(self, ("depths",), 4)
         _check_variant(self.ela_variant)
 
 

@@ -11,26 +11,26 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, calculate_drop_path_rates
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
+from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from ..attention_ops import ChannelAttention, WindowAttention2d
 from ..attention_ops.tiling import cover_with_windows
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import to_channels_last
-from ._prunable import AttentionLayout, Prunable
-from ._staged import StagedBackbone
+from ._layers import pad_to_multiples, to_channels_last, to_nchw, to_nhwc
+from ._pruning import AttentionLayout, Prunable
+from ._staged import Stage, StageConfig, StagedBackbone
 
 register_notrace_module(ChannelAttention)
 
 
 @dataclass(frozen=True)
-class DavitConfig:
+class DavitConfig(StageConfig):
     """What makes one variant differ from another."""
 
     dims: tuple[int, ...] = (96, 192, 384, 768)  # channels, per stage
@@ -41,23 +41,9 @@ class DavitConfig:
     florence: bool = False  # 3x3 down-sampling, channel attention scaled by tokens, blocks by name
 
     def __post_init__(self) -> None:
-        if len(self.depths) != len(self.dims):
-            raise ValueError(f"depths must have one entry per stage, {len(self.dims)} as dims, got {self.depths}")
+        super().__post_init__()
         if odd := [d for d in self.dims if d % self.head_dim]:
             raise ValueError(f"dims must be multiples of head_dim {self.head_dim}, got {odd}")
-
-    @property
-    def reductions(self) -> list[int]:
-        """Image pixels per token, per stage."""
-        return [4 * 2**i for i in range(len(self.dims))]
-
-
-def _to_nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
-def _to_nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
 
 
 @register_notrace_module
@@ -71,11 +57,8 @@ class DavitStem(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, ceil(H / 4), ceil(W / 4))
-        rest_h, rest_w = x.shape[2] % 4, x.shape[3] % 4
-        if rest_h > 0 or rest_w > 0:
-            x = F.pad(x, [0, (4 - rest_w) % 4, 0, (4 - rest_h) % 4])
-        x = self.conv(to_channels_last(x))
-        return _to_nchw(self.norm(_to_nhwc(x)))
+        x = self.conv(to_channels_last(pad_to_multiples(x, 4)))
+        return to_nchw(self.norm(to_nhwc(x)))
 
 
 @register_notrace_module
@@ -90,10 +73,8 @@ class DavitDownsample(nn.Module):
         self.conv = nn.Conv2d(dim, out_dim, kernel_size, 2, (kernel_size - 1) // 2, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, ceil(H / 2), ceil(W / 2))
-        x = _to_nchw(self.norm(_to_nhwc(x)))
-        if self.pads and (x.shape[2] % 2 > 0 or x.shape[3] % 2 > 0):
-            x = F.pad(x, [0, x.shape[3] % 2, 0, x.shape[2] % 2])
-        return self.conv(x)
+        x = to_nchw(self.norm(to_nhwc(x)))
+        return self.conv(pad_to_multiples(x, 2) if self.pads else x)
 
 
 @register_notrace_module
@@ -120,7 +101,7 @@ class ConvPosition(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        return x + _to_nhwc(self.proj(_to_nchw(x)))
+        return x + to_nhwc(self.proj(to_nchw(x)))
 
 
 class DavitBlock(nn.Module):
@@ -153,36 +134,15 @@ def _pair(dim: int, config: DavitConfig, drop: float, drop_path: float, **dd) ->
     return nn.Sequential(OrderedDict(zip(names, blocks, strict=True)))
 
 
-class DavitStage(nn.Module):
-    """Down-sampling (all stages but the first), then pairs of blocks."""
-
-    def __init__(
-        self, in_dim: int, index: int, config: DavitConfig, drop: float, drop_paths: list[float], **dd
-    ) -> None:
-        super().__init__()
-        dim = config.dims[index]
-        self.downsample = DavitDownsample(in_dim, dim, 3 if config.florence else 2, **dd) if index else nn.Identity()
-        self.blocks = nn.Sequential(*(_pair(dim, config, drop, rate, **dd) for rate in drop_paths))
-        self.grad_checkpointing = False
+class DavitStage(Stage):
+    """A stage whose blocks take (B, H, W, C) maps."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, H', W'), channels-last in memory
-        x = _to_nhwc(self.downsample(x))
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return _to_nchw(x)
+        return to_nchw(self.run_blocks(to_nhwc(self.downsample(x))))
 
 
 class Davit(StagedBackbone):
-    """Dual attention backbone: windows of tokens, then groups of channels. The head pools first, then norms.
-
-    Args:
-        config: sizes of layers.
-        num_classes, in_chans, global_pool, drop_rate: as in timm; drop_rate acts before the classifier.
-        proj_drop_rate: dropout inside the MLPs, twice.
-        drop_path_rate: stochastic depth of the last pair of blocks; grows linearly from 0.
-    """
+    """Dual attention backbone: windows of tokens, then groups of channels. The head pools first, then norms."""
 
     channels_last: Final[bool] = True
 
@@ -197,51 +157,21 @@ class Davit(StagedBackbone):
         ),
     )
 
-    def __init__(
-        self,
-        config: DavitConfig,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        dims = config.dims
-        self.stem = DavitStem(in_chans, dims[0], **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
-        self.stages = nn.Sequential()
-        for i, own in enumerate(rates):
-            self.stages.append(DavitStage(dims[max(i - 1, 0)], i, config, proj_drop_rate, own, **dd))
-        self.norm = nn.Identity()
-        self.finish(
-            dims,
-            config.reductions,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
+    def make_stem(self, config: DavitConfig, in_chans: int, **dd) -> nn.Module:
+        return DavitStem(in_chans, config.dims[0], **dd)
+
+    def make_stage(self, config: DavitConfig, index: int, drop: float, drop_paths: list[float], **dd) -> Stage:
+        dim, kernel_size = config.dims[index], 3 if config.florence else 2
+        return DavitStage(
+            DavitDownsample(config.dims[index - 1], dim, kernel_size, **dd) if index else nn.Identity(),
+            [_pair(dim, config, drop, rate, **dd) for rate in drop_paths],
         )
-        self.head = NormMlpClassifierHead(
-            dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=_head_norm, **dd
+
+    def make_head(self, dim: int, num_classes: int, global_pool: str, drop_rate: float, **dd) -> nn.Module:
+        norm = partial(LayerNorm2d, eps=1e-5)
+        return NormMlpClassifierHead(
+            dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm, **dd
         )
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-
-def _head_norm(dim: int, **dd) -> nn.Module:
-    return LayerNorm2d(dim, eps=1e-5, **dd)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByoBlockCfg, ByoModelCfg, LayerFn, SelfAttnBlock
@@ -22,7 +23,8 @@ from torch import nn
 
 from ..attention_ops import EfficientChannelAttention, HaloAttention2d
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._prunable import AttentionLayout, Projection, Prunable
+from ._pruning import AttentionLayout, Projection, Prunable
+from ._staged import check_stages
 from ._timm_classes import CheckedByobNet
 
 register_notrace_module(HaloAttention2d)
@@ -69,9 +71,7 @@ class HaloNetConfig:
     final_dim: int = 0  # channels of a last 1x1 convolution; 0: none
 
     def __post_init__(self) -> None:
-        for name in ("depths", "heads"):
-            if len(getattr(self, name)) != len(WIDTHS):
-                raise ValueError(f"{name} must have one entry per stage, {len(WIDTHS)}, got {getattr(self, name)}")
+        check_stages(self, ("depths", "heads"), len(WIDTHS))
 
     def byob(self) -> ByoModelCfg:
         """The net in timm's words."""
@@ -183,7 +183,6 @@ def _cfg(side: int = 256, **kwargs) -> dict[str, Any]:
     )
 
 
-HALF = (0.5, 0.5, 0.5)
 default_cfgs = generate_default_cfgs(
     {
         "fv_halonet_h0.untrained": _cfg(),
@@ -211,8 +210,8 @@ default_cfgs = generate_default_cfgs(
             url=f"{URL}/haloregnetz_c_raa_256-c8ad7616.pth",
             hf_hub_id="timm/haloregnetz_b.ra3_in1k",
             crop_pct=0.94,
-            mean=HALF,
-            std=HALF,
+            mean=IMAGENET_INCEPTION_MEAN,
+            std=IMAGENET_INCEPTION_STD,
             first_conv="stem.conv",
         ),
     }

@@ -14,22 +14,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
+from timm.layers import DropPath
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from ..attention_ops import HiLoAttention
 from ._build import StateDict, build, cfg, check_fits, unwrap
-from ._layers import DepthwiseMlp, to_channels_last
-from ._prunable import AttentionLayout, Projection, Prunable
-from ._staged import StagedBackbone
+from ._layers import DepthwiseMlp, pad_to_multiples, to_channels_last, to_nchw, to_nhwc
+from ._pruning import AttentionLayout, Projection, Prunable
+from ._staged import Stage, StageConfig, StagedBackbone
 
 register_notrace_module(HiLoAttention)  # it pads by the size of the map
 
 
 @dataclass(frozen=True)
-class Litv2Config:
+class Litv2Config(StageConfig):
     """What makes one variant differ from another."""
 
     dims: tuple[int, ...] = (96, 192, 384, 768)  # channels, per stage
@@ -39,21 +39,16 @@ class Litv2Config:
     head_dim: int = 32
     mlp_ratio: float = 4.0
 
+    per_stage = ("depths", "windows")
+
     def __post_init__(self) -> None:
-        for name in ("depths", "windows"):
-            if len(getattr(self, name)) != len(self.dims):
-                raise ValueError(f"{name} must have one entry per stage, {len(self.dims)}, got {getattr(self, name)}")
+        super().__post_init__()
         if self.head_dim < 1:
             raise ValueError(f"head_dim must be at least 1, got {self.head_dim}")
         if odd := [d for d, w in zip(self.dims, self.windows, strict=True) if w is not None and d % self.head_dim]:
             raise ValueError(f"dims must be multiples of head_dim {self.head_dim}, got {odd}")
         if not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be 0 to 1, got {self.alpha!r}")
-
-    @property
-    def reductions(self) -> list[int]:
-        """Image pixels per token, per stage."""
-        return [4 * 2**i for i in range(len(self.dims))]
 
 
 @register_notrace_module
@@ -67,11 +62,8 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, H / 4, W / 4, C)
-        rest_h, rest_w = x.shape[2] % 4, x.shape[3] % 4
-        if rest_h > 0 or rest_w > 0:
-            x = F.pad(x, [0, (4 - rest_w) % 4, 0, (4 - rest_h) % 4])
-        x = to_channels_last(x)  # the convolution then writes what the norm reads
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        x = to_channels_last(pad_to_multiples(x, 4))  # the convolution then writes what the norm reads
+        return self.norm(to_nhwc(self.proj(x)))
 
 
 class DeformConv(nn.Module):
@@ -110,8 +102,8 @@ class DeformableMerging(nn.Module):
         self.norm = nn.BatchNorm2d(out_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H / 2, W / 2, D)
-        x = self.norm(self.dconv(x.permute(0, 3, 1, 2)))
-        return F.gelu(x.permute(0, 2, 3, 1).contiguous())
+        x = self.norm(self.dconv(to_nchw(x)))
+        return F.gelu(to_nhwc(x).contiguous())
 
 
 class Litv2Block(nn.Module):
@@ -130,34 +122,8 @@ class Litv2Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Litv2Stage(nn.Module):
-    """Deformable merging (all stages but the first) and blocks."""
-
-    def __init__(self, index: int, config: Litv2Config, drop: float, drop_paths: list[float], **dd) -> None:
-        super().__init__()
-        dim = config.dims[index]
-        self.downsample = DeformableMerging(config.dims[index - 1], dim, **dd) if index else nn.Identity()
-        self.blocks = nn.Sequential(
-            *(Litv2Block(dim, config.windows[index], config, drop, rate, **dd) for rate in drop_paths)
-        )
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H / 2, W / 2, D)
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
 class Litv2(StagedBackbone):
-    """HiLo attention backbone; maps are (B, H, W, C), and (B, C, H, W) where timm asks for features.
-
-    Args:
-        config: sizes of layers.
-        num_classes, in_chans, global_pool, drop_rate: as in timm; drop_rate acts before the classifier.
-        proj_drop_rate: dropout inside the MLPs, twice.
-        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
-    """
+    """HiLo attention backbone; maps are (B, H, W, C), and (B, C, H, W) where timm asks for features."""
 
     output_fmt = "NHWC"
 
@@ -184,45 +150,25 @@ class Litv2(StagedBackbone):
         ),
     )
 
-    def __init__(
-        self,
-        config: Litv2Config,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.stem = PatchEmbed(in_chans, config.dims[0], **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
-        self.stages = nn.Sequential()
-        for i, own in enumerate(rates):
-            self.stages.append(Litv2Stage(i, config, proj_drop_rate, own, **dd))
-        self.norm = nn.LayerNorm(config.dims[-1], **dd)
-        self.finish(
-            config.dims,
-            config.reductions,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
+    def make_stem(self, config: Litv2Config, in_chans: int, **dd) -> nn.Module:
+        return PatchEmbed(in_chans, config.dims[0], **dd)
+
+    def make_stage(self, config: Litv2Config, index: int, drop: float, drop_paths: list[float], **dd) -> Stage:
+        dim, window = config.dims[index], config.windows[index]
+        return Stage(
+            DeformableMerging(config.dims[index - 1], dim, **dd) if index else nn.Identity(),
+            [Litv2Block(dim, window, config, drop, rate, **dd) for rate in drop_paths],
         )
-        self.apply(_init_weights)
 
+    def make_norm(self, dim: int, **dd) -> nn.Module:
+        return nn.LayerNorm(dim, **dd)
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, DepthwiseMlp):
-        nn.init.normal_(module.dwconv.weight, 0.0, (2.0 / 9) ** 0.5)  # fan out of a depthwise 3x3 convolution
-        nn.init.zeros_(module.dwconv.bias)
+    def init_weights(self) -> None:
+        super().init_weights()
+        for module in self.modules():
+            if isinstance(module, DepthwiseMlp):
+                nn.init.normal_(module.dwconv.weight, 0.0, (2.0 / 9) ** 0.5)  # fan out of a depthwise 3x3 convolution
+                nn.init.zeros_(module.dwconv.bias)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:

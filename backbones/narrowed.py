@@ -12,7 +12,7 @@ from timm.models import generate_default_cfgs, is_model, register_model, split_m
 from torch import nn
 
 from ._build import build_features, cfg
-from ._widths import narrow
+from ._pruning import narrow
 
 default_cfgs = generate_default_cfgs({"narrowed.untrained": cfg(notes=("Takes of= and widths=.",))})
 
@@ -23,7 +23,7 @@ def narrowed(pretrained: bool = False, of: str = "", widths: Mapping[str, Any] |
 
     Args:
         of: the name of the full model; other keywords go to it.
-        widths: what differs from the full model, see _widths.py.
+        widths: what differs from the full model, see _pruning.py.
 
     Raises:
         ValueError: one of the two is missing, `of` is no registered name (a folder or a download, for example), or

@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
+from timm.layers import DropPath, Mlp
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from ..attention_ops import NeighborhoodAttention2d
 from ._build import StateDict, build, cfg, check_fits, resize_rpb, unwrap
-from ._layers import scaled, to_channels_last
-from ._prunable import AttentionLayout, Prunable
-from ._staged import StagedBackbone
+from ._layers import pad_to_multiples, scaled, to_channels_last, to_nchw, to_nhwc
+from ._pruning import AttentionLayout, Prunable
+from ._staged import Stage, StageConfig, StagedBackbone
 
 register_notrace_module(NeighborhoodAttention2d)  # it pads by the size of the map
 
 
 @dataclass(frozen=True)
-class NatConfig:
+class NatConfig(StageConfig):
     """What makes one variant differ from another."""
 
     dims: tuple[int, ...] = (64, 128, 256, 512)  # channels, per stage
@@ -44,9 +44,8 @@ class NatConfig:
     dense: bool = False  # every token sees every token, up to kernel_size on each side: the ViT baseline
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         stages = len(self.dims)
-        if len(self.depths) != stages:
-            raise ValueError(f"depths must have one entry per stage, {stages} as dims {self.dims}, got {self.depths}")
         if odd := [d for d in self.dims if d % self.head_dim]:
             raise ValueError(f"dims must be multiples of head_dim {self.head_dim}, got {odd}")
         if self.dilations is not None and (len(self.dilations) != stages or not all(self.dilations)):
@@ -65,10 +64,6 @@ class NatConfig:
         return [(self.patch_size or 4) * step**i for i in range(len(self.dims))]
 
 
-def _to_nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
 class ConvStem(nn.Module):
     """Two 3x3 convolutions of stride 2 with nothing between, then a LayerNorm: (B, 3, H, W) -> (B, H/4, W/4, C)."""
 
@@ -83,7 +78,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = to_channels_last(x)  # the convolutions then write what the norm reads
-        return self.norm(_to_nhwc(self.proj(x)))
+        return self.norm(to_nhwc(self.proj(x)))
 
 
 @register_notrace_module
@@ -98,13 +93,8 @@ class PatchStem(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        rest_h, rest_w = x.shape[2] % self.patch_size, x.shape[3] % self.patch_size
-        if rest_h > 0 or rest_w > 0:
-            x = F.pad(
-                x, [0, (self.patch_size - rest_w) % self.patch_size, 0, (self.patch_size - rest_h) % self.patch_size]
-            )
-        x = to_channels_last(x)
-        return self.norm(_to_nhwc(self.proj(x)))
+        x = to_channels_last(pad_to_multiples(x, self.patch_size))
+        return self.norm(to_nhwc(self.proj(x)))
 
 
 class ConvDownsample(nn.Module):
@@ -117,7 +107,7 @@ class ConvDownsample(nn.Module):
         self.norm = nn.LayerNorm(out_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(_to_nhwc(self.reduction(x.permute(0, 3, 1, 2))))
+        return self.norm(to_nhwc(self.reduction(to_nchw(x))))
 
 
 @register_notrace_module
@@ -173,35 +163,8 @@ class NatBlock(nn.Module):
         return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
 
 
-class NatStage(nn.Module):
-    """Down-sampling (all stages but the first), then blocks: (B, H, W, C) -> (B, H', W', D)."""
-
-    def __init__(self, in_dim: int, index: int, config: NatConfig, drop: float, drop_paths: list[float], **dd) -> None:
-        super().__init__()
-        dim = config.dims[index]
-        kind = {"conv": ConvDownsample, "merge": PatchMerging}.get(config.downsample) if index else None
-        self.downsample = kind(in_dim, dim, **dd) if kind else nn.Identity()
-        self.blocks = nn.Sequential(
-            *(NatBlock(dim, config, config.dilation(index, j), drop, rate, **dd) for j, rate in enumerate(drop_paths))
-        )
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
 class Nat(StagedBackbone):
-    """Neighborhood attention backbone; maps are (B, H, W, C) inside.
-
-    Args:
-        config: sizes and kinds of layers.
-        num_classes, in_chans, global_pool, drop_rate: as in timm; drop_rate acts before the classifier.
-        proj_drop_rate: dropout after the attention's output projection and inside the MLPs.
-        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
-    """
+    """Neighborhood attention backbone; maps are (B, H, W, C) inside."""
 
     output_fmt = "NHWC"
 
@@ -212,44 +175,25 @@ class Nat(StagedBackbone):
         attentions=(AttentionLayout(r".+\.attn", per_head=(("rpb", 0),)),),
     )
 
-    def __init__(
-        self,
-        config: NatConfig,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        dims = config.dims
+    def make_stem(self, config: NatConfig, in_chans: int, **dd) -> nn.Module:
         if config.patch_size is None:
-            self.stem = ConvStem(in_chans, dims[0], **dd)
-        else:
-            self.stem = PatchStem(in_chans, dims[0], config.patch_size, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
-        self.stages = nn.Sequential()
-        for i, own in enumerate(rates):
-            self.stages.append(NatStage(dims[max(i - 1, 0)], i, config, proj_drop_rate, own, **dd))
-        self.norm = nn.LayerNorm(dims[-1], **dd)
-        self.finish(
-            dims,
-            config.reductions,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
-        )
-        self._init_weights()
+            return ConvStem(in_chans, config.dims[0], **dd)
+        return PatchStem(in_chans, config.dims[0], config.patch_size, **dd)
 
-    def _init_weights(self) -> None:
+    def make_stage(self, config: NatConfig, index: int, drop: float, drop_paths: list[float], **dd) -> Stage:
+        dim = config.dims[index]
+        kind = {"conv": ConvDownsample, "merge": PatchMerging}.get(config.downsample) if index else None
+        return Stage(
+            kind(config.dims[index - 1], dim, **dd) if kind else nn.Identity(),
+            [NatBlock(dim, config, config.dilation(index, j), drop, rate, **dd) for j, rate in enumerate(drop_paths)],
+        )
+
+    def make_norm(self, dim: int, **dd) -> nn.Module:
+        return nn.LayerNorm(dim, **dd)
+
+    def init_weights(self) -> None:
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and ".attn." not in name:  # attention has seen to its own
+            if isinstance(module, nn.Linear) and ".attn." not in name:  # attention draws its own
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

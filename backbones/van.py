@@ -11,21 +11,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_notrace_module
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import DropPath, LayerNorm2d
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from ..attention_ops import LargeKernelAttention
 from ._build import StateDict, build, cfg, check_fits, unwrap
 from ._layers import MapGELU
-from ._prunable import Prunable
-from ._staged import StagedBackbone
+from ._pruning import Prunable
+from ._staged import Stage, StageConfig, StagedBackbone
 
 register_notrace_module(LargeKernelAttention)
 
 
 @dataclass(frozen=True)
-class VanConfig:
+class VanConfig(StageConfig):
     """What makes one variant differ from another."""
 
     dims: tuple[int, ...] = (32, 64, 160, 256)  # channels, per stage
@@ -33,15 +34,7 @@ class VanConfig:
     mlp_ratios: tuple[float, ...] = (8, 8, 4, 4)  # hidden channels of the MLPs over dims, per stage
     layer_scale: float = 1e-2  # initial value
 
-    def __post_init__(self) -> None:
-        for name in ("depths", "mlp_ratios"):
-            if len(getattr(self, name)) != len(self.dims):
-                raise ValueError(f"{name} must have one entry per stage, {len(self.dims)}, got {getattr(self, name)}")
-
-    @property
-    def reductions(self) -> list[int]:
-        """Image pixels per token, per stage."""
-        return [4 * 2**i for i in range(len(self.dims))]
+    per_stage = ("depths", "mlp_ratios")
 
 
 class OverlapPatchEmbed(nn.Module):
@@ -107,37 +100,19 @@ class VanBlock(nn.Module):
         return x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
 
 
-class VanStage(nn.Module):
-    """Down-sampling (all stages but the first), blocks, and a LayerNorm that the next stage sees too."""
+class VanStage(Stage):
+    """A stage with a LayerNorm at its end, which the next stage sees too."""
 
-    def __init__(self, in_dim: int, index: int, config: VanConfig, drop: float, drop_paths: list[float], **dd) -> None:
-        super().__init__()
-        dim = config.dims[index]
-        self.downsample = OverlapPatchEmbed(in_dim, dim, 3, 2, **dd) if index else nn.Identity()
-        self.blocks = nn.Sequential(
-            *(VanBlock(dim, config.mlp_ratios[index], config.layer_scale, drop, rate, **dd) for rate in drop_paths)
-        )
-        self.norm = LayerNorm2d(dim, eps=1e-6, **dd)
-        self.grad_checkpointing = False
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], norm: nn.Module) -> None:
+        super().__init__(downsample, blocks)
+        self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, H / 2, W / 2)
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return self.norm(x)
+        return self.norm(self.run_blocks(self.downsample(x)))
 
 
 class Van(StagedBackbone):
-    """Large kernel attention backbone; maps are (B, C, H, W).
-
-    Args:
-        config: sizes of layers.
-        num_classes, in_chans, global_pool, drop_rate: as in timm; drop_rate acts before the classifier.
-        proj_drop_rate: dropout inside the MLPs, twice.
-        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
-    """
+    """Large kernel attention backbone; maps are (B, C, H, W)."""
 
     channels_last: Final[bool] = True
 
@@ -148,46 +123,24 @@ class Van(StagedBackbone):
         square=r".+\.spatial_gating_unit",
     )
 
-    def __init__(
-        self,
-        config: VanConfig,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.stem = OverlapPatchEmbed(in_chans, config.dims[0], 7, 4, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
-        self.stages = nn.Sequential()
-        for i, own in enumerate(rates):
-            self.stages.append(VanStage(config.dims[max(i - 1, 0)], i, config, proj_drop_rate, own, **dd))
-        self.norm = nn.Identity()
-        self.finish(
-            config.dims,
-            config.reductions,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
+    def make_stem(self, config: VanConfig, in_chans: int, **dd) -> nn.Module:
+        return OverlapPatchEmbed(in_chans, config.dims[0], 7, 4, **dd)
+
+    def make_stage(self, config: VanConfig, index: int, drop: float, drop_paths: list[float], **dd) -> Stage:
+        dim, mlp_ratio = config.dims[index], config.mlp_ratios[index]
+        return VanStage(
+            OverlapPatchEmbed(config.dims[index - 1], dim, 3, 2, **dd) if index else nn.Identity(),
+            [VanBlock(dim, mlp_ratio, config.layer_scale, drop, rate, **dd) for rate in drop_paths],
+            LayerNorm2d(dim, eps=1e-6, **dd),
         )
-        self.apply(_init_weights)
 
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
-        nn.init.zeros_(module.bias)
+    def init_weights(self) -> None:
+        super().init_weights()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+                nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
+                nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -208,12 +161,11 @@ def _our_key(key: str) -> str:
     return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
 
 
-HALF = (0.5, 0.5, 0.5)
 VAN = {
     "first_conv": "stem.proj",
     "crop_pct": 0.9,
-    "mean": HALF,
-    "std": HALF,
+    "mean": IMAGENET_INCEPTION_MEAN,
+    "std": IMAGENET_INCEPTION_STD,
     "license": "apache-2.0",
     "paper_ids": "arXiv:2202.09741",
     "paper_name": "Visual Attention Network",

@@ -17,7 +17,7 @@ from timm.models import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 
 from .._modes import evaluating
-from ..backbones._prunable import AttentionLayout
+from ..backbones._pruning import AttentionLayout
 from .errors import PruningError
 from .groups import declared
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..backbones._prunable import Prunable
+from ..backbones._pruning import Prunable
 from .errors import PruningError
 from .timm_groups import TIMM_GROUPS
 
@@ -27,7 +27,7 @@ def declared(model: nn.Module) -> Prunable:
             return groups
     raise PruningError(
         f"{type(model).__name__} declares no module groups: give its class an attribute `prunable` "
-        "(foveate.backbones._prunable.Prunable)"
+        "(foveate.backbones._pruning.Prunable)"
     )
 
 

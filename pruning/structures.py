@@ -10,11 +10,12 @@ width      A channel of a residual stream, where nothing norms over its channels
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from ..backbones._prunable import AttentionLayout
+from ..backbones._pruning import AttentionLayout
 from .channel_graph import Channels, channel_graph, layouts_of
 from .criteria import Scores
 from .errors import PruningError
@@ -123,7 +124,7 @@ class _Heads:
         self.after = after
         present = [p for p in layout.projections if getattr(self.module, p.layer, None) is not None]
         self.present = len(present) == len(layout.projections) and self.count > 0
-        self.width = self._widths() if self.present else {}
+        self.width = self._widths() if self.present and self._unless() is None else {}
 
     def why_not(self, kind: str) -> str | None:
         """Return the reason why structures of this kind cannot be cut here, or None."""
@@ -131,8 +132,16 @@ class _Heads:
             return "this branch has no heads"
         if self.layout.out is None and (self.after is None or self.after.fixed):
             return "what reads the heads' outputs cannot be cut"
+        if (reason := self._unless()) is not None:
+            return reason
         allowed = self.layout.cuts_heads if kind == "heads" else self.layout.cuts_channels
         return None if allowed else f"the family declares that {kind} cannot be cut here"
+
+    def _unless(self) -> str | None:
+        for attribute, reason in self.layout.unless:
+            if reduce(lambda owner, name: getattr(owner, name, None), attribute.split("."), self.module) is not None:
+                return reason
+        return None
 
     def heads(self) -> Structures:
         slices = [s for role in self.width for s in self._rows(role)] + self._after_values()

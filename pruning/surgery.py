@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from .._modes import evaluating
-from ..backbones._prunable import Prunable
-from ..backbones._widths import ends, feature_channels, narrow, set_features
+from .._timm import update_model_args
+from ..backbones._pruning import Prunable, ends, feature_channels, narrow, set_features
 from ..backbones.narrowed import narrowed
 from .errors import PruningError
 

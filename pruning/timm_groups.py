@@ -6,7 +6,7 @@ from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from ..backbones._prunable import AttentionLayout, Prunable
+from ..backbones._pruning import AttentionLayout, Prunable
 
 TRANSFORMER = {
     "qkv": r".+\.attn\.qkv\.weight",

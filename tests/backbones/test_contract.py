@@ -136,6 +136,11 @@ def test_unknown_keywords_are_a_type_error(name):
         ("biformer_tiny", {"topks": (1,)}, "topks must have one entry per stage, 2"),
         ("biformer_tiny", {"head_dim": 5}, "dims must be multiples of head_dim 5, got 16"),
         ("biformer_tiny", {"dense_heads": 5}, "dims must be multiples of dense_heads 5, got 32"),
+        ("biformer_tiny", {"routing": "best"}, "routing must be one of .*, got 'best'"),
+        ("biformer_tiny", {"qk_dims": (8,)}, "qk_dims must have one entry per stage, 2"),
+        ("biformer_tiny", {"kv_sizes": (2, 2)}, "kv_sizes and kv_strides need kv_pool"),
+        ("biformer_tiny", {"kv_pool": "avg"}, "kv_pool 'avg' needs one of kv_sizes and kv_strides"),
+        ("biformer_stl_nchw", {"routing": "soft"}, "nchw knows neither routing"),
         ("biformer_tiny", {"nchw": True}, "nchw goes with swin_layout and pre_norm"),
         ("litv2_small", {"windows": (2,)}, "windows must have one entry per stage, 2"),
         ("litv2_small", {"head_dim": 5}, r"dims must be multiples of head_dim 5, got \[32\]"),
@@ -286,11 +291,31 @@ def test_the_tag_survives_the_hub(tmp_path):
     assert torch.equal(again(x), model(x))
 
 
-@pytest.mark.parametrize("changes", [{"mlp_conv": True, "pre_norm": False}, {"pos_conv": False, "layer_scale": 0.1}])
+UNPUBLISHED = [
+    {"topks": ("conv", "plain"), "mlp_conv": True, "pre_norm": False},
+    {"topks": ("conv", "plain"), "pos_conv": False, "layer_scale": 0.1},
+    {"topks": (2, 3), "routing": "learned", "qk_dims": (8, None), "kv_pool": "avg", "kv_sizes": (2, 1)},
+    {"topks": (2, 3), "routing": "differentiable", "kv_pool": "max", "kv_strides": (2, 1)},
+    {"topks": (2, 3), "routing": "soft"},
+]
+
+
+@pytest.mark.parametrize("changes", UNPUBLISHED)
 def test_the_unpublished_forms_of_biformer_learn_and_script(changes):
-    model = small("biformer_tiny", topks=("conv", "plain"), **changes)
+    model = small("biformer_tiny", **changes)
     x = torch.randn(2, 3, 48, 64)
     out = model(x)
     torch.testing.assert_close(torch.jit.script(model)(x), out)
     out.square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_the_options_of_biformers_attention_reach_it():
+    model = small("biformer_tiny", **UNPUBLISHED[2])
+    first, second = (stage.blocks[0].attn for stage in model.stages)
+    assert (first.router.differentiable, first.router.emb.in_features, second.router.emb.in_features) == (True, 8, 32)
+    assert (first.kv_pool.average, first.kv_pool.size, second.kv_pool.size) == (True, 2, 1)
+    first, second = (stage.blocks[0].attn for stage in small("biformer_tiny", **UNPUBLISHED[3]).stages)
+    assert (first.kv_pool.average, first.kv_pool.stride, second.kv_pool) == (False, 2, None)
+    assert first.router.differentiable and first.router.emb is None
+    assert not small("biformer_tiny", **UNPUBLISHED[4]).stages[0].blocks[0].attn.router.differentiable

@@ -190,3 +190,13 @@ def test_widths_of_another_net_are_refused():
         timm.create_model("nat_mini", widths={"shapes": {"stages.0.blocks.0.mlp.fc1.weight": [300, 64]}})
     with pytest.raises(ValueError, match="unknown 'shape'"):
         timm.create_model("nat_mini", widths={"shape": {}})
+
+
+@pytest.mark.parametrize("changes", [{"routing": "learned"}, {"qk_dims": (8, 16)}, {"qk_dims": (4, 8)}])
+@pytest.mark.parametrize("kind", ["heads", "channels"])
+def test_heads_that_a_layer_mixes_or_of_two_widths_are_not_cut(changes, kind):
+    sizes = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "regions": 3, "num_classes": 3}
+    net = timm.create_model("biformer_tiny", **sizes, topks=(2, 3), **changes)
+    with pytest.raises(PruningError, match="BiFormer has none that can be cut"):
+        plan(net, "magnitude", 0.5, structure=[kind], img_size=48)
+    assert plan(net, "magnitude", 0.5, structure=["mlp"], img_size=48).removed

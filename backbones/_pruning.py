@@ -1,6 +1,10 @@
-"""A network whose layers lost channels or heads: any of our models takes `widths=` and is built that narrow.
+"""What pruning asks of a backbone: a declaration of its weights and heads, and a model built narrower.
 
-`widths` is plain data, as it lies in a saved model's `model_args`:
+A family declares which weights do what and how its attention lays out the heads (`Prunable`). All patterns are regular
+expressions that must match a whole parameter or module name of the timm model.
+
+A model whose layers lost channels or heads is built again from `widths`, plain data that lies in a saved model's
+`model_args`:
     shapes     parameter or buffer name -> its shape, of all that differ from the full model; None: as the model has it
                (the rows of a classifier follow num_classes)
     numbers    attribute -> its value, such as "stages.0.blocks.1.attn.heads": 1
@@ -8,10 +12,54 @@
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer or 1x1 convolution whose rows belong to heads."""
+
+    layer: str  # inside the attention module
+    roles: tuple[str, ...] = ("q", "k", "v")  # what the rows hold
+    head_major: bool = False  # rows lie (heads, roles, channels) instead of (roles, heads, channels)
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Where an attention module keeps its heads."""
+
+    modules: str
+    kind: str | None = None  # only modules of the class with this name
+    projections: tuple[Projection, ...] = (Projection("qkv"),)
+    out: str | None = "proj"  # the layer that reads the heads' outputs; None: whoever reads the module
+    heads: str = "heads"  # the attribute that counts them
+    per_head: tuple[tuple[str, int], ...] = ()  # (parameter, axis) with one entry a head
+    per_value: tuple[str, ...] = ()  # depthwise convolutions of v
+    per_query: tuple[tuple[str, int], ...] = ()  # (parameter, axis) along the q and k channels, shared by the heads
+    widths: tuple[tuple[str, str], ...] = ()  # (attribute, role): channels of a head that the module keeps as a number
+    value_widths: tuple[str, ...] = ()  # attributes that keep heads * channels of v
+    cuts_heads: bool = True  # False: something else reads or adds to the heads' outputs channel by channel
+    unless: tuple[tuple[str, str], ...] = ()  # (attribute, reason): where it is set, nothing is cut
+    cuts_channels: bool = True  # False: channels of q, k, v are normalised or mixed with each other
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """The module groups of a family (weights by what they do; None: has none), and its attention modules."""
+
+    qkv: str | None = None  # projections to queries, keys and values
+    prj: str | None = None  # output projections of attention
+    mlp: str | None = None  # both layers of the MLPs
+    conv: str | None = None  # convolutions that mix channels inside residual branches
+    depthwise: str | None = None
+    gate: str | None = None  # channel and spatial gates, such as squeeze-and-excitation
+    attentions: tuple[AttentionLayout, ...] = ()
+    square: str | None = None  # modules all of whose convolutions map one width to itself, channel i to a gate of i
+
 
 KEYS = ("shapes", "numbers", "features")
 
