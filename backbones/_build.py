@@ -10,6 +10,7 @@ from timm.models import build_model_with_cfg
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from .._weights import unwrap as unwrap  # for the families' checkpoint filters
 from ._staged import check_indices
 from ._widths import narrow
 
@@ -101,24 +102,6 @@ def build(
         return cls(**arguments) if widths is None else narrow(cls(**arguments), widths)
 
     return build_features(make, variant, pretrained, config=config, pretrained_filter_fn=filter_fn, **kwargs)
-
-
-WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")  # where training scripts put the weights
-PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put in front of a key
-
-
-def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
-    """Return the bare state dict of a checkpoint file."""
-    for wrapper in WRAPPERS:
-        if isinstance(checkpoint.get(wrapper), Mapping):
-            checkpoint = checkpoint[wrapper]
-            break
-    bare = {}
-    for key, value in checkpoint.items():
-        while key.startswith(PREFIXES):
-            key = key[key.index(".") + 1 :]
-        bare[key] = value
-    return bare
 
 
 def check_fits(state_dict: StateDict, model: nn.Module) -> StateDict:
