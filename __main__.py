@@ -1,5 +1,5 @@
 """`python -m foveate`: the command line where no script is installed."""
 
-from .cli import app
+from .commands.main import app
 
 app(prog_name="foveate")

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ._errors import first_line
+from ._errors import RequestError, first_line
 
 PART = ".part"  # how the hidden folders end in which files are written; a killed process may leave one
 
@@ -17,7 +17,7 @@ IS_FOLDER = "is a folder"
 _DEEPEST = 64
 
 
-class UnreadableFileError(ValueError):
+class UnreadableFileError(RequestError):
     """A file cannot be read or holds something else than wanted; the message says why, without the path."""
 
 

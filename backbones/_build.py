@@ -103,24 +103,6 @@ def build(
     return build_features(make, variant, pretrained, config=config, pretrained_filter_fn=filter_fn, **kwargs)
 
 
-WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")  # where training scripts put the weights
-PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put in front of a key
-
-
-def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
-    """Return the bare state dict of a checkpoint file."""
-    for wrapper in WRAPPERS:
-        if isinstance(checkpoint.get(wrapper), Mapping):
-            checkpoint = checkpoint[wrapper]
-            break
-    bare = {}
-    for key, value in checkpoint.items():
-        while key.startswith(PREFIXES):
-            key = key[key.index(".") + 1 :]
-        bare[key] = value
-    return bare
-
-
 def check_fits(state_dict: StateDict, model: nn.Module) -> StateDict:
     """Return `state_dict` if it is this model's, less a classifier that the model does not have.
 

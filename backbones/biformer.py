@@ -18,9 +18,10 @@ from timm.layers import DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs, load_state_dict, register_model, register_notrace_module
 from torch import Tensor, nn
 
+from .._weights import unwrap
 from ..attention_ops import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw
 from ..attention_ops.bi_level_routing import RegionPool, Routing, lepe
-from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._build import StateDict, build, cfg, check_fits
 from ._layers import DepthwiseMlp, MapGELU, scaled, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
 from ._staged import Stage, StageConfig, StagedBackbone, check_stages

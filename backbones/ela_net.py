@@ -18,9 +18,10 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+from .._weights import unwrap
 from ..attention_ops import EfficientLocalAttention, insert_attention
 from ..attention_ops.strip_gate import VARIANTS
-from ._build import build, cfg, check_fits, unwrap
+from ._build import build, cfg, check_fits
 from ._pruning import Prunable
 from ._staged import check_stages
 from ._timm_classes import CheckedResNet, MobileNetV2

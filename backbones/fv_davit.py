@@ -19,9 +19,10 @@ from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
+from .._weights import unwrap
 from ..attention_ops import ChannelAttention, WindowAttention2d
 from ..attention_ops.tiling import cover_with_windows
-from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._build import StateDict, build, cfg, check_fits
 from ._layers import pad_to_multiples, to_channels_last, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
 from ._staged import Stage, StageConfig, StagedBackbone

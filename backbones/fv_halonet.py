@@ -21,8 +21,9 @@ from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByoBlockCfg, ByoModelCfg, LayerFn, SelfAttnBlock
 from torch import nn
 
+from .._weights import unwrap
 from ..attention_ops import EfficientChannelAttention, HaloAttention2d
-from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._build import StateDict, build, cfg, check_fits
 from ._pruning import AttentionLayout, Projection, Prunable
 from ._staged import check_stages
 from ._timm_classes import CheckedByobNet

@@ -19,8 +19,9 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from .._weights import unwrap
 from ..attention_ops import HiLoAttention
-from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._build import StateDict, build, cfg, check_fits
 from ._layers import DepthwiseMlp, pad_to_multiples, to_channels_last, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Projection, Prunable
 from ._staged import Stage, StageConfig, StagedBackbone

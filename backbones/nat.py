@@ -19,8 +19,9 @@ from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
+from .._weights import unwrap
 from ..attention_ops import NeighborhoodAttention2d
-from ._build import StateDict, build, cfg, check_fits, resize_rpb, unwrap
+from ._build import StateDict, build, cfg, check_fits, resize_rpb
 from ._layers import pad_to_multiples, scaled, to_channels_last, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
 from ._staged import Stage, StageConfig, StagedBackbone

@@ -16,8 +16,9 @@ from timm.layers import DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
+from .._weights import unwrap
 from ..attention_ops import LargeKernelAttention
-from ._build import StateDict, build, cfg, check_fits, unwrap
+from ._build import StateDict, build, cfg, check_fits
 from ._layers import MapGELU
 from ._pruning import Prunable
 from ._staged import Stage, StageConfig, StagedBackbone

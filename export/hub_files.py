@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .._errors import printable
 from .._files import UnreadableFileError, read_json
-from .._options import check_model_args
-from .checkpoints import read_checkpoint
+from .._model_args import check_model_args
 from .errors import ExportError
+from .weights import read_model_weights
 
 CONFIG = "config.json"
 _LARGEST_BYTES = 2**24  # of a config.json
@@ -47,7 +47,7 @@ def read_hub_weights(folder: Path, *, use_ema: bool) -> dict[str, Tensor]:
     found += [path for suffix in _SUFFIXES for path in sorted(folder.glob(f"*{suffix}"))]
     if not found:
         raise ExportError(f"{folder} holds no weights; looked for {', '.join(_WEIGHTS)}")
-    return read_checkpoint(found[0], use_ema=use_ema)
+    return read_model_weights(found[0], use_ema=use_ema)
 
 
 def _check_name(name: Any) -> None:

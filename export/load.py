@@ -10,12 +10,12 @@ from timm.models import get_arch_pretrained_cfgs, is_model, parse_model_name, sp
 from torch import nn
 
 from .._errors import first_line
-from .._options import FEATURE_ARGS, check_model_args
+from .._model_args import FEATURE_ARGS, check_model_args
 from .._weights import prefers_averages
-from .checkpoints import explain_mismatch, read_checkpoint
 from .errors import ExportError
 from .hub_files import CONFIG, check_hub_config, read_hub_weights
 from .inputs import without_remarks
+from .weights import explain_mismatch, read_model_weights
 
 _NO_OTHER_SOURCE = {
     **{"source": None, "url": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None},
@@ -68,7 +68,7 @@ def _overlay(name: str, checkpoint: str | Path, kwargs: dict[str, Any]) -> dict[
     if kwargs.get("features_only"):  # timm loads these leniently: let the whole model take the file first
         whole = load_model(name, checkpoint, **{k: v for k, v in kwargs.items() if k not in FEATURE_ARGS})
         return {**_NO_OTHER_SOURCE, "state_dict": whole.state_dict()}
-    overlay = {**_NO_OTHER_SOURCE, "state_dict": read_checkpoint(checkpoint, use_ema=prefers_averages(name))}
+    overlay = {**_NO_OTHER_SOURCE, "state_dict": read_model_weights(checkpoint, use_ema=prefers_averages(name))}
     if "num_classes" in kwargs:  # else timm drops the file's classifier and keeps a random one
         overlay |= {"num_classes": kwargs["num_classes"], "label_offset": None}
     return overlay

@@ -30,6 +30,7 @@ _SAME_CHANNEL = {
     *("add", "add_", "mul", "mul_", "mean", "permute", "transpose", "contiguous", "to", "float", "flatten"),
     *("sigmoid", "relu", "clone"),
 }
+OUTPUT = "they are the output channels"
 _NO_TENSOR = {"size", "dim", "numel", "is_contiguous"}
 
 
@@ -121,7 +122,7 @@ class _Follower:
     def step(self, node: fx.Node) -> None:
         sets = [self.find(self.carried[source]) for source in node.all_input_nodes if source in self.carried]
         if node.op == "placeholder":
-            self.carried[node] = self.new(fixed="they are the image's")
+            self.carried[node] = self.new(fixed="they are the input channels")
         elif node.op == "get_attr":
             self.attribute(node)
         elif node.op == "call_module" and sets:
@@ -130,7 +131,7 @@ class _Follower:
             self.function(node, sets)
         elif node.op == "output":
             for channels in sets:
-                self.fix(channels, "they are the model's answer")
+                self.fix(channels, OUTPUT)
 
     def new(self, **kwargs: Any) -> Channels:
         self.made.append(Channels(**kwargs))
@@ -173,7 +174,7 @@ class _Follower:
             owner, _, name = str(node.target).rpartition(".")
             self.carried[node] = self.place(self.new(), owner, (name, long[0]))
         else:
-            self.carried[node] = self.new(fixed=f"{node.target} has more axes than channels")
+            self.carried[node] = self.new(fixed=f"{node.target} has more than one axis")
 
     def function(self, node: fx.Node, sets: list[Channels]) -> None:
         target = node.target
@@ -182,7 +183,7 @@ class _Follower:
         if (target is operator.getitem and _takes_all(node.args[1])) or target in _SAME_CHANNEL:
             self.carried[node] = self.join(sets)
             return
-        why = f"{getattr(target, '__name__', target)} may mix or reorder them"
+        why = f"{getattr(target, '__name__', target)} may mix or reorder these channels"
         for channels in sets:
             self.fix(channels, why)
         self.carried[node] = self.new(fixed=why)
@@ -200,12 +201,12 @@ class _Follower:
                 channels, name, *((part, 0) for part in ("weight", "bias", "running_mean", "running_var"))
             )
         if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-            return self.fix(channels, f"{name} norms over them")
+            return self.fix(channels, f"{name} normalizes over these channels")
         if next(module.parameters(), None) is None:
             return self.join(sets)
         for given in sets:
-            self.fix(given, f"{name} has a way of its own with them")
-        return self.new(fixed=f"{name} has a way of its own with them")
+            self.fix(given, f"{name} is not traceable")
+        return self.new(fixed=f"{name} is not traceable")
 
     def linear(self, name: str, layer: nn.Linear | nn.Conv2d, channels: Channels) -> Channels:
         groups = getattr(layer, "groups", 1)
@@ -219,8 +220,9 @@ class _Follower:
 
     def attention(self, name: str, layouts: list[AttentionLayout], channels: Channels) -> Channels:
         if len(layouts) > 1 or not layouts[0].cuts_heads:
-            self.fix(channels, f"{name} reads them in two ways")
-            return self.new(fixed=f"{name} writes them in two parts")
+            why = f"{name} has several branches" if len(layouts) > 1 else f"the heads of {name} cannot be cut"
+            self.fix(channels, why)
+            return self.new(fixed=why)
         (layout,) = layouts
         for projection in layout.projections:
             self.place(channels, f"{name}.{projection.layer}", ("weight", 1))

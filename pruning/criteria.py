@@ -96,6 +96,16 @@ CRITERIA: Mapping[str, Criterion] = {
 }
 
 
+def check_has_data(method: str, data: object | None) -> None:
+    """Refuse a method that scores on data when there is no data.
+
+    Raises:
+        PruningError: `data` (batches, or the name of a data set) is None, and the method needs it.
+    """
+    if data is None and CRITERIA[method].needs_data:
+        raise PruningError(f"{method} needs data: batches of images and classes (on the command line: --data)")
+
+
 def weight_scores(
     model: nn.Module, names: Iterable[str], method: str, *, batches: Batches | None = None, seed: int = 0
 ) -> Scores:
@@ -110,9 +120,8 @@ def weight_scores(
         PruningError: no such method, or batches missing.
     """
     names = list(names)
+    check_has_data(method, batches)
     if method == "taylor":
-        if batches is None:
-            raise PruningError("taylor: needs data, batches of images and classes")
         return taylor_scores(model, names, batches)
     if method == "random":
         generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,7 @@
-"""What a user can get wrong when pruning; every message is one line that names the wish and the fact."""
+"""Errors of pruning."""
+
+from .._errors import RequestError
 
 
-class PruningError(ValueError):
-    """A wish that cannot be met: a ratio, a group, a model without declared groups, a plan of another model."""
+class PruningError(RequestError):
+    """Invalid pruning request: a model, a method, a ratio or a file that does not fit. The message is one line."""

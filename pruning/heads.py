@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._modes import evaluating
-from .criteria import Batches
+from .criteria import Batches, check_has_data
 from .errors import PruningError
 from .structures import Structures, find_structures
 
@@ -63,8 +63,7 @@ def head_importance(
 
 def head_scores(model: nn.Module, structures: Sequence[Structures], batches: Batches | None) -> list[Tensor]:
     """Return the divergence of every head, layer by layer."""
-    if batches is None:
-        raise PruningError("head_importance: needs data, batches of images and classes")
+    check_has_data("head_importance", batches)
     found = iter(head_importance(model, batches, structures))
     return [torch.tensor([next(found).divergence for _ in range(s.size)], dtype=torch.float64) for s in structures]
 

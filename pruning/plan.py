@@ -1,7 +1,7 @@
 """A plan says what goes and why. It is data: print it, save it, apply it; whoever follows it decides nothing."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .counts import Counts, example_image, share
 from .criteria import Scope
 from .errors import PruningError
-from .plan_file import read_plan, write_plan
+from .plan_file import read_fields, write_fields
 from .surgery import cut
 from .unstructured import stage_of
 
@@ -115,7 +115,7 @@ class Plan:
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as one JSON file, in one step; masks as packed bits."""
-        return write_plan(self, Path(path))
+        return write_fields({f.name: getattr(self, f.name) for f in fields(self)}, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -124,4 +124,4 @@ class Plan:
         Raises:
             PruningError: the file is missing, damaged or no plan.
         """
-        return read_plan(cls, Path(path))
+        return cls(**read_fields(Path(path)))

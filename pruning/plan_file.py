@@ -3,12 +3,12 @@
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +19,7 @@ from .._files import UnreadableFileError, atomic_path, read_json
 from .counts import Counts
 from .errors import PruningError
 
-if TYPE_CHECKING:
-    from .plan import Plan
-
 VERSION = 1
-_TENSORS = ("masks", "cuts")
 _LARGEST_BYTES = 2**30
 _KINDS: dict[str, Any] = {
     **{"architecture": str, "method": str, "scope": str, "ratio": (int, float), "structure": list},
@@ -32,12 +28,12 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def write_plan(plan: "Plan", path: Path) -> Path:
-    data = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in (*_TENSORS, "counts")}
-    data = {name: dict(value) if isinstance(value, Mapping) else value for name, value in data.items()}
-    data |= {"version": VERSION, "counts": asdict(plan.counts)}
-    data["masks"] = {name: _pack(mask) for name, mask in plan.masks.items()}
-    data["cuts"] = {n: {axis: kept.tolist() for axis, kept in axes.items()} for n, axes in plan.cuts.items()}
+def write_fields(plan_fields: Mapping[str, Any], path: Path) -> Path:
+    """Write the fields of a `Plan` as one JSON file, in one step."""
+    data = {name: dict(value) if isinstance(value, Mapping) else value for name, value in plan_fields.items()}
+    data |= {"version": VERSION, "counts": asdict(plan_fields["counts"])}
+    data["masks"] = {name: _pack(mask) for name, mask in plan_fields["masks"].items()}
+    data["cuts"] = {n: {axis: kept.tolist() for axis, kept in axes.items()} for n, axes in plan_fields["cuts"].items()}
     if not path.absolute().parent.is_dir():
         raise PruningError(f"{path}: the folder {path.parent} does not exist")
     with atomic_path(path) as part:
@@ -45,22 +41,30 @@ def write_plan(plan: "Plan", path: Path) -> Path:
     return path
 
 
-def read_plan(cls: "type[Plan]", path: Path) -> "Plan":
+def read_fields(path: Path) -> dict[str, Any]:
+    """Return the fields of the `Plan` that `write_fields` wrote. Runs nothing.
+
+    Raises:
+        PruningError: the file is missing, damaged or not a plan.
+    """
     try:
         data = read_json(path, _LARGEST_BYTES)
         version = data.pop("version", None) if isinstance(data, dict) else None
         if type(version) is not int or version != VERSION:
-            raise PruningError(f"plan {path} is damaged or no plan of version {VERSION}")
-        return cls(**_decoded(data))
+            raise PruningError(f"plan {path} is damaged or not a plan of version {VERSION}")
+        return _decoded(data)
+    except PruningError:
+        raise
     except UnreadableFileError as error:
         raise PruningError(f"plan {path} {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        if isinstance(error, PruningError):
-            raise
-        raise PruningError(f"plan {path} is damaged or no plan: {type(error).__name__}: {first_line(error)}") from error
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise PruningError(f"plan {path} is damaged or not a plan: {why}") from error
 
 
 def _decoded(data: dict[str, Any]) -> dict[str, Any]:
+    if unknown := data.keys() - _KINDS.keys():
+        raise TypeError(f"unknown key {min(unknown)}")
     for key, kinds in _KINDS.items():
         if not isinstance(data[key], kinds) or isinstance(data[key], bool):
             raise TypeError(f"{key} is a {type(data[key]).__name__}")

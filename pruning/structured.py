@@ -18,6 +18,8 @@ from .structures import Structures, find_structures
 from .surgery import cut
 from .unstructured import Thresholds, lowest
 
+DEPENDENT = "dependent"  # group of biases, norms, tables...: parameters cut along with the weights of a group
+
 
 def plan_structures(
     model: nn.Module,
@@ -53,7 +55,7 @@ def plan_structures(
         ratio=ratio,
         scope=scope,
         masks=MappingProxyType(masks),
-        groups=MappingProxyType({name: group_of.get(name, "with them") for name in masks}),
+        groups=MappingProxyType({name: group_of.get(name, DEPENDENT) for name in masks}),
         thresholds=MappingProxyType(thresholds),
         counts=Counts(sizes[0], sizes[1], before, after, tuple(image.shape[1:])),
         structure=tuple(structure),

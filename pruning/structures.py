@@ -8,7 +8,7 @@ width      A channel of a residual stream, where nothing norms over its channels
            their kin.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones._pruning import AttentionLayout
-from .channel_graph import Channels, channel_graph, layouts_of
+from .channel_graph import OUTPUT, Channels, channel_graph, layouts_of
 from .criteria import Scores
 from .errors import PruningError
 from .groups import GROUPS, group_of_weights
@@ -77,40 +77,52 @@ def find_structures(model: nn.Module, kinds: Sequence[str], weights: Scores) -> 
         raise PruningError(f"unknown structure {unknown[0]!r}; known: {', '.join(KINDS)}")
     sets = channel_graph(model)
     found: list[Structures] = []
+    refused = {kind: [] for kind in kinds}  # reasons
     for name, layouts in layouts_of(model).items():
         after = next((channels for channels in sets if channels.attention == name), None)
-        for layout in layouts:
-            heads = _Heads(model, name, layout, after)
-            if "heads" in kinds and heads.why_not("heads") is None:
-                found.append(heads.heads())
-            if "channels" in kinds and heads.why_not("channels") is None:
-                found += heads.channels(weights)
-    found += [s for s in _hidden_and_widths(model, sets) if s.kind in kinds]
-    for kind in kinds:
+        for heads in (_Heads(model, name, layout, after) for layout in layouts):
+            for kind in {"heads", "channels"} & refused.keys():
+                if (why := heads.why_not(kind)) is not None:
+                    refused[kind].append(f"{name}: {why}")
+                else:
+                    found += [heads.heads()] if kind == "heads" else heads.channels(weights)
+    for kind, group, channels in _by_kind(model, sets):
+        if kind in refused and not channels.fixed:
+            found.append(_whole(kind, channels))
+        elif kind in refused and kind in ("width", group):
+            refused[kind].append(f"{channels.writers[0]}: {channels.fixed}")
+    for kind, reasons in refused.items():
         if not any(s.kind == kind for s in found):
-            raise PruningError(f"structure {kind!r}: {type(model).__name__} has none that can be cut{_why(sets)}")
+            why = (*reasons, _why_none(model, sets, kind))[0]
+            raise PruningError(f"structure {kind!r}: {type(model).__name__} has none that can be cut ({why})")
     return found
 
 
-def _why(sets: list[Channels]) -> str:
-    """Explain by the residual streams, which are what fails most often."""
-    reasons = [s.fixed for s in sets if s.fixed and len(s.writers) > 1]
-    return f" ({reasons[0]})" if reasons else ""
-
-
-def _hidden_and_widths(model: nn.Module, sets: list[Channels]) -> list[Structures]:
+def _by_kind(model: nn.Module, sets: list[Channels]) -> Iterator[tuple[str, str | None, Channels]]:
+    """Yield kind and module group of hidden channels and widths, and the channels; those that cannot be cut too."""
     group_of = group_of_weights(model, GROUPS, strict=False)
-    found = []
     for channels in sets:
         groups = [group_of.get(f"{writer}.weight") for writer in channels.writers]
         main = [group for group in groups if group != "gate"]
-        if channels.fixed or channels.attention or not channels.size or not any(g in _HIDDEN for g in main):
-            continue
-        kind = "width" if len(main) > 1 else _HIDDEN[main[0]]
-        every = torch.arange(channels.size)[:, None]
-        slices = tuple(Slices(place.tensor, place.axis, every) for place in channels.places)
-        found.append(Structures(kind, channels.writers[0], slices))
-    return found
+        if channels.size and not channels.attention and any(group in _HIDDEN for group in main):
+            yield ("width" if len(main) > 1 else _HIDDEN[main[0]]), main[0], channels
+
+
+def _whole(kind: str, channels: Channels) -> Structures:
+    every = torch.arange(channels.size)[:, None]
+    return Structures(kind, channels.writers[0], tuple(Slices(p.tensor, p.axis, every) for p in channels.places))
+
+
+def _why_none(model: nn.Module, sets: list[Channels], kind: str) -> str:
+    """Explain why the model has nothing of this kind, not even something that cannot be cut."""
+    if kind in ("heads", "channels"):
+        return "it declares no attention heads"
+    if kind == "width":  # a residual stream begins with a layer of no group: a stem, a merging layer
+        grouped = set(group_of_weights(model, GROUPS, strict=False))
+        fixed = [s for s in sets if s.writers and s.fixed and s.fixed != OUTPUT]
+        fixed.sort(key=lambda s: f"{s.writers[0]}.weight" in grouped)
+        return f"{fixed[0].writers[0]}: {fixed[0].fixed}" if fixed else "it has no residual stream"
+    return f"it has no hidden channels in the module group {kind}"
 
 
 class _Heads:

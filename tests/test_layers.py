@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ import foveate
 
 ROOT = Path(__file__).parents[1]
 HEIGHT = {"kernels": 0, "attention_ops": 1, "backbones": 2, "export": 3, "pruning": 3}
-HEIGHT["train"] = 3.5  # it knows the hook of a pruning plan; export and pruning know neither it nor each other
+HEIGHT |= {"train": 3.5, "benchmarks": 4, "commands": 4}  # train/ registers the hook of pruning/
 HEIGHT |= dict.fromkeys(("_version", "_errors", "_digits", "_unpickle", "_modes", "_timm"), 0)  # the files at the root
-HEIGHT |= dict.fromkeys(("_files", "_options", "_commands", "_memory"), 1) | {"_torch_files": 2, "_weights": 2.5}
-HEIGHT |= {"__init__": 3, "benchmarks": 4, "demo": 4, "prune": 4, "cli": 5, "__main__": 6}
+HEIGHT |= dict.fromkeys(("_files", "_model_args", "_memory"), 1) | {"_torch_files": 1.2, "_weights": 1.4}
+HEIGHT |= {"__init__": 3, "__main__": 5}
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name.isidentifier()}
 SOURCES = [*ROOT.glob("*.py"), *(path for folder in HEIGHT for path in (ROOT / folder).rglob("*.py"))]
 FILES = sorted(path.relative_to(ROOT) for path in SOURCES)
@@ -63,8 +64,24 @@ def test_our_folders_are_imported_relatively(path):
     assert names & {*FOLDERS, "foveate"} == set()
 
 
+def module_file(name: str) -> Path | None:
+    """The file of the longest part of a dotted name that is one of our modules."""
+    parts = name.split(".")[1:] if name.split(".")[0] == "foveate" else []
+    for end in range(len(parts), 0, -1):
+        path = Path(*parts[:end])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file in FILES:
+                return file
+    return None
+
+
+def test_no_two_files_import_each_other():
+    graph = {path: {module_file(name) for name in imports(path)} - {None, path} for path in FILES}
+    tuple(TopologicalSorter(graph).static_order())  # a CycleError names the circle
+
+
 def test_the_stack_has_files():
-    assert {path.parts[0] for path in FILES} >= {"kernels", "attention_ops", "backbones", "train", "export", "cli.py"}
+    assert {path.parts[0] for path in FILES} >= {"kernels", "attention_ops", "backbones", "train", "export", "commands"}
 
 
 def test_the_package_runs_as_a_module():

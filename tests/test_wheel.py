@@ -94,5 +94,7 @@ def test_a_model_is_made_from_the_wheel(installed):
 
 
 def test_the_command_is_installed(installed):
-    help_text = run_installed(installed, "from foveate.cli import app; app(['--help'], standalone_mode=False)")
+    help_text = run_installed(
+        installed, "from foveate.commands.main import app; app(['--help'], standalone_mode=False)"
+    )
     assert "Usage" in help_text

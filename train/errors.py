@@ -1,8 +1,10 @@
-"""What a user can get wrong before or while training; every message is one line that names the wish and the fact."""
+"""Errors of training; every message is one line that names what was requested and what was found."""
+
+from .._errors import RequestError
 
 
-class TrainError(ValueError):
-    """A wish that cannot be met: a recipe, a data set, a device, a folder or a checkpoint that does not fit."""
+class TrainError(RequestError):
+    """Invalid training request: a recipe, a data set, a device, a folder or a checkpoint that does not fit."""
 
 
 class MissingPackageError(TrainError, ImportError):

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from .._options import FEATURE_ARGS, check_model_args
+from .._model_args import FEATURE_ARGS, check_model_args
 from .errors import TrainError
 from .schema import limited, read
 

@@ -1,7 +1,7 @@
 """Find recipe files, load them (Python through MMEngine's configs, JSON and YAML as data), and apply overrides."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from mmengine.registry import HOOKS
 
 from .._errors import did_you_mean, first_line
 from .._files import UnreadableFileError, check_plain, read_json, read_text
-from .._options import parse_options as parse_pairs
 from .errors import TrainError
 from .recipe import Recipe, read_recipe, recipe_data
 
@@ -84,14 +83,6 @@ def _with_widths(data: dict[str, Any]) -> dict[str, Any]:
     if whole is not None and name not in (whole, found["name"]):
         raise TrainError(f"model.widths {path} was cut from {whole}, not {name}")
     return {**data, "model": {**model, **found}}
-
-
-def parse_options(options: Iterable[str]) -> dict[str, Any]:
-    """Read the `key=value` words of --cfg-options; keys are dotted."""
-    try:
-        return parse_pairs(options, "--cfg-options", dotted=True)
-    except ValueError as error:
-        raise TrainError(str(error)) from error
 
 
 def _load_file(path: Path) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .._errors import ResultError
 from .._files import atomic_path
 
 SCALARS = "scalars.jsonl"
 
 
-class DivergedError(RuntimeError):
-    """The training loss is not a finite number any more."""
+class DivergedError(ResultError, RuntimeError):
+    """The training loss is not finite."""
 
 
 class EpochLog(Hook):

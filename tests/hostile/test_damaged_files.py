@@ -19,12 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 from foveate.export import ExportError, load_model, save_hub
-from foveate.export.checkpoints import read_checkpoint
 from foveate.export.hub_files import check_hub_config
+from foveate.export.weights import read_model_weights
 from foveate.pruning import Plan, PruningError, plan
 from foveate.train import TrainError, load_net, load_recipe
-from foveate.train.checkpoints import find_resumable, write_epoch
-from foveate.train.checkpoints import read_checkpoint as read_training_checkpoint
+from foveate.train.checkpoints import find_resumable, read_checkpoint, write_epoch
 from foveate.train.model import Classifier, build_net
 from foveate.train.recipe import recipe_data
 from foveate.train.report import read_scalars
@@ -63,10 +62,10 @@ def files(tmp_path_factory) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     )
     (root / "scalars.jsonl").write_text('{"epoch": 1, "val_top1": 3.0}\n' * 3)
     return {
-        "new.pth": (root / "new.pth", read_checkpoint),
-        "old.pth": (root / "old.pth", read_checkpoint),
-        "net.safetensors": (root / "net.safetensors", read_checkpoint),
-        "epoch_1.pth": (root / "epoch_1.pth", read_training_checkpoint),
+        "new.pth": (root / "new.pth", read_model_weights),
+        "old.pth": (root / "old.pth", read_model_weights),
+        "net.safetensors": (root / "net.safetensors", read_model_weights),
+        "epoch_1.pth": (root / "epoch_1.pth", read_checkpoint),
         "plan.json": (root / "plan.json", Plan.load),
         "config.json": (hub / "config.json", lambda path: check_hub_config(path.parent)),
         "recipe.json": (root / "recipe.json", load_recipe),
@@ -204,9 +203,9 @@ WRONG = {
 def test_other_content_than_names_and_tensors_is_refused(name, tmp_path):
     torch.save(WRONG[name], tmp_path / "net.pth")
     with pytest.raises(ExportError, match=r"net.pth (holds no state dict|needs more than tensors|is truncated)"):
-        read_checkpoint(tmp_path / "net.pth")
+        read_model_weights(tmp_path / "net.pth")
     with pytest.raises(TrainError):
-        read_training_checkpoint(tmp_path / "net.pth")
+        read_checkpoint(tmp_path / "net.pth")
 
 
 META = [
@@ -243,7 +242,7 @@ PLANS = [
 def test_a_plan_with_wrong_types_inside_is_refused(key, value, files, tmp_path):
     data = json.loads(files["plan.json"][0].read_text())
     (tmp_path / "plan.json").write_text(json.dumps(data | {key: value}))
-    with pytest.raises(PruningError, match=r"plan .*plan\.json is damaged or no plan"):
+    with pytest.raises(PruningError, match=r"plan .*plan\.json is damaged or not a plan"):
         Plan.load(tmp_path / "plan.json")
 
 
@@ -258,7 +257,7 @@ def test_json_without_meaning_is_refused(files, tmp_path):
 BOMBS = """
 import resource, sys
 from pathlib import Path
-from foveate.export.checkpoints import read_checkpoint
+from foveate.export.weights import read_model_weights
 from foveate.export import ExportError
 from foveate.train import TrainError, load_recipe
 import torch
@@ -266,7 +265,7 @@ torch.zeros(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:
-        (load_recipe if path.suffix in (".yaml", ".json") else read_checkpoint)(path)
+        (load_recipe if path.suffix in (".yaml", ".json") else read_model_weights)(path)
     except (ExportError, TrainError) as error:
         print(path.name, "|", error)
         continue
@@ -372,15 +371,15 @@ def test_a_work_dir_of_damaged_checkpoints_is_said_to_be_one(tmp_path):
 def test_a_message_from_a_file_is_one_line_without_control_characters(tmp_path):
     torch.save({"state_dict": {"evil\x1b[31m\nname": 3}}, tmp_path / "net.pth")
     with pytest.raises(ExportError) as caught:
-        read_checkpoint(tmp_path / "net.pth")
+        read_model_weights(tmp_path / "net.pth")
     assert str(caught.value).isprintable()
     zipped(b"\x80\x02cevil\x1b[31m\x07 module\nname\n.", tmp_path / "net.pth")
     with pytest.raises(ExportError) as caught:
-        read_checkpoint(tmp_path / "net.pth")
+        read_model_weights(tmp_path / "net.pth")
     assert str(caught.value).isprintable()
 
 
 def test_sound_files_are_read(files, tmp_path):
     assert all(read(files, kind, files[kind][0]) for kind in KINDS)
-    assert read_checkpoint(plain_checkpoint(tmp_path / "net.pth")).keys() == {"weight", "bias"}
+    assert read_model_weights(plain_checkpoint(tmp_path / "net.pth")).keys() == {"weight", "bias"}
     assert base64.b64decode(json.loads(files["plan.json"][0].read_text())["masks"].popitem()[1]["bits"])

@@ -16,9 +16,9 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from foveate.export import ExportError, load_model, save_hub
-from foveate.export.checkpoints import read_checkpoint
+from foveate.export.weights import read_model_weights
 from foveate.train import TrainError, load_net, load_recipe
-from foveate.train.checkpoints import read_checkpoint as read_training_checkpoint
+from foveate.train.checkpoints import read_checkpoint
 from foveate.train.hooks import build_hooks
 from foveate.train.model import build_net
 
@@ -75,7 +75,7 @@ def test_a_gadget_is_not_followed(name, container, tmp_path):
     canary = tmp_path / "canary"
     content = {"state_dict": {}, "meta": {}, "message_hub": gadgets(canary)[name]}
     file = CONTAINERS[container](content, tmp_path / "net.pth")
-    for read, error in ((read_checkpoint, ExportError), (read_training_checkpoint, TrainError)):
+    for read, error in ((read_model_weights, ExportError), (read_checkpoint, TrainError)):
         try:
             read(file)
         except error:
@@ -199,11 +199,11 @@ def test_programs_and_tar_archives_are_refused_as_what_they_are(tmp_path):
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / "net.pt2")
     for name in ("script.pth", "net.pt2"):
         with pytest.raises(ExportError, match=r"is a program \(TorchScript or torch\.export\), which runs code"):
-            read_checkpoint(tmp_path / name)
+            read_model_weights(tmp_path / name)
     with tarfile.open(tmp_path / "old.pth", "w") as archive:
         archive.addfile(tarfile.TarInfo("pickle"), io.BytesIO())
     with pytest.raises(ExportError, match="is a tar archive, as torch wrote them before"):
-        read_checkpoint(tmp_path / "old.pth")
+        read_model_weights(tmp_path / "old.pth")
 
 
 def test_files_of_torch_load_as_torch_loads_them(tmp_path):
@@ -213,7 +213,7 @@ def test_files_of_torch_load_as_torch_loads_them(tmp_path):
     content |= {"parameter": nn.Parameter(base), "bfloat16": base.bfloat16()}
     for new_format in (True, False):
         torch.save({"state_dict": content, "args": 3}, tmp_path / "net.pth", _use_new_zipfile_serialization=new_format)
-        read = read_checkpoint(tmp_path / "net.pth")
+        read = read_model_weights(tmp_path / "net.pth")
         for name, tensor in torch.load(tmp_path / "net.pth", weights_only=True)["state_dict"].items():
             assert read[name].dtype == tensor.dtype and read[name].stride() == tensor.stride()
             assert torch.equal(read[name], tensor), name
@@ -309,7 +309,7 @@ def test_the_recipe_inside_a_checkpoint_leads_to_no_other_file(tmp_path):
 
 def test_unknown_objects_beside_the_weights_are_refused_with_their_name(tmp_path):
     plain_checkpoint(tmp_path / "net.pth")
-    assert read_checkpoint(tmp_path / "net.pth").keys() == {"weight", "bias"}
+    assert read_model_weights(tmp_path / "net.pth").keys() == {"weight", "bias"}
     torch.save({"state_dict": {"a": torch.zeros(1)}, "path": tmp_path}, tmp_path / "net.pth")
     with pytest.raises(ExportError, match=r"needs more than tensors \(pathlib\.\w+\), which could run code"):
-        read_checkpoint(tmp_path / "net.pth")
+        read_model_weights(tmp_path / "net.pth")

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from foveate.export import export_onnx, export_program, save_hub, verify
-from foveate.pruning import PruningError, plan
+from foveate.pruning import GROUPS, PruningError, group_of_weights, plan
 
 from .conftest import KINDS, SMALL
 
@@ -46,8 +46,33 @@ def test_cutting_random_structures_equals_zeroing_them(name, seed, small, images
 def test_what_a_family_cannot_lose_is_refused_with_a_reason(name, small):
     net = small(name)
     for kind in {"heads", "channels", "mlp", "conv", "width"} - set(KINDS[name].split()):
-        with pytest.raises(PruningError, match=f"structure '{kind}': .* has none that can be cut"):
+        with pytest.raises(PruningError, match=rf"structure '{kind}': .* has none that can be cut \(.+\)") as caught:
             plan(net, "magnitude", structure=[kind])
+        where = str(caught.value).rpartition("(")[2].partition(":")[0]
+        groups = {group for weight, group in group_of_weights(net, GROUPS, strict=False).items() if where in weight}
+        assert kind == "width" or "attn" in where or groups <= {kind}, caught.value  # no layer of another kind
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        ("nat_mini", "conv", "it has no hidden channels in the module group conv"),
+        ("nat_mini", "width", r"stem\.proj\.1: stem\.norm normalizes over these channels"),
+        ("van_b0", "heads", "it declares no attention heads"),
+        ("litv2_small", "channels", r"stages\.1\.blocks\.0\.attn: .* declares that channels cannot be cut here"),
+        ("swin_tiny_patch4_window7_224", "conv", "it has no hidden channels in the module group conv"),
+        ("eca_mobilenet_v2", "width", r"\S+: \S+ is not traceable"),
+    ],
+)
+def test_the_reason_is_about_the_kind_that_was_requested(name, kind, reason, small):
+    with pytest.raises(PruningError, match=rf"structure '{kind}': \w+ has none that can be cut \({reason}\)"):
+        plan(small(name), "magnitude", structure=[kind])
+
+
+def test_norms_and_tables_that_follow_a_cut_are_shown_as_dependent(small):
+    p = plan(small("nat_mini"), "magnitude", structure=["heads"], img_size=40)
+    assert p.groups["stages.0.blocks.0.attn.rpb"] == "dependent"
+    assert set(p.groups.values()) == {"qkv", "prj", "dependent"}
 
 
 def test_nearly_everything_can_go_but_one_of_each_layer_stays(small, images):

@@ -59,6 +59,16 @@ def test_fine_tuning_starts_from_the_file_and_from_its_head_where_the_classes_ag
     assert net.fc.weight.shape[0] == 3 and torch.equal(net.fc.weight, source.fc.weight[:3]) == (classes == 3)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "backbone."])
+def test_fine_tuning_starts_from_a_file_whose_names_carry_a_prefix(make_recipe, tmp_path, prefix):
+    torch.manual_seed(1)
+    source = timm.create_model("test_resnet", num_classes=3)
+    named = {prefix + name: tensor for name, tensor in source.state_dict().items()}
+    torch.save({"state_dict": named}, tmp_path / "start.pth")
+    net = build(make_recipe(), **{"model.checkpoint": str(tmp_path / "start.pth")})
+    assert torch.equal(net.conv1[0].weight, source.conv1[0].weight)
+
+
 def test_a_start_that_does_not_fit_is_refused(make_recipe, tmp_path):
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.pth")
     with pytest.raises(TrainError, match=r"timm cannot build test_resnet: Error.* in loading state_dict"):

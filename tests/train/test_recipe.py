@@ -4,7 +4,6 @@ import pytest
 
 from foveate.train import TrainError, find_recipe, list_recipes, load_recipe
 from foveate.train.recipe import recipe_data
-from foveate.train.recipe_files import parse_options
 
 UNKNOWN = [
     ("scheduel.epochs", 3, "unknown key scheduel; did you mean schedule?"),
@@ -96,14 +95,6 @@ def test_keywords_beside_the_model_name_reach_the_model_as_tuples(make_recipe):
 def test_plain_data_reads_back_to_the_same_recipe(make_recipe, everything):
     recipe = load_recipe(make_recipe(**everything, model={"drop_path_rate": 0.1, "layers": [1, 2]}))
     assert load_recipe(recipe_data(recipe)) == recipe
-
-
-def test_options_are_literals_or_strings():
-    words = ["a.b=1e-3", "c=(32, 64)", "d=rand-m9", "e=true", "f=None", "g=a=b", "h=3"]
-    expected = {"a.b": 1e-3, "c": (32, 64), "d": "rand-m9", "e": True, "f": None, "g": "a=b", "h": 3}
-    assert parse_options(words) == expected
-    with pytest.raises(TrainError, match="--cfg-options wants key=value, got 'lr'"):
-        parse_options(["lr"])
 
 
 def test_a_recipe_is_found_by_bare_name_and_by_path(tmp_path):

@@ -1,17 +1,17 @@
-"""The `foveate` command: train, export, prune, demo."""
+"""The `foveate` command: its list of commands."""
 
 from typing import Annotated
 
 import typer
 
-from ._commands import OneLineCommand
-from ._version import __version__
+from .._version import __version__
+from ._terminal import OneLineCommand, OneLineGroup
 from .demo import demo_command
-from .export.cli import export_command
+from .export import export_command
 from .prune import prune_command
-from .train.cli import train_command
+from .train import train_command
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 app.command("train", cls=OneLineCommand)(train_command)
 app.command("export", cls=OneLineCommand)(export_command)
 app.command("prune", cls=OneLineCommand)(prune_command)

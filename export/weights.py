@@ -1,4 +1,4 @@
-"""Read a checkpoint's tensors, and say in one line why a file or a model does not fit."""
+"""Read a model's weights, and explain in one line why a file does not fit a model."""
 
 import re
 from pathlib import Path
@@ -13,19 +13,15 @@ from .errors import ExportError
 _SHAPE_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)")
 
 
-def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> dict[str, Tensor]:
-    """Return the state dict of a .pth, .pth.tar, .bin or .safetensors file. Runs no code from the file.
-
-    Where the file holds raw weights and their moving averages, `use_ema` takes the averages.
-
-    A prefix that every key shares (`backbone.` of a training wrapper, `module.` of DDP) is cut.
+def read_model_weights(path: str | Path, *, use_ema: bool = True) -> dict[str, Tensor]:
+    """Return the state dict of a file, see `read_state_dict`. Runs no code from the file.
 
     Raises:
         ExportError: the file is missing, truncated, holds no tensors, or needs more than tensors to load.
     """
     path = Path(path)
     try:
-        return _without_wrapper(read_state_dict(path, use_ema=use_ema))
+        return read_state_dict(path, use_ema=use_ema)
     except UnreadableFileError as error:
         hint = f"; name the model local-dir:{path} to load it" if str(error) == IS_FOLDER else ""
         raise ExportError(f"checkpoint {path} {error}{hint}") from error
@@ -39,22 +35,15 @@ def explain_mismatch(error: Exception) -> str:
     if missing:
         facts.append(f"it lacks {some(missing)}")
     if unknown:
-        facts.append(f"it has {some(unknown)} that the model does not know")
+        facts.append(f"it has {some(unknown)} that the model does not have")
     if shapes:
         facts.append(
             "other shapes: " + some([f"{name} {have} in the file, {want} wanted" for name, have, want in shapes])
         )
     if not facts:
-        says_it = isinstance(error, ValueError)  # as our families' checkpoint filters do
+        says_it = isinstance(error, ValueError)  # raised by our checkpoint filters
         return first_line(error) if says_it else f"{type(error).__name__}: {first_line(error)}"
     return "; ".join(facts) + ("" if missing or unknown else _hint(shapes))
-
-
-def _without_wrapper(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    first, _, rest = next(iter(state)).partition(".")
-    if not rest or not all(key.startswith(first + ".") for key in state):
-        return state
-    return {key[len(first) + 1 :]: value for key, value in state.items()}
 
 
 def _keys_after(heading: str, error: Exception) -> list[str]:
@@ -62,7 +51,7 @@ def _keys_after(heading: str, error: Exception) -> list[str]:
 
 
 def _hint(shapes: list[tuple[str, str, str]]) -> str:
-    """Only the rows of one layer differ: a classifier for another number of classes."""
+    """Return advice where only the rows of one layer differ: a classifier with another number of classes."""
     layers = {name.rpartition(".")[0] for name, _, _ in shapes}
     rows = {have.strip("[]").split(", ")[0] for _, have, _ in shapes}
     same_columns = all(have.split(", ")[1:] == want.split(", ")[1:] for _, have, want in shapes)

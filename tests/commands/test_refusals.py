@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from foveate import demo
-from foveate._options import OptionError, parse_options
+from foveate._errors import RequestError
 from foveate._torch_files import save_torch, written
-from foveate.cli import app
+from foveate.commands import demo
+from foveate.commands._options import parse_options
+from foveate.commands.main import app
 from foveate.export import ExportError, load_model, real_images, save_hub
 
 NET = ("nat_mini", "--model-arg", "dims=(16,32)", "--model-arg", "depths=(1,1)", "--model-arg", "kernel_size=3")
@@ -174,6 +175,21 @@ def test_an_unknown_option_is_one_line():
         assert_refused([command, "--nope"], "No such option: --nope")
 
 
+@pytest.mark.parametrize("words", [["trian"], ["--nope"], ["train"]], ids=" ".join)
+def test_a_mistake_before_any_command_runs_is_one_line(words):
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("foveate") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("command", ["export", "prune"])
+def test_ctrl_c_ends_every_command_in_one_line(command, monkeypatch):
+    monkeypatch.setattr(f"foveate.commands.{command}.load_model", fail(KeyboardInterrupt()))
+    out = "net.onnx" if command == "export" else "out"
+    done = CliRunner().invoke(app, [command, "test_resnet", "-o", out])
+    assert (done.exit_code, done.stderr) == (130, f"foveate {command}: interrupted\n")
+
+
 def test_sizes_that_do_not_fit_into_memory_are_refused_before_it_is_taken(monkeypatch):
     monkeypatch.setattr("foveate._memory.free_bytes", lambda: 10**9)
     message = "images of 4096x4096 px need about"
@@ -185,7 +201,7 @@ def test_sizes_that_do_not_fit_into_memory_are_refused_before_it_is_taken(monkey
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-def fail(error: Exception):
+def fail(error: BaseException):
     def failing(*args, **kwargs):
         raise error
 
@@ -254,14 +270,17 @@ def test_a_full_disk_ends_training_in_one_line(monkeypatch):
 
 def test_a_full_disk_ends_the_demo_in_one_line(monkeypatch):
     monkeypatch.setattr(demo, "train", fail(FULL))
-    assert_refused(["demo"], "[Errno 28] No space left on device; what is complete stays in foveate-demo")
+    assert_refused(["demo"], "[Errno 28] No space left on device; complete files stay in foveate-demo")
 
 
 def test_options_are_read_by_one_rule():
     assert parse_options(["a.b=3", "c= x "], "--o", dotted=True) == {"a.b": 3, "c": "x"}
     assert parse_options(["a=1", "a=2"], "--o") == {"a": 2}
+    words = ["b.c=1e-3", "c=(32, 64)", "d=rand-m9", "e=true", "f=None", "g=a=b", "h=3"]
+    expected = {"b.c": 1e-3, "c": (32, 64), "d": "rand-m9", "e": True, "f": None, "g": "a=b", "h": 3}
+    assert parse_options(words, "--o", dotted=True) == expected
     for pair in ("a.b=3", "=3", "a", "1a=3", "a-b=3"):
-        with pytest.raises(OptionError, match="--o wants key=value"):
+        with pytest.raises(RequestError, match="--o wants key=value"):
             parse_options([pair], "--o")
 
 

@@ -1,0 +1,62 @@
+"""`foveate train`: the command line of `train.train`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..train import TrainResult, train
+from ..train.checkpoints import list_epochs
+from ..train.launch import Launcher
+from ._options import parse_options
+
+Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="Name of a recipe, or path of a recipe file.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of the data set; replaces the recipe's data.root.")]
+WorkDir = Annotated[Path | None, typer.Option(help="Folder of checkpoints and logs.", show_default="work_dirs/CONFIG")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint in the work dir.")]
+Options = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Override a value of the recipe; may be repeated.")
+]
+StartedBy = Annotated[Launcher, typer.Option(help="Program that started the processes; pytorch is torchrun.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:N or mps.", show_default="cuda if available, otherwise cpu")
+]
+
+
+def train_command(
+    config: Recipe,
+    data: Data = None,
+    work_dir: WorkDir = None,
+    resume: Resume = False,
+    cfg_options: Options = None,
+    launcher: StartedBy = "none",
+    device: Device = None,
+) -> None:
+    """Train a recipe; --resume continues an interrupted run."""
+    work_dir = work_dir or Path("work_dirs") / Path(config).stem
+    try:
+        result = train(
+            config,
+            data=data,
+            work_dir=work_dir,
+            resume=resume,
+            cfg_options=parse_options(cfg_options, "--cfg-options", dotted=True),
+            launcher=launcher,
+            device=device,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_resume(work_dir)) from None
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(_summary(result))
+
+
+def _summary(result: TrainResult) -> str:
+    facts = "nothing left to train" if result.best_top1 is None else f"best top-1 {result.best_top1:.2f} %"
+    return f"{facts}, {result.seconds:.0f} s; weights: {result.best_checkpoint}"
+
+
+def _how_to_resume(work_dir: Path) -> str:
+    if complete := list_epochs(work_dir):
+        return f"interrupted; {complete[0]} is complete: run the same command with --resume to continue from it"
+    return f"interrupted before the first checkpoint; {work_dir} holds logs only"

@@ -1,0 +1,3 @@
+"""Recipes of tiny models, for `foveate train`."""
+
+from recipes import few_threads, images, make_recipe  # noqa: F401 - fixtures
