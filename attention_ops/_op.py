@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..kernels._launch import why_no_triton
+from ..kernels._launch import MOST_HEAD_DIM, why_no_triton
 
 Size = Annotated[int | Sequence[int], "int[2]"]  # tokens, one number or (rows, columns); a constant under tracers
 SymSize = Annotated[int | Sequence[int], "SymInt[2]"]  # likewise, and may depend on a traced size
@@ -336,7 +336,6 @@ def check_device(op: str, name: str, t: Tensor | None, first: str, x: Tensor) ->
 
 # Reasons that keep every op from its kernel
 
-MOST_HEAD_DIM = 128
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_ELEMENTS = 2**31 - 1  # of one image: kernels count them in int32
 
@@ -363,7 +362,7 @@ def why_no_attention_kernel(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def why_no_local_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """Return the reason why the kernels of kernels/local.py cannot run on these tensors, or None."""
+    """Return the reason why the kernels of kernels/local cannot run on these tensors, or None."""
     if scale <= 0:
         return f"the kernels need a scale above 0, got {scale}"
     return why_no_attention_kernel(q, k, v)

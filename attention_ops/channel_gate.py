@@ -69,7 +69,7 @@ def channel_gate_tiled(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fused(x: Tensor, weight: Tensor) -> Tensor:
-    from ..kernels.gates_channel import channel_gate_forward  # here, so that CPU users need no Triton
+    from ..kernels.gates.channel_gate import channel_gate_forward  # here, so that CPU users need no Triton
 
     return channel_gate_forward(x, weight)[0]
 

@@ -87,7 +87,7 @@ def circle_attention_graph(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: 
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:
-    from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
+    from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
 
     pattern = Pattern("circle", (radius, radius), (radius - 1, radius - 1))
     return local_attention(q, k, v, pattern, scale=scale)

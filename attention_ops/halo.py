@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._attend import accumulator
 from ._op import Impl, Size, check_alike, check_at_least, check_device, declare, run, why_no_local_kernel
-from .halo_tiled import halo_attention_graph, halo_attention_tiled
+from .halo_cpu import halo_attention_graph, halo_attention_tiled
 
 OP = "halo_attention"
 
@@ -152,7 +152,7 @@ def _fused(
     rel_w: Tensor | None,
     scale: float,
 ) -> Tensor:
-    from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
+    from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
 
     tables = None if rel_h is None or rel_w is None else (rel_h, rel_w)
     return local_attention(q, k, v, Pattern("block", block_size, halo, stride), tables=tables, scale=scale)

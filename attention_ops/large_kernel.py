@@ -4,7 +4,7 @@ Paper      Guo et al. 2022, arXiv:2202.09741 (VAN), figure 2: depthwise 5x5, dep
 Tiled      a dilated depthwise convolution is the plain one on every dilation group. oneDNN has a fast kernel for the
            plain one only: 8 x 64 channels, 56x56, 7x7 dilation 3 took 13.8 ms dilated and 2.1 ms by groups, to the same
            bits (2 threads of a Xeon with AVX-512, torch 2.15). Exporters see the plain dilated convolution.
-Fused      for inference, see kernels/large_kernel.py. Its map is channels last.
+Fused      for inference, see kernels/gates/large_kernel.py. Its map is channels last.
 """
 
 import torch
@@ -140,7 +140,7 @@ def _fused(
     point_bias: Tensor | None,
     dilation: int,
 ) -> Tensor:
-    from ..kernels.large_kernel import large_kernel_attention  # here, so that CPU users need no Triton
+    from ..kernels.gates.large_kernel import large_kernel_attention  # here, so that CPU users need no Triton
 
     weights = local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias
     return large_kernel_attention(x.to(local_weight.dtype), *weights, dilation).to(x.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._attend import accumulator
 from ._op import Flags, Impl, Size, check_at_least, check_device, check_qkv, declare, pair, run, why_no_local_kernel
-from .neighborhood_tiled import neighborhood_attention_graph, neighborhood_attention_tiled
+from .neighborhood_cpu import neighborhood_attention_graph, neighborhood_attention_tiled
 
 OP = "neighborhood_attention"
 
@@ -137,7 +137,7 @@ def _fused(
     is_causal: tuple[bool, bool],
     scale: float,
 ) -> Tensor:
-    from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
+    from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
 
     pattern = Pattern("neighborhood", kernel_size, dilation=dilation, causal=is_causal)
     return local_attention(q, k, v, pattern, bias=rpb, scale=scale)

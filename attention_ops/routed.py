@@ -28,8 +28,7 @@ from ._op import (
     under_transform,
     why_no_attention_kernel,
 )
-from .routed_parts import RegionPlan
-from .routed_tiled import routed_attention_graph, routed_attention_tiled
+from .routed_cpu import RegionPlan, routed_attention_graph, routed_attention_tiled
 from .tiling import merge_windows, pad_to_windows, split_windows
 
 OP = "routed_attention"
@@ -219,7 +218,7 @@ def _fused(
     kv_region_size: tuple[int, int] | None,
     scale: float,
 ) -> Tensor:
-    from ..kernels.routed import routed_attention_forward  # here, so that CPU users need no Triton
+    from ..kernels.routed.forward import routed_attention_forward  # here, so that CPU users need no Triton
 
     plan = _plan(region_size, kv_region_size, scale)
     grid = [q.shape[1] // plan.region[0], q.shape[2] // plan.region[1]]

@@ -117,7 +117,7 @@ def _gate(
 
 
 def _fused(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float) -> Tensor:
-    from ..kernels.gates_strip import strip_gate_forward  # here, so that CPU users need no Triton
+    from ..kernels.gates.strip_gate import strip_gate_forward  # here, so that CPU users need no Triton
 
     return strip_gate_forward(x, weight, norm_weight, norm_bias, norm_groups, eps)[0]
 

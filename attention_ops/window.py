@@ -160,7 +160,7 @@ def window_attention_fused(
     scale: float,
 ) -> Tensor:
     """The kernel of local patterns; it takes no mask (see `why_not_fused`)."""
-    from ..kernels.local import Pattern, local_attention  # here, so that CPU users need no Triton
+    from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
 
     return local_attention(q, k, v, Pattern("block", window_size), bias=bias, scale=scale)
 

@@ -1,4 +1,4 @@
-"""What every launcher asks before it launches: can Triton run on this tensor, in this process?"""
+"""What all launchers share: whether Triton can run on a tensor, limits, and how tl.dot is called. No Triton needed."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +11,9 @@ from torch.library import CustomOpDef
 
 LEAST_TRITON = (3, 4)
 LEAST_CAPABILITY = (8, 0)  # Ampere: asynchronous copies and bfloat16 products
+MOST_HEAD_DIM = 128  # of the attention kernels: the registers hold no more
+LEAST_DOT = 16  # the smallest side of a matrix that tl.dot takes
+LEAST_PROGRAMS = 512  # about four for each multiprocessor of an H100, so that few channels or heads still fill it
 
 
 def interpreted() -> bool:
@@ -35,19 +38,52 @@ def why_no_triton(x: Tensor) -> str | None:
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device: make it that of `x`."""
+    """Make the device of `x` the current one: Triton launches there."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How tensor cores multiply fp32: three TF32 products keep its digits, one where the user allows TF32."""
+def dot_precision(dtype: torch.dtype, full: str = "tf32x3") -> str:
+    """Return the `input_precision` of tl.dot: one TF32 product where the user allows TF32, else `full`.
+
+    Args:
+        dtype: of the matrices; it matters for float32 only.
+        full: how float32 keeps its digits: "tf32x3", three products on tensor cores, or "ieee", without tensor cores.
+    """
     if dtype != torch.float32:
-        return "ieee"  # the only way of 16-bit types
-    return "tf32" if tf32_allowed() else "tf32x3"
+        return "ieee"  # the only choice for 16-bit types
+    return "tf32" if tf32_allowed() else full
+
+
+def power_of_2(length: int, least: int = 1) -> int:
+    """Return the smallest power of two that is at least `length` and `least`, itself a power of two."""
+    return max(1 << max(length - 1, 0).bit_length(), least)
+
+
+def padded(width: int) -> int:
+    """Return the width that a tile in a kernel has for so many columns: a power of two that tl.dot takes."""
+    return power_of_2(width, LEAST_DOT)
+
+
+def token_steps(x: Tensor, axis: int) -> tuple[int, int, int]:
+    """Return the strides of a map's rows and columns, and how many tokens a kernel takes for one row.
+
+    Where one step leads from every token to the next, that step is the row stride and a row is one token: the kernel
+    then needs no division.
+
+    Args:
+        x: a map of any layout.
+        axis: dimension of its rows; that of its columns is the next one.
+    """
+    (height, width), (row, col) = x.shape[axis : axis + 2], x.stride()[axis : axis + 2]
+    if width == 1:
+        return row, 0, 1
+    if height == 1 or row == width * col:
+        return col, 0, 1
+    return row, col, width
 
 
 def refuse_second_derivative(backward_op: CustomOpDef, name: str) -> None:
-    """Let a second derivative of the kernels `name` end in one clear error."""
+    """Raise NotImplementedError where the gradients of the kernels `name` are differentiated."""
 
     def refuse(ctx, *grads):
         raise NotImplementedError(f"{name}: the fused kernels can be differentiated once; use impl='tiled'")

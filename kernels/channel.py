@@ -15,10 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device, precision, refuse_second_derivative
+from ._launch import (
+    LEAST_PROGRAMS,
+    dot_precision,
+    on_device,
+    padded,
+    refuse_second_derivative,
+    token_steps,
+)
 
 LOG2_E = math.log2(math.e)
-LEAST_PROGRAMS = 512  # about four for each multiprocessor of an H100, so that few heads still fill it
 LEAST_CHUNK = 256  # tokens of one program's sum, below which its partial sum costs as much as its reads
 
 
@@ -120,14 +126,10 @@ def mixture_kernel(
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=(n < tokens)[:, None] & (i < D))
 
 
-def tokens_a_row(x: Tensor) -> int:
-    """1 where tokens lie at one step from first to last, so that none needs a division; else the map's width."""
-    return 1 if x.stride(1) == x.shape[2] * x.stride(2) else x.shape[2]
-
-
-def token_strides(x: Tensor) -> tuple[int, ...]:
-    """The strides of (B, H, W, heads, D), or of (B, H * W, 1, heads, D) where that is a view."""
-    return x.stride() if tokens_a_row(x) > 1 else (x.stride(0), x.stride(2), 0, x.stride(3), x.stride(4))
+def token_strides(x: Tensor) -> tuple[tuple[int, ...], int]:
+    """Return the strides of (B, H, W, heads, D) and WIDTH, as `_token_offs` takes them."""
+    row, col, width = token_steps(x, 1)
+    return (x.stride(0), row, col, x.stride(3), x.stride(4)), width
 
 
 def token_splits(heads: int, tokens: int, block: int) -> tuple[int, int]:
@@ -140,11 +142,11 @@ def token_splits(heads: int, tokens: int, block: int) -> tuple[int, int]:
 def _tiles(x: Tensor) -> dict[str, int | str | bool]:
     """Tiles and warps, from head_dim and type."""
     dim = x.shape[-1]
-    block_d = max(16, triton.next_power_of_2(dim))
+    block_d = padded(dim)
     block_n = 32 if block_d == 128 or x.dtype == torch.float32 else 64
     warps = 8 if block_d == 128 else 4
     launch = {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
-    return {"D": dim, "BLOCK_D": block_d, "BLOCK_N": block_n, "PRECISION": precision(x.dtype), **launch}
+    return {"D": dim, "BLOCK_D": block_d, "BLOCK_N": block_n, "PRECISION": dot_precision(x.dtype), **launch}
 
 
 def launch_product(a: Tensor, b: Tensor) -> Tensor:
@@ -152,10 +154,11 @@ def launch_product(a: Tensor, b: Tensor) -> Tensor:
     batch, height, width, heads, dim = a.shape
     tiles = _tiles(a)
     splits, chunk = token_splits(batch * heads, height * width, tiles["BLOCK_N"])
+    (a_strides, a_width), (b_strides, b_width) = token_strides(a), token_strides(b)
     parts = a.new_empty(batch * heads, splits, dim, dim, dtype=torch.float32)
     product_kernel[(batch * heads * splits,)](
-        a, b, parts, token_strides(a), token_strides(b), heads, height * width, chunk, splits,
-        A_WIDTH=tokens_a_row(a), B_WIDTH=tokens_a_row(b), **tiles,
+        a, b, parts, a_strides, b_strides, heads, height * width, chunk, splits,
+        A_WIDTH=a_width, B_WIDTH=b_width, **tiles,
     )  # fmt: skip
     return parts
 
@@ -164,15 +167,16 @@ def launch_mixture(x: Tensor, mix: Tensor, out: Tensor, scale: float = 1.0, back
     """Write scale * mix x to out, channel by channel; its transpose where `back`."""
     batch, height, width, heads, _ = x.shape
     tiles = _tiles(x)
+    (x_strides, x_width), (out_strides, out_width) = token_strides(x), token_strides(out)
     mixture_kernel[(batch * heads * triton.cdiv(height * width, tiles["BLOCK_N"]),)](
-        x, mix, out, token_strides(x), token_strides(out), scale, heads, height * width,
-        X_WIDTH=tokens_a_row(x), OUT_WIDTH=tokens_a_row(out), BACK=back, **tiles,
+        x, mix, out, x_strides, out_strides, scale, heads, height * width,
+        X_WIDTH=x_width, OUT_WIDTH=out_width, BACK=back, **tiles,
     )  # fmt: skip
 
 
 def softmax_rows(dim: int) -> dict[str, int]:
     """Tiles of the softmax: rows of logits for one program."""
-    blocks = {"BLOCK_I": 16, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+    blocks = {"BLOCK_I": 16, "BLOCK_D": padded(dim)}
     return {"D": dim, **blocks, "num_warps": 4, "enable_fp_fusion": True}
 
 

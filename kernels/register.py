@@ -1,5 +1,8 @@
-"""Importing this registers the op of every kernel, which a program that was exported on a GPU needs to load."""
+"""Importing this file registers the op of every kernel. A program exported on a GPU needs them to load."""
 
-from . import channel, gates_channel, gates_strip, large_kernel, local, routed, routed_backward
+from . import channel
+from .gates import channel_gate, large_kernel, strip_gate
+from .local import launch
+from .routed import backward, forward
 
-__all__ = ["channel", "gates_channel", "gates_strip", "large_kernel", "local", "routed", "routed_backward"]
+__all__ = ["backward", "channel", "channel_gate", "forward", "large_kernel", "launch", "strip_gate"]

@@ -29,7 +29,7 @@ def test_every_registered_op_is_declared_or_a_kernels():
     registered = {
         n.removeprefix("foveate::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("foveate::")
     }
-    kernels = set(re.findall(r'custom_op\("foveate::(\w+)"', "".join(f.read_text() for f in KERNELS.glob("*.py"))))
+    kernels = set(re.findall(r'custom_op\("foveate::(\w+)"', "".join(f.read_text() for f in KERNELS.rglob("*.py"))))
     assert {name.partition(".")[0] for name in registered} - kernels - OF_OTHERS == set(OPS)
 
 

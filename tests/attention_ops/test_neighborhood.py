@@ -6,7 +6,7 @@ import torch
 
 from foveate.attention_ops import NeighborhoodAttention2d, neighborhood_attention
 from foveate.attention_ops.neighborhood import axis_window
-from foveate.attention_ops.neighborhood_tiled import plan_tiles, tile_mask
+from foveate.attention_ops.neighborhood_cpu import plan_tiles, tile_mask
 
 # (map, kernel, dilation): never square, so that a swapped axis shows. Maps of one tile, maps that cross tiles on one
 # axis or both, even kernels, dilations that do not divide the map.

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from foveate.attention_ops import bi_level_routes, routed_attention
-from foveate.attention_ops.routed_parts import RegionPlan
-from foveate.attention_ops.routed_tiled import masking_is_cheaper
+from foveate.attention_ops.routed_cpu import RegionPlan, masking_is_cheaper
 
 # (map of q, region of q, map of k, region of k, topk, whether the tiled body masks): never square
 CASES = [

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from foveate.attention_ops import neighborhood_attention
 from foveate.attention_ops.circle import _cached_distances
-from foveate.attention_ops.neighborhood_tiled import _cached_axis_mask, _cached_mask
+from foveate.attention_ops.neighborhood_cpu import _cached_axis_mask, _cached_mask
 
 every_case = pytest.mark.parametrize("name", CASES)
 TABLES = (_cached_axis_mask, _cached_mask, _cached_distances)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foveate.attention_ops.neighborhood_tiled import TILES, plan_tiles
+from foveate.attention_ops.neighborhood_cpu import TILES, plan_tiles
 from foveate.attention_ops.tiling import AxisTiling, gather_keys, merge_queries, scatter_keys, split_queries
 
 # (rows, columns): one tile, exact tiles, overhanging tiles, key tiles shorter and several times longer than a tile

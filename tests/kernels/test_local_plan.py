@@ -6,7 +6,7 @@ import pytest
 
 from foveate.attention_ops.halo import axis_window as halo_window
 from foveate.attention_ops.neighborhood import axis_window
-from foveate.kernels.local_plan import Pattern, launch_shape, make_plan
+from foveate.kernels.local.plan import Pattern, launch_shape, make_plan
 
 CASES = [  # pattern, queries, keys; both axes differ, so that a swap shows
     (Pattern("neighborhood", (7, 3)), (56, 14), (56, 14)),

@@ -21,6 +21,6 @@ def known_ops(statement: str) -> set[str]:
 
 def test_one_import_registers_the_op_of_every_kernel():
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-    written = set(re.findall(r'custom_op\("foveate::(\w+)"', "".join(f.read_text() for f in KERNELS.glob("*.py"))))
+    written = set(re.findall(r'custom_op\("foveate::(\w+)"', "".join(f.read_text() for f in KERNELS.rglob("*.py"))))
     assert len(written) == 11 and written <= known_ops("import foveate.kernels.register")
     assert not written & known_ops("import foveate")  # which needs no Triton

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from foveate.kernels import channel, gates_channel, gates_strip
+from foveate.kernels import channel
+from foveate.kernels.gates import channel_gate, strip_gate
 
 every_capability = pytest.mark.parametrize("capability", [80, 90])
 
@@ -51,14 +52,14 @@ def test_float32_channel_attention_fits(compile_for, shared_limit_bytes, dim, ca
 
 def gates(x, weight):
     """Forward and backward of both gates, but for what torch does."""
-    tiles = gates_channel.tiles_of(x)
-    sums = gates_channel.launch_sums(x, None, tiles)
-    gates_channel.launch_gate(x, sums, weight, None, x, tiles)
-    dz, _ = gates_channel.launch_logits_grad(x, sums, gates_channel.launch_sums(x, x, tiles), weight)
-    gates_channel.launch_gate(x, sums, weight, dz, x, tiles)
-    strips = gates_strip.launch_sums(x)
-    gates_strip.launch_gate(x, strips, None, x)
-    gates_strip.launch_gate(x, strips, gates_strip.launch_sums(x, x, strips), x)
+    tiles = channel_gate.tiles_of(x)
+    sums = channel_gate.launch_sums(x, None, tiles)
+    channel_gate.launch_gate(x, sums, weight, None, x, tiles)
+    dz, _ = channel_gate.launch_logits_grad(x, sums, channel_gate.launch_sums(x, x, tiles), weight)
+    channel_gate.launch_gate(x, sums, weight, dz, x, tiles)
+    strips = strip_gate.launch_sums(x)
+    strip_gate.launch_gate(x, strips, None, x)
+    strip_gate.launch_gate(x, strips, strip_gate.launch_sums(x, x, strips), x)
 
 
 @every_capability

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from foveate.kernels.large_kernel import gate_tiles, launch_dilated_gate
+from foveate.kernels.gates.large_kernel import launch_dilated_gate
+from foveate.kernels.gates.plan import large_kernel_tiles
 
 
 def launch(channels, dtype):
@@ -26,7 +27,7 @@ def test_16_bit_maps_are_read_16_bytes_at_a_time_without_spills(compile_for, sha
 @pytest.mark.parametrize("capability", [80, 90])
 def test_a_tap_costs_few_instructions(compile_for, capability):
     (kernel,) = compile_for(capability, launch, 64, torch.bfloat16)
-    pixels, step, _, _ = gate_tiles(64, 2)
+    pixels, step, _, _ = large_kernel_tiles(64, 2)
     for_a_tap = len(kernel.loops[-1]) * 32 * kernel.warps / (pixels * step * 7)  # the innermost loop: a row of taps
     assert for_a_tap <= 4.5  # measured 4.2
 

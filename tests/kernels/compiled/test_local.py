@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from foveate.kernels import local
-from foveate.kernels.halo_logits import halo_logits, halo_logits_backward, places
-from foveate.kernels.local_plan import Pattern
+from foveate.kernels.local import launch as local
+from foveate.kernels.local.halo_logits import halo_logits, halo_logits_backward, places
+from foveate.kernels.local.plan import Pattern
 
 
 @dataclass(frozen=True)

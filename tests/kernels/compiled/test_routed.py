@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from foveate.kernels.routed import launch_forward
-from foveate.kernels.routed_backward import launch_keys, launch_queries
-from foveate.kernels.routed_inverse import invert_routes
-from foveate.kernels.routed_regions import Regions, region_tiles
+from foveate.kernels.routed.backward import launch_keys, launch_queries
+from foveate.kernels.routed.forward import launch_forward
+from foveate.kernels.routed.inverse import invert_routes
+from foveate.kernels.routed.plan import Regions, region_tiles
 
 # BiFormer at 224 px, but for stage 1, whose topk 1 needs no loop: map, region, heads, head_dim, topk.
 # Then instructions for a logit: what was measured, and a little more.

@@ -56,6 +56,12 @@ def test_any_map_and_any_width_of_heads(size, dim, heads):
     assert_exact(LAYOUTS["a slice of a packed qkv"], torch.float32, size, heads, dim)
 
 
+@every_layout
+@pytest.mark.parametrize("size", [(7, 1), (1, 7)], ids=["one column", "one row"])
+def test_maps_of_one_row_or_column_in_every_layout(layout, size):
+    assert_exact(layout, torch.float32, size)
+
+
 def test_many_tokens_are_summed_in_parts():
     splits, chunk = kernels.token_splits(2, 31 * 23, 32)
     assert splits == 2 and splits * chunk >= 31 * 23

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from foveate.attention_ops import channel_gate, strip_gate
 from foveate.attention_ops.channel_gate import channel_gate_reference
 from foveate.attention_ops.strip_gate import strip_gate_reference
-from foveate.kernels import gates_channel, gates_strip
+from foveate.kernels.gates import channel_gate as channel_kernels
+from foveate.kernels.gates import strip_gate as strip_kernels
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 LAYOUTS = {  # how a (B, C, H, W) view lies in memory: leaf's shape, and the view
@@ -83,8 +84,15 @@ def test_a_channel_gate_on_maps_of_any_size(layout, shape, kernel):
     assert_channel_gate_exact(LAYOUTS[layout], shape, kernel)
 
 
+@every_layout
+@pytest.mark.parametrize("size", [(7, 1), (1, 7)], ids=["one column", "one row"])
+def test_maps_of_one_row_or_column_in_every_layout(layout, size):
+    assert_channel_gate_exact(layout, (2, 6, *size), 3)
+    assert_strip_gate_exact(layout, (2, 6, *size), (6, 1, 3), 2)
+
+
 def test_sums_over_large_maps_are_made_in_parts():
-    tiles = gates_channel.tiles_of(torch.empty(1, 2, 50, 70))
+    tiles = channel_kernels.tiles_of(torch.empty(1, 2, 50, 70))
     assert tiles.chunks > 1 and (tiles.chunks - 1) * tiles.chunk < 3500 <= tiles.chunks * tiles.chunk
 
 
@@ -125,16 +133,16 @@ def test_the_convolution_of_strips_is_not_cast_by_autocast():
 def test_the_kernels_stay_inside_their_tensors(fenced):
     x, y, out = (fenced(torch.randn(2, 5, 7, 3)) for _ in range(3))
     weight = fenced(torch.randn(1, 1, 3))
-    tiles = gates_channel.tiles_of(x)
-    sums = fenced(gates_channel.launch_sums(x, None, tiles))
-    products = fenced(gates_channel.launch_sums(x, y, tiles))
-    dz, _ = gates_channel.launch_logits_grad(x, sums, products, weight)
-    gates_channel.launch_gate(x, sums, weight, None, out, tiles)
+    tiles = channel_kernels.tiles_of(x)
+    sums = fenced(channel_kernels.launch_sums(x, None, tiles))
+    products = fenced(channel_kernels.launch_sums(x, y, tiles))
+    dz, _ = channel_kernels.launch_logits_grad(x, sums, products, weight)
+    channel_kernels.launch_gate(x, sums, weight, None, out, tiles)
     torch.testing.assert_close(out, channel_gate_reference(x, weight))
-    gates_channel.launch_gate(y, sums, weight, fenced(dz), out, tiles)
-    strips = gates_strip.Strips(*(fenced(t) for t in gates_strip.launch_sums(x)))
-    grads = gates_strip.Strips(*(fenced(t) for t in gates_strip.launch_sums(x, y, strips)))
-    gates_strip.launch_gate(x, strips, grads, out)
+    channel_kernels.launch_gate(y, sums, weight, fenced(dz), out, tiles)
+    strips = strip_kernels.Strips(*(fenced(t) for t in strip_kernels.launch_sums(x)))
+    grads = strip_kernels.Strips(*(fenced(t) for t in strip_kernels.launch_sums(x, y, strips)))
+    strip_kernels.launch_gate(x, strips, grads, out)
     assert all(t.isfinite().all() for t in (out, *strips, *grads))
 
 

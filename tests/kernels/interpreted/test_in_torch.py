@@ -15,7 +15,7 @@ from foveate.attention_ops import (
     EfficientLocalAttention,
     HiLoAttention,
 )
-from foveate.kernels import channel, gates_channel, gates_strip, routed  # noqa: F401  registers the ops
+from foveate.kernels import register  # noqa: F401  registers the ops
 
 OPS = torch.ops.foveate
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from gates import by_op
 
 from foveate.attention_ops import LargeKernelAttention, large_kernel_attention
-from foveate.kernels.large_kernel import launch_dilated_gate
+from foveate.kernels.gates.large_kernel import launch_dilated_gate
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
@@ -79,7 +79,9 @@ def test_the_kernel_stays_inside_its_tensors(fenced):
 def test_the_op_takes_the_kernel_in_inference_and_the_convolutions_in_training(monkeypatch):
     layer, x = by_op(LargeKernelAttention(8)), torch.randn(1, 8, 5, 6)
     calls = []
-    monkeypatch.setattr("foveate.kernels.large_kernel.launch_dilated_gate", lambda *a: calls.append(a) or a[-1].zero_())
+    monkeypatch.setattr(
+        "foveate.kernels.gates.large_kernel.launch_dilated_gate", lambda *a: calls.append(a) or a[-1].zero_()
+    )
     assert layer(x).grad_fn is not None and calls == []
     with torch.no_grad():
         assert not layer(x).any() and len(calls) == 1

@@ -21,7 +21,7 @@ from foveate.attention_ops import (
     window,
     window_attention,
 )
-from foveate.kernels import local
+from foveate.kernels.local import launch as local
 
 OPS = {
     "neighborhood": neighborhood_attention,

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from foveate.attention_ops import routed_attention
-from foveate.kernels import routed_inverse
-from foveate.kernels.routed import launch_forward
-from foveate.kernels.routed_backward import launch_keys, launch_queries
-from foveate.kernels.routed_inverse import invert_routes, piece_size
-from foveate.kernels.routed_regions import Regions
+from foveate.kernels.routed import inverse as routed_inverse
+from foveate.kernels.routed.backward import launch_keys, launch_queries
+from foveate.kernels.routed.forward import launch_forward
+from foveate.kernels.routed.inverse import invert_routes, piece_size
+from foveate.kernels.routed.plan import Regions
 
 # (map of q, region of q, map of k, region of k, topk, head_dim, width of v): never square
 CASES = {

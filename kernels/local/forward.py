@@ -3,7 +3,7 @@
 Paper      Hassani et al. 2023, arXiv:2204.07143; Hassani and Shi 2022, arXiv:2209.15001; Liu et al. 2021,
            arXiv:2103.14030; Vaswani et al. 2021, arXiv:2103.12731; Liu et al. 2024, arXiv:2412.16112.
 Tensors    q: (B, H, W, heads, DIM); k: (B, Hk, Wk, heads, DIM); v: the same with DIM_V; out: (B, H, W, heads, DIM_V).
-           Any strides but a head_dim's, which is 1. lse: (B, heads, H, W) fp32, base 2. bias tiles: kernels/local_bias.
+           Any strides but a head_dim's, which is 1. lse: (B, heads, H, W) fp32, base 2. bias tiles: kernels/local/bias.
 Grid       B * dilation groups * query tiles * heads, heads fastest: one program owns one tile of queries of one head.
 Numerics   logits, softmax and sums in fp32, probabilities rounded to v's dtype; exp2, so `scale` carries log2(e).
 Memory     O(tile) on chip; no logits and no gathered keys reach HBM. For the backward pass one fp32 a query and head.

@@ -1,15 +1,15 @@
-"""Buffers that a body on a CPU writes again and again: the first touch of memory costs as much as arithmetic on it."""
+"""Buffers that a body on a CPU reuses: the first touch of new memory costs as much as arithmetic on it."""
 
 import torch
 from torch import Tensor
 
 
-class Scratch:
+class Buffers:
     """Buffers by name.
 
     Args:
         like: a tensor on the device of the buffers.
-        dtype: theirs.
+        dtype: of the buffers.
     """
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
@@ -19,7 +19,7 @@ class Scratch:
         self.views: dict[tuple[str, torch.Size], Tensor] = {}
 
     def take(self, name: str, shape: torch.Size) -> Tensor:
-        """Return uninitialised memory, the same for a name and shape each time; ask for the most first to have one."""
+        """Return uninitialised memory, the same for a name and shape each time. Ask for the largest shape first."""
         if (name, shape) not in self.views:
             if name not in self.buffers or self.buffers[name].numel() < shape.numel():
                 self.buffers[name] = self.like.new_empty(shape.numel(), dtype=self.dtype)

@@ -1,6 +1,6 @@
 """What local patterns see, on the GPU: one interval of tokens per axis (Triton helpers, no kernel of their own).
 
-`AXIS` is a `local_plan.Axis`, a constant: `interval` and `tile_range` say for vectors what its methods say for numbers.
+`AXIS` is a `plan.Axis`, a constant: `interval` and `tile_range` say for vectors what its methods say for numbers.
 An owner is a query, or where AXIS.inverse a key; tokens are counted inside a dilation group.
 """
 

@@ -7,17 +7,13 @@ Numerics   sums and gates in fp32, sums in two stages of fixed order; one roundi
 Memory     forward reads x twice and writes once; backward reads x once and grad twice, and writes once.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device, refuse_second_derivative
-
-LEAST_PROGRAMS = 512  # about four for each multiprocessor of an H100, so that few channels still fill it
-LEAST_CHUNK = 1024  # pixels that one program sums
+from .._launch import on_device, power_of_2, refuse_second_derivative, token_steps
+from .plan import ChannelGateTiles, channel_gate_tiles
 
 
 @triton.jit
@@ -111,64 +107,41 @@ def logits_grad_kernel(
         tl.store(dweight_ptr + tl.program_id(0) * K + tap, tl.sum(dz * mean, 0))
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How a map is cut: channels and pixels of a tile, and the pixels that one program sums."""
-
-    channels: int
-    pixels: int
-    chunk: int
-    chunks: int
+def map_strides(x: Tensor) -> tuple[tuple[int, ...], int]:
+    """Return the strides of (B, C, H, W) and WIDTH, as `_pixels` takes them."""
+    row, col, width = token_steps(x, 2)
+    return (x.stride(0), x.stride(1), row, col), width
 
 
-def gate_tiles(batch: int, channels: int, pixels: int, channels_last: bool) -> Tiles:
-    """Tiles of 4096 values, long in the direction in which memory runs."""
-    if channels_last:
-        block_c = min(triton.next_power_of_2(channels), 128)
-        block_p = min(triton.next_power_of_2(pixels), 4096 // block_c)
-    else:
-        block_p = min(triton.next_power_of_2(pixels), 1024)
-        block_c = min(triton.next_power_of_2(channels), 4096 // block_p)
-    wanted = max(1, min(LEAST_PROGRAMS // (batch * triton.cdiv(channels, block_c)), pixels // LEAST_CHUNK))
-    chunk = triton.cdiv(pixels, wanted * block_p) * block_p
-    return Tiles(block_c, block_p, chunk, triton.cdiv(pixels, chunk))
-
-
-def pixels_a_row(x: Tensor) -> int:
-    """1 where pixels lie at one step from first to last, so that none needs a division; else the map's width."""
-    return 1 if x.stride(2) == x.shape[3] * x.stride(3) else x.shape[3]
-
-
-def map_strides(x: Tensor) -> tuple[int, ...]:
-    """The strides of (B, C, H, W), or of (B, C, H * W, 1) where that is a view."""
-    return x.stride() if pixels_a_row(x) > 1 else (x.stride(0), x.stride(1), x.stride(3), 0)
-
-
-def tiles_of(x: Tensor) -> Tiles:
+def tiles_of(x: Tensor) -> ChannelGateTiles:
     batch, channels, height, width = x.shape
-    return gate_tiles(batch, channels, height * width, x.stride(1) == 1)
+    return channel_gate_tiles(batch, channels, height * width, x.stride(1) == 1)
 
 
-def launch_sums(x: Tensor, y: Tensor | None, tiles: Tiles) -> Tensor:
+def launch_sums(x: Tensor, y: Tensor | None, tiles: ChannelGateTiles) -> Tensor:
     """Sums of x, or of x * y, over all pixels: (B, C) fp32."""
     batch, channels, height, width = x.shape
     parts = x.new_empty(batch, tiles.chunks, channels, dtype=torch.float32)
     other = x if y is None else y
+    (x_strides, x_width), (other_strides, other_width) = map_strides(x), map_strides(other)
     sums_kernel[(batch * triton.cdiv(channels, tiles.channels) * tiles.chunks,)](
-        x, other, parts, map_strides(x), map_strides(other), channels, height * width, tiles.chunk, tiles.chunks,
-        X_WIDTH=pixels_a_row(x), Y_WIDTH=pixels_a_row(other), PRODUCT=y is not None,
+        x, other, parts, x_strides, other_strides, channels, height * width, tiles.chunk, tiles.chunks,
+        X_WIDTH=x_width, Y_WIDTH=other_width, PRODUCT=y is not None,
         BLOCK_C=tiles.channels, BLOCK_P=tiles.pixels, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return parts.sum(1)
 
 
-def launch_gate(x: Tensor, sums: Tensor, weight: Tensor, dz: Tensor | None, out: Tensor, tiles: Tiles) -> None:
+def launch_gate(
+    x: Tensor, sums: Tensor, weight: Tensor, dz: Tensor | None, out: Tensor, tiles: ChannelGateTiles
+) -> None:
     batch, channels, height, width = x.shape
     programs = batch * triton.cdiv(channels, tiles.channels) * triton.cdiv(height * width, tiles.pixels)
+    (x_strides, x_width), (out_strides, out_width) = map_strides(x), map_strides(out)
     gate_kernel[(programs,)](
-        x, sums, weight, sums if dz is None else dz, out, map_strides(x), map_strides(out),
+        x, sums, weight, sums if dz is None else dz, out, x_strides, out_strides,
         channels, height * width,
-        X_WIDTH=pixels_a_row(x), OUT_WIDTH=pixels_a_row(out), K=weight.shape[-1], BACK=dz is not None,
+        X_WIDTH=x_width, OUT_WIDTH=out_width, K=weight.shape[-1], BACK=dz is not None,
         BLOCK_C=tiles.channels, BLOCK_P=tiles.pixels, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -176,7 +149,7 @@ def launch_gate(x: Tensor, sums: Tensor, weight: Tensor, dz: Tensor | None, out:
 def launch_logits_grad(x: Tensor, sums: Tensor, products: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the gates' logits (B, C), and of the weight, both fp32."""
     batch, channels, height, width = x.shape
-    block = min(triton.next_power_of_2(channels), 1024)
+    block = min(power_of_2(channels), 1024)
     programs = batch * triton.cdiv(channels, block)
     dz, dweight = sums.new_empty(batch, channels), sums.new_empty(programs, weight.shape[-1])
     logits_grad_kernel[(programs,)](

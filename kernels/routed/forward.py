@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device
-from .routed_backward import routed_attention_backward
-from .routed_regions import Regions, constants, load_tokens, region_tiles, store_tokens
+from .._launch import on_device
+from .backward import routed_attention_backward
+from .plan import Regions, constants, region_tiles
+from .tokens import load_region, store_region
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def forward_kernel(
     image = (tl.program_id(0) // (tiles * regions * heads)).to(tl.int64)
     m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = m < QUERIES
-    q = load_tokens(q_ptr, q_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, D, BLOCK_D)  # [M, D]
+    q = load_region(q_ptr, q_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, D, BLOCK_D)  # [M, D]
     routes_ptr += (image * regions + region) * topk
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -45,8 +46,8 @@ def forward_kernel(
         n = start + tl.arange(0, BLOCK_N)
         seen = n < topk * KEYS
         route = tl.load(routes_ptr + n // KEYS, mask=seen, other=0).to(tl.int32)
-        k = load_tokens(k_ptr, k_strides, image, head, route, n % KEYS, seen, GRID_W, KEY_ROWS, KEY_COLS, D, BLOCK_D)
-        v = load_tokens(v_ptr, v_strides, image, head, route, n % KEYS, seen, GRID_W, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
+        k = load_region(k_ptr, k_strides, image, head, route, n % KEYS, seen, GRID_W, KEY_ROWS, KEY_COLS, D, BLOCK_D)
+        v = load_region(v_ptr, v_strides, image, head, route, n % KEYS, seen, GRID_W, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
         logits = tl.where(seen[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))  # finite: every tile holds a key
@@ -56,7 +57,7 @@ def forward_kernel(
         acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)  # [M, DV]
         top = new_top
     out = acc / total[:, None]
-    store_tokens(out_ptr, out, out_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, DV, BLOCK_DV)
+    store_region(out_ptr, out, out_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, DV, BLOCK_DV)
     lse_ptr += ((image * heads + head) * regions + region) * QUERIES
     tl.store(lse_ptr + m, top + tl.log2(total), mask=inside)
 

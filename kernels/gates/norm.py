@@ -1,6 +1,6 @@
 """What turns a strip of means into gates: a convolution along it, GroupNorm, a sigmoid; in float32, by torch.
 
-A strip is 1 / H or 1 / W of its map, so these passes cost little; the map itself is read by gates_strip.py alone.
+A strip is 1 / H or 1 / W of its map, so these passes cost little; the map itself is read by strip_gate.py alone.
 """
 
 from typing import NamedTuple

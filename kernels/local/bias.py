@@ -2,7 +2,7 @@
 
 Paper      Hassani et al. 2023, arXiv:2204.07143 (relative bias); Liu et al. 2021, arXiv:2103.14030 (window bias).
 Tensors    table: (heads, cells); tiles: (heads, variants, steps, owners, walked), in logits before scaling; the others
-           as in kernels/local_bwd. A tile's variant is where its first walked token lies; few differ, at the borders.
+           as in backward.py. A tile's variant is where its first walked token lies; few differ, at the borders.
 Grid       works * heads * steps: one program sums the logit gradients of one step over its share of images and tiles.
 Numerics   sums in fp32; every sum has a fixed order.
 Memory     one fp32 tile a program, and the tiles of the table: about 32 KB a head in 16 bits at kernel 7.
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .intervals import hidden, load_tokens, map_offsets, own, walk
-from .local_plan import Axis, Pattern, Plan
+from .plan import Axis, Pattern, Plan
 
 PROGRAMS = 1024  # of one launch: a few waves on a large GPU, and few enough partial sums (EST)
 

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import padded
+
 STRIP = 64  # queries
 SHARES = 64  # programs that sum one place's part of a table's gradient (EST)
 
@@ -100,7 +102,7 @@ def halo_table_kernel(
 
 def places(window: tuple[int, int]) -> int:
     """How many logits an axis gets: a power of two of at least 16, which a matrix product takes."""
-    return max(triton.next_power_of_2(max(window)), 16)
+    return padded(max(window))
 
 
 def _windows(tables: tuple[Tensor, Tensor]) -> tuple[int, int]:
@@ -164,7 +166,3 @@ def _shift_and_add(pieces: Tensor, window: int) -> Tensor:
     for place, piece in enumerate(pieces):
         table[window - 1 - place : 2 * window - 1 - place] += piece
     return table
-
-
-def padded(dim: int) -> int:
-    return max(triton.next_power_of_2(dim), 16)

@@ -1,8 +1,8 @@
 """How local attention is cut into tiles: pure Python, no Triton, so that every choice can be tested and printed.
 
 A kernel owns a tile of tokens (queries in forward and dq, keys in dkv) and walks over tiles of the other kind. On each
-axis an owner sees one interval of walked tokens; `interval` says which, and kernels/intervals.py says it again for the
-GPU. Coordinates are ranks inside a dilation group.
+axis an owner sees one interval of walked tokens; `interval` says which, and intervals.py says it again for the GPU.
+Coordinates are ranks inside a dilation group.
 """
 
 from dataclasses import dataclass, replace

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device, refuse_second_derivative
-from .routed_inverse import InverseRoutes, invert_routes
-from .routed_regions import Regions, constants, load_tokens, region_tiles, store_tokens
+from .._launch import on_device, refuse_second_derivative
+from .inverse import InverseRoutes, invert_routes
+from .plan import Regions, constants, region_tiles
+from .tokens import load_region, store_region
 
 
 @triton.jit
@@ -36,9 +37,9 @@ def queries_kernel(
     image = (tl.program_id(0) // (tiles * regions * heads)).to(tl.int64)
     m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = m < QUERIES
-    q = load_tokens(q_ptr, q_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, D, BLOCK_D)  # [M, D]
-    out = load_tokens(out_ptr, out_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, DV, BLOCK_DV)
-    grad = load_tokens(grad_ptr, grad_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, DV, BLOCK_DV)
+    q = load_region(q_ptr, q_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, D, BLOCK_D)  # [M, D]
+    out = load_region(out_ptr, out_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, DV, BLOCK_DV)
+    grad = load_region(grad_ptr, grad_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, DV, BLOCK_DV)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     rows = ((image * heads + head) * regions + region) * QUERIES + m
     lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
@@ -49,8 +50,8 @@ def queries_kernel(
         n = start + tl.arange(0, BLOCK_N)
         seen = n < topk * KEYS
         route = tl.load(routes_ptr + n // KEYS, mask=seen, other=0).to(tl.int32)
-        k = load_tokens(k_ptr, k_strides, image, head, route, n % KEYS, seen, GRID_W, KEY_ROWS, KEY_COLS, D, BLOCK_D)
-        v = load_tokens(v_ptr, v_strides, image, head, route, n % KEYS, seen, GRID_W, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
+        k = load_region(k_ptr, k_strides, image, head, route, n % KEYS, seen, GRID_W, KEY_ROWS, KEY_COLS, D, BLOCK_D)
+        v = load_region(v_ptr, v_strides, image, head, route, n % KEYS, seen, GRID_W, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
         # A key past the last route is a row of zeros: its share of dq is zero, whatever its probability, but not
         # if that overflows.
@@ -58,7 +59,7 @@ def queries_kernel(
         dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # [M, N]
         dlogits = probs * (dprobs - delta[:, None])
         acc = tl.dot(dlogits.to(k.dtype), k, acc, input_precision=PRECISION)  # [M, D]
-    store_tokens(dq_ptr, acc * scale, dq_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, D, BLOCK_D)
+    store_region(dq_ptr, acc * scale, dq_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, D, BLOCK_D)
 
 
 @triton.jit
@@ -87,8 +88,8 @@ def keys_kernel(
     region, image = owner % regions, (owner // regions).to(tl.int64)
     n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < KEYS
-    k = load_tokens(k_ptr, k_strides, image, head, region, n, inside, GRID_W, KEY_ROWS, KEY_COLS, D, BLOCK_D)
-    v = load_tokens(v_ptr, v_strides, image, head, region, n, inside, GRID_W, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
+    k = load_region(k_ptr, k_strides, image, head, region, n, inside, GRID_W, KEY_ROWS, KEY_COLS, D, BLOCK_D)
+    v = load_region(v_ptr, v_strides, image, head, region, n, inside, GRID_W, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
     lse_ptr += (image * heads + head) * regions * QUERIES
     delta_ptr += (image * heads + head) * regions * QUERIES
     dk, dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
@@ -96,8 +97,8 @@ def keys_kernel(
         m = start + tl.arange(0, BLOCK_M)
         seen = m < (end - begin) * QUERIES
         query = tl.load(queries_ptr + begin + m // QUERIES, mask=seen, other=0)
-        q = load_tokens(q_ptr, q_strides, image, head, query, m % QUERIES, seen, GRID_W, ROWS, COLS, D, BLOCK_D)
-        grad = load_tokens(
+        q = load_region(q_ptr, q_strides, image, head, query, m % QUERIES, seen, GRID_W, ROWS, COLS, D, BLOCK_D)
+        grad = load_region(
             grad_ptr, grad_strides, image, head, query, m % QUERIES, seen, GRID_W, ROWS, COLS, DV, BLOCK_DV
         )
         lse = tl.load(lse_ptr + query * QUERIES + m % QUERIES, mask=seen, other=float("inf"))  # exp2(-inf): no share
@@ -114,16 +115,16 @@ def keys_kernel(
     dv_sum_strides = (heads * KEYS * DV, KEY_COLS * DV, DV, KEYS * DV, 1)
     if EXTRA:
         at = place.to(tl.int64)
-        store_tokens(dk_sums_ptr, dk, dk_sum_strides, at, head, 0, n, inside, 1, KEY_ROWS, KEY_COLS, D, BLOCK_D)
-        store_tokens(dv_sums_ptr, dv, dv_sum_strides, at, head, 0, n, inside, 1, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
+        store_region(dk_sums_ptr, dk, dk_sum_strides, at, head, 0, n, inside, 1, KEY_ROWS, KEY_COLS, D, BLOCK_D)
+        store_region(dv_sums_ptr, dv, dv_sum_strides, at, head, 0, n, inside, 1, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
         return
     if SPLIT:
         for other in range(tl.load(extra_starts_ptr + owner), tl.load(extra_starts_ptr + owner + 1)):
             at = tl.cast(other, tl.int64)
-            dk += load_tokens(dk_sums_ptr, dk_sum_strides, at, head, 0, n, inside, 1, KEY_ROWS, KEY_COLS, D, BLOCK_D)
-            dv += load_tokens(dv_sums_ptr, dv_sum_strides, at, head, 0, n, inside, 1, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
-    store_tokens(dk_ptr, dk * scale, dk_strides, image, head, region, n, inside, GRID_W, KEY_ROWS, KEY_COLS, D, BLOCK_D)
-    store_tokens(dv_ptr, dv, dv_strides, image, head, region, n, inside, GRID_W, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
+            dk += load_region(dk_sums_ptr, dk_sum_strides, at, head, 0, n, inside, 1, KEY_ROWS, KEY_COLS, D, BLOCK_D)
+            dv += load_region(dv_sums_ptr, dv_sum_strides, at, head, 0, n, inside, 1, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
+    store_region(dk_ptr, dk * scale, dk_strides, image, head, region, n, inside, GRID_W, KEY_ROWS, KEY_COLS, D, BLOCK_D)
+    store_region(dv_ptr, dv, dv_strides, image, head, region, n, inside, GRID_W, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
 
 
 @torch.library.custom_op("foveate::routed_attention_backward", mutates_args=())

@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device, refuse_second_derivative
-from .gates_norm import Norm
+from .._launch import on_device, refuse_second_derivative
+from .norm import Norm
+from .plan import strip_gate_tiles
 
-MOST_COLUMNS = 256  # of a tile
-TILE_VALUES = 4096
 TURNS = 4  # tiles of rows that one program sums, so that it writes a quarter of the sums of columns
 
 
@@ -108,16 +107,6 @@ def gate_kernel(
     tl.store(_at(out_ptr, out_strides, image, c, h, w, ALIGN), out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def strip_tiles(channels: int, height: int, width: int, channels_last: bool) -> tuple[int, int, int]:
-    """(channels, rows, columns) of a tile of at most `TILE_VALUES`, long in the direction in which memory runs."""
-    block_w = min(triton.next_power_of_2(width), MOST_COLUMNS)
-    block_c = min(triton.next_power_of_2(channels), 64 if channels_last else 1, TILE_VALUES // block_w)
-    block_h = min(triton.next_power_of_2(height), TILE_VALUES // (block_w * block_c))
-    if not channels_last:  # small planes: as many as fill the tile
-        block_c = min(triton.next_power_of_2(channels), TILE_VALUES // (block_w * block_h))
-    return block_c, block_h, block_w
-
-
 class Strips(NamedTuple):
     """One number for every row, and one for every column: (B, C, H) and (B, C, W), fp32."""
 
@@ -128,7 +117,7 @@ class Strips(NamedTuple):
 def _launch(kernel, x: Tensor, other: Tensor, turns: int, *tensors: Tensor, **constants) -> None:
     """Launch on tiles of x; `other` is the second map that the kernel takes, whose strides it gets too."""
     batch, channels, height, width = x.shape
-    block_c, block_h, block_w = strip_tiles(channels, height, width, x.stride(1) == 1)
+    block_c, block_h, block_w = strip_gate_tiles(channels, height, width, x.stride(1) == 1)
     tiles = triton.cdiv(channels, block_c) * triton.cdiv(height, block_h * turns) * triton.cdiv(width, block_w)
     align = math.gcd(8, width, x.stride(2), other.stride(2))
     strides = [(m.stride(0), m.stride(1), m.stride(2) // align, m.stride(3)) for m in (x, other)]
@@ -150,7 +139,7 @@ def _launch(kernel, x: Tensor, other: Tensor, turns: int, *tensors: Tensor, **co
 def launch_sums(x: Tensor, y: Tensor | None = None, gates: Strips | None = None) -> Strips:
     """Sums of the rows and of the columns of x; given y and gates, of x * y times the other strip's gates."""
     batch, channels, height, width = x.shape
-    _, block_h, block_w = strip_tiles(channels, height, width, x.stride(1) == 1)
+    _, block_h, block_w = strip_gate_tiles(channels, height, width, x.stride(1) == 1)
     rows = x.new_empty(batch, channels, triton.cdiv(width, block_w), height, dtype=torch.float32)
     cols = x.new_empty(batch, channels, triton.cdiv(height, block_h * TURNS), width, dtype=torch.float32)
     other, used = (x, (rows, cols)) if y is None else (y, gates)

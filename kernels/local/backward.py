@@ -1,7 +1,7 @@
 """Local attention, backward (Triton): queries walk over keys for dq, keys over the queries that see them for dk, dv.
 
-Paper      as kernels/local_fwd.py; probabilities are made again from lse as in Dao et al. 2022, arXiv:2205.14135.
-Tensors    as kernels/local_fwd.py; grad: as out, any strides; delta: (B, heads, H, W) fp32, written by dq, read by dkv.
+Paper      as in forward.py; probabilities are recomputed from lse as in Dao et al. 2022, arXiv:2205.14135.
+Tensors    as in forward.py; grad: as out, any strides; delta: (B, heads, H, W) fp32, written by dq, read by dkv.
 Grid       B * dilation groups * tiles * heads, heads fastest: one program owns one tile of one head. No atomics.
 Numerics   logits and sums in fp32; probabilities and logit gradients are rounded to the dtype of q for products.
 Memory     O(tile) on chip; no logits reach HBM.

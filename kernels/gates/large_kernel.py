@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device, precision
+from .._launch import dot_precision, on_device
+from .plan import large_kernel_tiles
 
 
 @triton.jit
@@ -53,23 +54,15 @@ def dilated_gate_kernel(
     tl.store(out_ptr + p[:, None] * C + n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def gate_tiles(channels: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(pixels, channels of a step, channels, warps) of a tile; at most 64 accumulators a thread, in fp32 half of it."""
-    block_n, wide = max(triton.next_power_of_2(channels), 16), itemsize == 4
-    block_p = max(16, min(64, 2 ** (13 if wide else 14) // block_n))
-    warps = 4 if block_n <= 64 else 16 if wide and block_n > 512 else 8
-    return block_p, min(block_n, 16 if wide and block_n >= 512 else 32), block_n, warps
-
-
 def launch_dilated_gate(x, y, taps, taps_bias, weight, bias, dilation: int, out) -> None:
     """All maps channels last; taps (C, 1, rows, columns), weight (C, C, 1, 1), biases (C,)."""
     batch, channels, height, width = x.shape
-    block_p, block_k, block_n, warps = gate_tiles(channels, x.itemsize)
+    block_p, block_k, block_n, warps = large_kernel_tiles(channels, x.itemsize)
     dilated_gate_kernel[(triton.cdiv(batch * height * width, block_p),)](
         x, y, taps.flatten(1).t().contiguous(), taps_bias, weight.flatten(1).contiguous(), bias, out,
         batch * height * width, height, width,
         C=channels, ROWS=taps.shape[2], COLS=taps.shape[3], DILATION=dilation,
-        BLOCK_P=block_p, BLOCK_K=block_k, BLOCK_N=block_n, PRECISION=precision(x.dtype),
+        BLOCK_P=block_p, BLOCK_K=block_k, BLOCK_N=block_n, PRECISION=dot_precision(x.dtype),
         num_warps=warps, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
 

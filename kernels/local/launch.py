@@ -9,12 +9,12 @@ import math
 import torch
 from torch import Tensor
 
-from ._launch import on_device, refuse_second_derivative, tf32_allowed
-from .halo_logits import halo_logits, halo_logits_backward, padded
-from .local_bias import PROGRAMS, BiasLayout, bias_layout, bias_tiles, local_bias_kernel, table_gradient, works_of
-from .local_bwd import local_dkv_kernel, local_dq_kernel
-from .local_fwd import local_forward_kernel
-from .local_plan import Pattern, Plan, launch_shape, make_plan
+from .._launch import dot_precision, on_device, padded, refuse_second_derivative
+from .backward import local_dkv_kernel, local_dq_kernel
+from .bias import PROGRAMS, BiasLayout, bias_layout, bias_tiles, local_bias_kernel, table_gradient, works_of
+from .forward import local_forward_kernel
+from .halo_logits import halo_logits, halo_logits_backward
+from .plan import Pattern, Plan, launch_shape, make_plan
 
 
 def warps(owners: int, itemsize: int) -> int:
@@ -22,12 +22,8 @@ def warps(owners: int, itemsize: int) -> int:
     return max(owners // (8 if itemsize == 4 else 16), 1)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 products are made: in full, on plain cores, unless the user allows TF32.
-
-    Three TF32 products ("tf32x3") take as many instructions here (sm_80: 114, plain 106 a logit) and spill in dkv.
-    """
-    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
+# Three TF32 products ("tf32x3") take as many instructions (sm_80: 114 a logit, 106 without) and spill in dkv.
+FULL_PRECISION = "ieee"
 
 
 class Launch:
@@ -40,7 +36,12 @@ class Launch:
         self.queries, self.keys = tuple(q.shape[1:3]), tuple(k.shape[1:3])
         self.images, self.heads = q.shape[0], q.shape[3]
         self.dim, self.dim_v, self.itemsize = q.shape[-1], v.shape[-1], q.element_size()
-        self.by_block, self.extra, self.device, self.precision = tables, bias or tables, q.device, precision(q.dtype)
+        self.by_block, self.extra, self.device, self.precision = (
+            tables,
+            bias or tables,
+            q.device,
+            dot_precision(q.dtype, FULL_PRECISION),
+        )
 
     def shape(self, kernel: str) -> tuple[int, int]:
         return launch_shape(kernel, max(padded(self.dim), padded(self.dim_v)), self.itemsize, self.extra)

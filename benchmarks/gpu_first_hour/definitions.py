@@ -1,0 +1,175 @@
+"""The ops written from their papers in plain torch, without code of the package: the exact results are float64 runs.
+
+All take maps as the ops do: (B, H, W, heads, head_dim) for attention, (B, C, H, W) for gates.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+def neighborhood_axis(
+    length: int, kernel: int, dilation: int, causal: bool = False, device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Return (length, length): whether a query sees a key, and the cell of the relative position table."""
+    position = torch.arange(length, device=device)
+    group, rank = position % dilation, position // dilation
+    group_length = (length - group + dilation - 1) // dilation
+    start = torch.minimum((rank - kernel // 2).clamp(min=0), group_length - kernel)
+    from_start = rank[None] - start[:, None]
+    seen = (group[:, None] == group[None]) & (from_start >= 0) & (from_start < kernel)
+    if causal:
+        seen &= rank[None] <= rank[:, None]
+    return seen, (rank[None] - rank[:, None] + kernel - 1).clamp(0, 2 * kernel - 2)
+
+
+def by_head(x: Tensor) -> Tensor:
+    """(B, H, W, heads, d) -> (B, heads, H * W, d)."""
+    return x.flatten(1, 2).transpose(1, 2)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    """Attention of all tokens to all tokens where `seen`, (tokens, tokens) bool."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = by_head(q) @ by_head(k).mT * scale
+    if bias is not None:
+        logits = logits + bias
+    out = logits.masked_fill(~seen, -math.inf).softmax(-1) @ by_head(v)
+    return out.transpose(1, 2).unflatten(1, q.shape[1:3])
+
+
+def neighborhood_masks(
+    size: Pair, kernel: Pair, dilation: Pair, causal: tuple[bool, bool], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return (tokens, tokens): whether a query sees a key, and the cell of the flattened table."""
+    (seen_y, cell_y), (seen_x, cell_x) = (
+        neighborhood_axis(*axis, device) for axis in zip(size, kernel, dilation, causal, strict=True)
+    )
+    tokens = size[0] * size[1]
+    seen = (seen_y[:, None, :, None] & seen_x[None, :, None, :]).reshape(tokens, tokens)
+    cells = cell_y[:, None, :, None] * (2 * kernel[1] - 1) + cell_x[None, :, None, :]
+    return seen, cells.reshape(tokens, tokens)
+
+
+def neighborhood(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: Pair,
+    dilation: Pair,
+    rpb: Tensor | None = None,
+    causal: tuple[bool, bool] = (False, False),
+    scale: float | None = None,
+) -> Tensor:
+    seen, cells = neighborhood_masks(tuple(q.shape[1:3]), kernel, dilation, causal, q.device)
+    return dense(q, k, v, seen, None if rpb is None else rpb.flatten(1)[:, cells], scale)
+
+
+def _positions(q: Tensor) -> tuple[Tensor, Tensor]:
+    rows, cols = (torch.arange(length, device=q.device) for length in q.shape[1:3])
+    y, x = torch.meshgrid(rows, cols, indexing="ij")
+    return y.flatten(), x.flatten()
+
+
+def window(q: Tensor, k: Tensor, v: Tensor, size: Pair, bias: Tensor | None = None) -> Tensor:
+    y, x = _positions(q)
+    of_window = (y // size[0]) * q.shape[2] + x // size[1]
+    place = (y % size[0]) * size[1] + x % size[1]
+    bias = None if bias is None else bias[:, place[:, None], place[None]]
+    return dense(q, k, v, of_window[:, None] == of_window[None], bias, None)
+
+
+def circle(q: Tensor, k: Tensor, v: Tensor, radius: int) -> Tensor:
+    y, x = _positions(q)
+    seen = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < radius * radius
+    return dense(q, k, v, seen, None, None)
+
+
+def halo(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: Pair,
+    reach: Pair,
+    stride: int = 1,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
+) -> Tensor:
+    """Pad the map, unfold the window of every block; zeros outside the map take part, as in timm's layer."""
+    rows, cols = (-(-length // size) for length, size in zip(k.shape[1:3], block, strict=True))
+    per_block = [size // stride for size in block]
+    seen = [size + 2 * r for size, r in zip(block, reach, strict=True)]
+    pad_x = (reach[1], cols * block[1] - k.shape[2] + reach[1])
+    pad_y = (reach[0], rows * block[0] - k.shape[1] + reach[0])
+    keys, values = (
+        F.pad(t, (0, 0, 0, 0, *pad_x, *pad_y)).unfold(1, seen[0], block[0]).unfold(2, seen[1], block[1]) for t in (k, v)
+    )  # (B, rows, cols, heads, d, window rows, window columns)
+    overhang = (0, 0, 0, 0, 0, cols * per_block[1] - q.shape[2], 0, rows * per_block[0] - q.shape[1])
+    queries = F.pad(q, overhang).unflatten(2, (cols, per_block[1])).unflatten(1, (rows, per_block[0]))
+    logits = torch.einsum("byhxwnd,byxndij->byxnhwij", queries, keys) * q.shape[-1] ** -0.5
+    if rel_h is not None and rel_w is not None:
+        cells_h, cells_w = (_relative_cells(seen[i], per_block[i], q.device) for i in (0, 1))
+        logits = logits + torch.einsum("byhxwnd,hid->byxnhwi", queries, rel_h[cells_h])[..., None]
+        logits = logits + torch.einsum("byhxwnd,wjd->byxnhwj", queries, rel_w[cells_w])[..., None, :]
+    probs = logits.flatten(-2).softmax(-1).unflatten(-1, seen)
+    out = torch.einsum("byxnhwij,byxndij->byhxwnd", probs, values)
+    return out.flatten(3, 4).flatten(1, 2)[:, : q.shape[1], : q.shape[2]]
+
+
+def _relative_cells(window: int, queries: int, device: torch.device) -> Tensor:
+    place, query = torch.arange(window, device=device), torch.arange(queries, device=device)
+    return place[None] - query[:, None] + window - 1
+
+
+def routed(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, region: Pair, key_region: Pair) -> Tensor:
+    def cut(x: Tensor, size: Pair) -> Tensor:  # (B, regions, tokens, heads, d)
+        x = x.unflatten(2, (-1, size[1])).unflatten(1, (-1, size[0]))
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    image = torch.arange(len(q), device=q.device)[:, None, None]
+    keys, values = (cut(t, key_region)[image, routes].flatten(2, 3) for t in (k, v))
+    logits = torch.einsum("brtnd,brsnd->brnts", cut(q, region), keys) * q.shape[-1] ** -0.5
+    out = torch.einsum("brnts,brsnd->brtnd", logits.softmax(-1), values)
+    grid = (q.shape[1] // region[0], q.shape[2] // region[1])
+    return out.unflatten(2, region).unflatten(1, grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def channel(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    probs = (torch.einsum("bhwni,bhwnj->bnij", q, k) * scale).softmax(-1)
+    return torch.einsum("bnij,bhwnj->bhwni", probs, v)
+
+
+def channel_gate(x: Tensor, weight: Tensor) -> Tensor:
+    reach = weight.shape[-1] // 2
+    means = F.pad(x.mean((2, 3)), (reach, reach)).unfold(1, weight.shape[-1], 1)
+    return x * (means @ weight.flatten()).sigmoid()[:, :, None, None]
+
+
+def strip_gate(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int) -> Tensor:
+    def gate(strip: Tensor) -> Tensor:  # (B, C, L)
+        y = F.conv1d(strip, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0] // weight.shape[1])
+        return F.group_norm(y, norm_groups, norm_weight, norm_bias).sigmoid()
+
+    return x * gate(x.mean(3))[..., None] * gate(x.mean(2))[:, :, None]
+
+
+def large_kernel(
+    x: Tensor,
+    local: Tensor,
+    local_bias: Tensor,
+    dilated: Tensor,
+    dilated_bias: Tensor,
+    point: Tensor,
+    point_bias: Tensor,
+    dilation: int,
+) -> Tensor:
+    channels = x.shape[1]
+    y = F.conv2d(x, local, local_bias, padding=local.shape[-1] // 2, groups=channels)
+    padding = dilation * (dilated.shape[-1] // 2)
+    y = F.conv2d(y, dilated, dilated_bias, padding=padding, dilation=dilation, groups=channels)
+    return x * F.conv2d(y, point, point_bias)

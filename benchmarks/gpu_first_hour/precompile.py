@@ -1,0 +1,148 @@
+"""Compile the kernels of parts a and c in parallel processes that see no GPU, into Triton's cache on disk.
+
+A worker calls the launchers with meta tensors: launch shapes and constants are those of the real call, and the launch
+stops when the kernel is compiled.
+"""
+
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+from .cases import full_cases
+from .session import say
+from .sweep import Tensors, forced, jobs
+
+MOST_WORKERS = 12
+WAIT_SECONDS = 100.0
+
+
+def start_workers(module: str, batch: int) -> list[subprocess.Popen]:
+    """Start the workers for the GPU of this process; each compiles its share of the kernels."""
+    major, minor = torch.cuda.get_device_capability()
+    count = max(1, min(MOST_WORKERS, (os.cpu_count() or 4) - 3))
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", module, "--worker", f"{i}/{count}/{10 * major + minor}", "--batch", str(batch)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )
+        for i in range(count)
+    ]
+
+
+def wait_for(workers: list[subprocess.Popen], seconds: float) -> None:
+    """Wait for all workers, then stop those that are not done: the first call compiles what is missing."""
+    deadline = time.perf_counter() + seconds
+    for worker in workers:
+        try:
+            worker.wait(timeout=max(1.0, deadline - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            worker.terminate()
+    say(f"   [kernels compiled in {len(workers)} processes]")
+
+
+def work(share: str, batch: int) -> int:
+    """Compile the share "index/of/capability" of the kernels; return how many calls failed."""
+    index, of, capability = map(int, share.split("/"))
+    compile_only(capability)
+    run_backward_after_forward()
+    done = failed = 0
+    for number, compile_one in enumerate(_calls(batch)):
+        if number % of != index:
+            continue
+        try:
+            compile_one()
+            done += 1
+        except Exception:
+            traceback.print_exc(limit=-3)
+            failed += 1
+    print(f"worker {index}: {done} calls compiled, {failed} failed")
+    return failed
+
+
+def _calls(batch: int) -> list[Callable[[], object]]:
+    def call(case):
+        made = case.make("meta")
+        made.ours(made.leaves)
+
+    def launch(layer, kernel, setting):
+        with forced(setting):
+            Tensors(layer, batch, "meta", torch.bfloat16).run(kernel)
+
+    calls = [lambda case=case: call(case) for case in full_cases()]
+    for layer, kernel, settings in jobs(small=False):
+        calls += [lambda one=(layer, kernel, setting): launch(*one) for setting in settings]
+    return calls
+
+
+def compile_only(capability: int) -> None:
+    """Let Triton compile for a GPU that this process does not see, and launch nothing."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from ...attention_ops import _op
+
+    fake = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    setattr(driver, "_active" if hasattr(driver, "_active") else "active", fake)
+    plain = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: plain(self, *args, grid=grid, warmup=True, **kwargs)
+    _op.why_no_triton = lambda x: None  # meta tensors count as a GPU's
+
+
+def run_backward_after_forward() -> None:
+    """Replace the kernels' ops by their own Python, forward and then backward: meta tensors record no graph."""
+    from ...kernels import channel
+    from ...kernels.gates import channel_gate, large_kernel, strip_gate
+    from ...kernels.local import launch as local
+    from ...kernels.routed import backward as routed_backward
+    from ...kernels.routed import forward as routed
+
+    def replace(module: ModuleType, name: str, backward: Callable[..., object] | None = None) -> None:
+        forward = getattr(module, name)._init_fn
+
+        def both(*inputs):
+            results = forward(*inputs)
+            if backward is not None:
+                out, *kept = results
+                backward(inputs, out, kept, out.new_empty(out.shape))
+            return results
+
+        setattr(module, name, both)
+
+    def local_backward(inputs, out, kept, grad):
+        local._backward._init_fn(*inputs[:6], out, *kept, grad, inputs[3] is not None, *inputs[6:])
+
+    replace(local, "_forward", local_backward)
+    replace(
+        routed,
+        "routed_attention_forward",
+        lambda i, out, kept, grad: routed_backward.routed_attention_backward._init_fn(*i[:4], out, *kept, grad, *i[4:]),
+    )
+    replace(
+        channel,
+        "channel_attention_forward",
+        lambda i, out, kept, grad: channel.channel_attention_backward._init_fn(*i[:3], *kept, grad, i[3]),
+    )
+    replace(
+        channel_gate,
+        "channel_gate_forward",
+        lambda i, out, kept, grad: channel_gate.channel_gate_backward._init_fn(*i, *kept, grad),
+    )
+    replace(
+        strip_gate,
+        "strip_gate_forward",
+        lambda i, out, kept, grad: strip_gate.strip_gate_backward._init_fn(*i[:4], *kept, grad, *i[4:]),
+    )
+    replace(large_kernel, "large_kernel_gate")
