@@ -42,6 +42,16 @@ class Tied(Net):
         super().__init__()
         self.same = self.head
 
+class In_place(Net):
+    def __init__(self):
+        super().__init__(returns=lambda x, logits: (self.last(x).zero_(), logits)[1])
+        self.last, self.idle = nn.Identity(), nn.Identity()
+
+class Twice(Net):
+    def __init__(self):
+        super().__init__(returns=lambda x, logits: self.last(self.last(logits)))
+        self.last = nn.Identity()
+
 not_callable = 3
 no_model = lambda: {}
 dense = lambda: Net(returns=lambda x, logits: [x, 2 * x])
@@ -146,16 +156,14 @@ def test_the_json_is_enough_to_make_the_outputs_again(recorded, det):
         torch.testing.assert_close(np.array(map_["samples"]), samples.astype(float))
 
 
-def test_maps_with_channels_last_are_recorded_with_channels_first(recorded, other_code):
-    (other_code / "last_code.py").write_text(
-        "from other_code import Net, nn\n"
-        "class Last(Net):\n"
-        "    def __init__(self):\n"
-        "        super().__init__(returns=lambda x, logits: (self.last(x), logits)[1])\n"
-        "        self.last = nn.Identity()\n"
-    )
-    facts, _ = recorded("last_code:Last", "--size=12x16", "--stage=0=last", "--channels-last", "--computed=mask")
+def test_maps_with_channels_last_are_recorded_with_channels_first(recorded):
+    facts, _ = recorded("other_code:In_place", "--size=12x16", "--stage=0=last", "--channels-last", "--computed=mask")
     assert facts["inputs"][0]["stages"]["stage0"]["shape"] == [2, 8, 3, 4]
+
+
+def test_a_map_is_recorded_before_a_later_layer_changes_it_in_place(recorded):
+    facts, _ = recorded("other_code:In_place", "--size=12x16", "--stage=0=last", "--computed=mask")
+    assert facts["inputs"][0]["stages"]["stage0"]["std"] > 0
 
 
 def test_lists_and_dicts_of_maps_are_recorded(recorded):
@@ -199,6 +207,8 @@ REFUSED = {
     "other_code:Net --stage=stem=0": "--stage wants INDEX=MODULE, got 'stem' as index",
     "other_code:Net --stage=0=stem --stage=0=head": "--stage: two modules have one index",
     "other_code:Net --stage=0=returns": "no module returns",
+    "other_code:In_place --stage=0=idle": "--stage: the model does not call idle",
+    "other_code:Twice --stage=0=last": "stage0: the module is called twice",
     "other_code:Net --channels-last": "--channels-last is for the modules of --stage",
     "other_code:dense --grad-gain=2": "--grad-gain: the model returns no logits",
     "other_code:Net --path=nowhere": "--path nowhere is not a folder",

@@ -234,6 +234,9 @@ def keep_output(maps: dict[str, Tensor], name: str, channels_last: bool) -> Call
         value = output[0] if isinstance(output, tuple) else output
         if not isinstance(value, Tensor):
             raise RecordError(f"{name} is a {type(value).__name__}, not a tensor")
+        if name in maps:
+            raise RecordError(f"{name}: the module is called twice")
+        value = value.clone()  # a later layer may work in place
         maps[name] = value.permute(0, 3, 1, 2) if channels_last and value.dim() == 4 else value
 
     return hook
