@@ -14,9 +14,9 @@ import numpy as np
 import typer
 from recording import Gradients, RecordError, Request, record
 
-from foveate._errors import first_line
+from foveate._errors import RequestError, first_line
 from foveate._files import atomic_path
-from foveate._options import OptionError, parse_options
+from foveate.commands._options import parse_options
 
 HERE = Path(__file__).parent
 
@@ -140,7 +140,7 @@ def main(
             gradients=gradients,
         )
         facts, arrays = record(request)
-    except (RecordError, OptionError) as error:
+    except (RecordError, RequestError) as error:
         typer.echo(f"record.py: {error}", err=True)
         raise typer.Exit(2) from error
     write(files, facts, arrays)
