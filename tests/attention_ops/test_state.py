@@ -11,12 +11,10 @@ from ops import CASES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from foveate.attention_ops import neighborhood_attention
-from foveate.attention_ops.circle import _cached_distances
-from foveate.attention_ops.neighborhood_cpu import _cached_axis_mask, _cached_mask
+from foveate.attention_ops import halo_cpu, neighborhood_attention, neighborhood_cpu, tile_plan
 
 every_case = pytest.mark.parametrize("name", CASES)
-TABLES = (_cached_axis_mask, _cached_mask, _cached_distances)
+TABLES = (*tile_plan.CACHES, *neighborhood_cpu.CACHES, halo_cpu._cached_plan)
 
 
 @pytest.fixture(autouse=True)
