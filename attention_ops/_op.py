@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from operator import itemgetter
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -65,7 +66,7 @@ class Op:
     """What `declare` was told about one op, and the order in which it is used."""
 
     name: str
-    parameters: Mapping[str, inspect.Parameter]  # of the public signature
+    defaults: Mapping[str, Any]  # of all arguments of the public signature; `Parameter.empty` where there is none
     pairs: tuple[str, ...]  # arguments that are (rows, columns)
     check: Callable[..., None]
     bodies: Mapping[Impl, Body]
@@ -98,11 +99,11 @@ class Op:
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return all arguments by name, pairs as tuples: torch leaves out those that have their default value."""
-        given = dict(zip(self.parameters, args, strict=False)) | kwargs
-        arguments = {name: given[name] if name in given else p.default for name, p in self.parameters.items()}
+        given = dict(zip(self.defaults, args, strict=False)) | kwargs
+        arguments = {name: given[name] if name in given else default for name, default in self.defaults.items()}
         for name in self.pairs:
-            if (value := arguments[name]) is not None:
-                arguments[name] = tuple(pair(self.name, name, value))
+            if (value := arguments[name]) is not None and type(value) is not tuple:
+                arguments[name] = tuple(value if len(value) == 2 else pair(self.name, name, value))
         return arguments
 
     def useful_macs(self, *args: Any, **kwargs: Any) -> int:
@@ -140,7 +141,13 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """Call a function with those of the arguments that it names."""
-    return function(**{name: arguments[name] for name in _names(function)})
+    return function(*_values_of(function)(arguments))
+
+
+@lru_cache(maxsize=256)
+def _values_of(function: Callable[..., Any]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    names = _names(function)
+    return itemgetter(*names) if len(names) > 1 else lambda arguments: tuple(arguments[name] for name in names)
 
 
 _IMPLS = {impl.value: impl for impl in Impl}
@@ -203,10 +210,13 @@ def declare(
         if sorted(taken) != sorted(set(parameters) - {"impl"}):
             wanted = ", ".join(sorted(set(parameters) - {"impl"}))
             raise TypeError(f"{body.__name__} must take the arguments of {promise.__name__}: {wanted}")
+    pairs = tuple(name for name in parameters if _schema_type(hints[name]).rstrip("?").endswith("[2]"))
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    defaults |= {name: (defaults[name],) * 2 for name in pairs if isinstance(defaults[name], int)}
     op = Op(
         name=promise.__name__,
-        parameters=parameters,
-        pairs=tuple(name for name in parameters if _schema_type(hints[name]).rstrip("?").endswith("[2]")),
+        defaults=defaults,
+        pairs=pairs,
         check=check,
         bodies=bodies,
         graph=graph or tiled,
@@ -324,14 +334,15 @@ def is_traced(tensors: Sequence[Tensor]) -> bool:
 # Checks with one wording
 
 T = TypeVar("T", int, bool)
+_NUMBERS = (int, torch.SymInt)  # bool is an int
 
 
 def pair(op: str, name: str, value: T | Sequence[T]) -> list[T]:
     """Spell an int (or bool) out as [rows, columns]; a pair passes through."""
-    both = list(value) if isinstance(value, Sequence) else [value, value]
-    if len(both) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in both):
-        raise ValueError(f"{op}: {name} must be an int or a pair (rows, columns), got {value!r}")
-    return both
+    both = [value, value] if isinstance(value, _NUMBERS) else list(value) if isinstance(value, Sequence) else []
+    if len(both) == 2 and isinstance(both[0], _NUMBERS) and isinstance(both[1], _NUMBERS):
+        return both
+    raise ValueError(f"{op}: {name} must be an int or a pair (rows, columns), got {value!r}")
 
 
 def check_at_least(op: str, name: str, values: Sequence[int], least: int) -> None:

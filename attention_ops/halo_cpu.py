@@ -2,10 +2,10 @@
 
 One key tile holds a block and its halo.
 
-Inference  walks boxes of tiles. A box is a few neighboring tiles with all their heads, whose logits stay in a CPU's
-           cache. Keys are copied out of a padded map into the same buffers for every box: new ones of the size of a map
-           cost more in cleared pages than the attention itself (3 x 64x64, 8 heads x 16, stride 2: 45 and 12 ms on 2
-           threads of a virtual Xeon).
+Inference  of a map whose logits fit a CPU's cache is the graph body. Larger maps are walked in boxes: a few neighboring
+           tiles with all their heads, whose logits fit. Keys are copied out of a padded map into the same buffers for
+           every box: new ones of the size of a map cost more in cleared pages than the attention itself (3 x 64x64, 8
+           heads x 16, stride 2: 45 and 12 ms on 2 threads of a virtual Xeon).
 Training   works on a few heads at a time, by timm's operations in timm's order: float32 then rounds as in timm's layer
            (bit for bit on CPUs with AVX-512). Otherwise ReLUs behind the layer cross zero elsewhere, and single
            gradients of a HaloNet cannot be compared. Backward recomputes the logits: memory stays at O(one chunk).
@@ -66,9 +66,22 @@ def halo_attention_tiled(
     if q.is_cuda:  # a GPU wants few operations
         return halo_attention_graph(q, k, v, rel_h, rel_w, blocks, scale)
     plan = halo_plan(q, k, blocks)
-    if not torch.is_grad_enabled():
-        return attend_by_boxes(q, k, v, rel_h, rel_w, plan, scale)
-    return HaloTiles(plan, scale)(q, k, v, rel_h, rel_w)
+    if torch.is_grad_enabled():
+        return HaloTiles(plan, scale)(q, k, v, rel_h, rel_w)
+    if q.shape[0] * q.shape[3] * _logits(plan) <= _budget() and q.dtype == accumulator(q.dtype):
+        return HaloTiles(plan, scale).graph(q, k, v, rel_h, rel_w).contiguous()  # all in the cache at once
+    return attend_by_boxes(q, k, v, rel_h, rel_w, plan, scale)
+
+
+def _budget() -> int:
+    """Logits that stay in the caches of a CPU."""
+    return torch.get_num_threads() * CHUNK_LOGITS
+
+
+def _logits(plan: HaloPlan) -> int:
+    """Logits of one head of one image."""
+    (qy, qx), (ky, kx) = plan
+    return qy.tiles * qy.tile * qx.tiles * qx.tile * ky.keys * kx.keys
 
 
 def halo_attention_graph(
@@ -117,9 +130,8 @@ class HaloTiles(EagerBody):
 def by_place(table: Tensor, queries: int) -> Tensor:
     """(2 * window - 1, d) -> (queries, window, d): the cells that a query at each place of the block uses."""
     window = (table.shape[0] + 1) // 2
-    place = torch.arange(window, device=table.device)
-    query = torch.arange(queries, device=table.device)[:, None]
-    return table[place - query + window - 1]
+    from_cell = table.unfold(0, window, 1)  # (window, d, window), a view: [s, :, place] is cell s + place
+    return from_cell[window - queries :].flip(0).mT.contiguous()  # query t begins at cell window - 1 - t
 
 
 def _tiles(q: Tensor, k: Tensor, v: Tensor, plan: HaloPlan) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,9 +160,7 @@ def _probs(q: Tensor, k: Tensor, relative: tuple[Tensor, Tensor] | None, scale: 
 
 def _chunks(q: Tensor, plan: HaloPlan) -> Iterator[tuple]:
     """Index (images, all rows, all columns, heads) so that one chunk's logits fit `CHUNK_LOGITS` a thread."""
-    budget = torch.get_num_threads() * CHUNK_LOGITS
-    (qy, qx), (ky, kx) = plan.queries, plan.keys
-    per_head = max(qy.tiles * qy.tile * qx.tiles * qx.tile * ky.keys * kx.keys, 1)
+    budget, per_head = _budget(), max(_logits(plan), 1)
     heads = min(max(budget // per_head, 1), q.shape[3])
     images = max(budget // (per_head * heads), 1) if heads == q.shape[3] else 1
     for image in range(0, q.shape[0], images):
@@ -228,7 +238,7 @@ def attend_by_boxes(
     (queries, keys), heads, wide = plan, q.shape[3], accumulator(q.dtype)
     rows, cols = queries
     dim = max(q.shape[-1], v.shape[-1])  # SDPA's fast body wants one; zeros add nothing
-    budget = torch.get_num_threads() * CHUNK_LOGITS
+    budget = _budget()
     tokens, window = rows.tile * cols.tile, keys[0].keys * keys[1].keys
     out = q.new_empty(len(q), rows.tiles * rows.tile, cols.tiles * cols.tile, heads, v.shape[-1])
     overhang = (0, dim - q.shape[-1], 0, 0, 0, cols.tail, 0, rows.tail)

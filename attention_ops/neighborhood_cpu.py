@@ -110,6 +110,3 @@ def _cached_cells(neighborhood: Neighborhood, size: tuple[int, int], plan: TileP
 def _small_cells(neighborhood: Neighborhood, size: tuple[int, int], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # made first during inference, it must serve training too
         return _cells(neighborhood, tile_plan(neighborhood, size), device)
-
-
-CACHES = (_tightest_reach, _small_cells)

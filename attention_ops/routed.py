@@ -8,6 +8,7 @@ We differ  soft routing and the authors' ways of pooling keys are not here (no r
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -74,15 +75,28 @@ register(bi_level_routes, _bi_level_routes)
 
 def region_means(x: Tensor, region_size: Sequence[int]) -> Tensor:
     """(B, H, W, C) -> (B, regions, C): means over the tokens that exist, float32 at least; differentiable."""
-    counts = []
-    for length, size in zip(x.shape[1:3], region_size, strict=True):
-        starts = torch.arange(0, length, size, device=x.device)
-        counts.append((length - starts).clamp(max=size))
+    tokens = _tokens if is_traced([x]) or under_transform([x]) else _cached_tokens
+    counts = tokens(tuple(x.shape[1:3]), tuple(region_size), x.device)
     x = pad_to_windows(x, list(region_size))
     # One axis after the other: a third of the time of both at once, and no copy where x is a slice of a packed qkv.
     sums = x.unflatten(2, (-1, region_size[1])).sum(3, dtype=accumulator(x.dtype))
     sums = sums.unflatten(1, (-1, region_size[0])).sum(2)
-    return (sums / (counts[0][:, None] * counts[1])[..., None]).flatten(1, 2)
+    return (sums / counts).flatten(1, 2)
+
+
+def _tokens(size: tuple[int, int], region_size: tuple[int, int], device: torch.device) -> Tensor:
+    """(region rows, region columns, 1): the tokens of the map that lie in each region."""
+    of_axis = []
+    for length, region in zip(size, region_size, strict=True):
+        starts = torch.arange(0, length, region, device=device)
+        of_axis.append((length - starts).clamp(max=region))
+    return (of_axis[0][:, None] * of_axis[1])[..., None]
+
+
+@lru_cache(maxsize=64)
+def _cached_tokens(*key) -> Tensor:
+    with torch.inference_mode(False):  # made first during inference, they must serve training too
+        return _tokens(*key)
 
 
 def routed_attention(

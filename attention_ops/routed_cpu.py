@@ -176,9 +176,12 @@ def _masked_parts(q: Tensor, k: Tensor, plan: RegionPlan, budget: int) -> Iterat
 
 
 def _forward_masked(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
+    parts = list(_masked_parts(q, k, plan, torch.get_num_threads() * tiles.CHUNK_LOGITS))
+    if len(parts) == 1:
+        return _attend_masked(q, k, v, routes, plan).contiguous()
     out = q.new_empty(*q.shape[:4], v.shape[-1])
     cut_q, cut_out = (cut_regions(x, list(plan.region)) for x in (q, out))
-    for part in _masked_parts(q, k, plan, torch.get_num_threads() * tiles.CHUNK_LOGITS):
+    for part in parts:
         seen = k[part.images], v[part.images], part.routes(routes, q, plan)
         attended = _attend_masked(join_regions(cut_q[part]), *seen, plan)
         cut_out[part].copy_(cut_regions(attended, list(plan.region)))

@@ -51,21 +51,19 @@ class LocalPattern(Protocol):
 
 
 class TilePlan(NamedTuple):
-    """How a map is cut: a tiling an axis, of the groups that `dilation` makes."""
+    """How a map is cut: a tiling an axis, of the groups that `dilation` makes. Plain numbers; made by `plan_tiles`."""
 
     rows: AxisTiling
     cols: AxisTiling
-    dilation: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int]
+    per_map: int  # tiles of one head of one image, of all groups together
+    logits: int  # of one head of one image
 
-    @property
-    def per_map(self) -> int:
-        """Tiles of one head of one image, of all groups together."""
-        return self.dilation[0] * self.dilation[1] * self.rows.tiles * self.cols.tiles
 
-    @property
-    def logits(self) -> int:
-        """Logits of one head of one image."""
-        return self.per_map * self.rows.tile * self.cols.tile * self.rows.keys * self.cols.keys
+def plan_tiles(rows: AxisTiling, cols: AxisTiling, dilation: tuple[int, int] = (1, 1)) -> TilePlan:
+    """Put the tilings of two axes together."""
+    per_map = dilation[0] * dilation[1] * rows.tiles * cols.tiles
+    return TilePlan(rows, cols, dilation, per_map, per_map * rows.tile * cols.tile * rows.keys * cols.keys)
 
 
 class TileMask(NamedTuple):
@@ -84,7 +82,7 @@ def tile_plan(pattern: LocalPattern, size: tuple[int, int]) -> TilePlan:
     """Return the tiles of least estimated work; a size that is a symbol gets tiles that are right for every length."""
     if isinstance(size[0], int) and isinstance(size[1], int):
         return _cheapest_plan(pattern, size)
-    return TilePlan(*(_cut(pattern, axis, length, TILES[-1]) for axis, length in enumerate(size)), pattern.dilation)
+    return plan_tiles(*(_cut(pattern, axis, length, TILES[-1]) for axis, length in enumerate(size)), pattern.dilation)
 
 
 @lru_cache(maxsize=256, typed=True)
@@ -94,7 +92,7 @@ def _cheapest_plan(pattern: LocalPattern, size: tuple[int, int]) -> TilePlan:
         return plan.logits // queries * (queries + KEY_COPY_COST), plan.rows.tile, plan.cols.tile
 
     options = [{_cut(pattern, axis, length, tile) for tile in (*TILES, length)} for axis, length in enumerate(size)]
-    return min((TilePlan(*axes, pattern.dilation) for axes in product(*options)), key=work)
+    return min((plan_tiles(*axes, pattern.dilation) for axes in product(*options)), key=work)
 
 
 def _cut(pattern: LocalPattern, axis: int, length: int, tile: int) -> AxisTiling:
@@ -146,9 +144,6 @@ def _axis_table(pattern: LocalPattern, size: tuple[int, int], axis: int, device:
 def _hides_nothing(pattern: LocalPattern, size: tuple[int, int], plan: TilePlan) -> bool:
     whole = plan.rows.keys == plan.rows.length and plan.cols.keys == plan.cols.length
     return whole and pattern.sees_all(size)
-
-
-CACHES = (_cheapest_plan, _small_mask, _axis_table)
 
 
 def _join(pattern: LocalPattern, rows: Tensor, cols: Tensor) -> Tensor:

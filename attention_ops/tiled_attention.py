@@ -5,7 +5,7 @@ so that memory stays at O(one chunk of images) logits. Both walk the batch in ch
 whose result is not finite is computed again without the masked pairs: a NaN reaches those queries only that see it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +39,18 @@ class TiledAttention(EagerBody):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         mask = self._additive(bias, q.dtype)
+        chunks = self._chunks(q)
+        if len(chunks) == 1:
+            return self._attend_checked(q, k, v, bias, mask).contiguous()
         out = q.new_empty(q.shape)
-        for part in self._chunks(q):
-            few = q[part], k[part], v[part]
-            out[part] = self._attend(*few, mask)
-            if self.mask is not None and not is_finite(out[part]):
-                out[part] = self._attend_exactly(*few, bias, self.mask.seen)
+        for part in chunks:
+            out[part] = self._attend_checked(q[part], k[part], v[part], bias, mask)
+        return out
+
+    def _attend_checked(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        out = self._attend(q, k, v, mask)
+        if self.mask is not None and not is_finite(out):
+            return self._attend_exactly(q, k, v, bias, self.mask.seen)
         return out
 
     def backward(
@@ -67,11 +73,10 @@ class TiledAttention(EagerBody):
     def graph(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         return self._attend(q, k, v, self._additive(bias, q.dtype))
 
-    def _chunks(self, q: Tensor) -> Iterator[slice]:
+    def _chunks(self, q: Tensor) -> list[slice]:
         """Cut the batch so that one chunk's logits fit `CHUNK_LOGITS` a thread."""
         step = max(1, torch.get_num_threads() * CHUNK_LOGITS // max(q.shape[3] * self.plan.logits, 1))
-        for start in range(0, q.shape[0], step):
-            yield slice(start, start + step)
+        return [slice(start, start + step) for start in range(0, q.shape[0], step)]
 
     def _additive(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """A float mask for SDPA, (1, n, T, K) without a bias and (1, heads * n, T, K) with one; None for neither."""
@@ -87,7 +92,7 @@ class TiledAttention(EagerBody):
 
     def _to_tiles(self, x: Tensor, cut: Callable[..., Tensor], per: int) -> Tensor:
         """(B, H, W, heads, d) -> (., per, tokens, d): `per` is the tiles of one head, or of all heads."""
-        (rows, cols, (dy, dx)), (height, width) = self.plan, x.shape[1:3]
+        (rows, cols, (dy, dx), *_), (height, width) = self.plan, x.shape[1:3]
         if (dy, dx) == (1, 1):
             tiles = cut(x.permute(0, 3, 1, 2, 4), rows, cols)
         else:
@@ -97,7 +102,7 @@ class TiledAttention(EagerBody):
 
     def _from_tiles(self, tiles: Tensor, merge: Callable[..., Tensor], like: Tensor) -> Tensor:
         """Undo `_to_tiles`: back to the shape of `like`."""
-        (rows, cols, (dy, dx)), (batch, height, width, heads, _) = self.plan, like.shape
+        (rows, cols, (dy, dx), *_), (batch, height, width, heads, _) = self.plan, like.shape
         shape = (rows.tiles * cols.tiles, *tiles.shape[-2:])
         if (dy, dx) == (1, 1):
             return merge(tiles.reshape(batch, heads, *shape), rows, cols).permute(0, 2, 3, 1, 4)

@@ -11,7 +11,7 @@ queries an axis; each tile gets one contiguous key tile that starts `before` tok
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -27,8 +27,7 @@ def pieces(length: int, size: int) -> int:
     return -(-length // size) if isinstance(length, int) or size == 1 else length // size + 2
 
 
-@dataclass(frozen=True)
-class AxisTiling:
+class AxisTiling(NamedTuple):
     """How one axis is cut; plain numbers, in tokens but for `tiles`. Made by `cut_axis`."""
 
     length: int
@@ -46,9 +45,20 @@ def cut_axis(length: int, tile: int, before: int = 0, after: int = 0, tiles: int
     return AxisTiling(length, tile, before, after, tiles, before + tile + after, tiles * tile - length)
 
 
-def cut_windows(length: int, tile: int) -> AxisTiling:
-    """Cut an axis into tiles that see nothing but themselves; `tile` must divide `length`, a symbol or not."""
-    return AxisTiling(length, tile, 0, 0, length // tile, tile, 0)
+def cut_windows(size: tuple[int, int], window: tuple[int, int]) -> tuple[AxisTiling, AxisTiling]:
+    """Cut both axes into tiles that see nothing but themselves; `window` must divide `size`, symbols or not."""
+    known = isinstance(size[0], int) and isinstance(size[1], int)
+    return _cached_windows(size, window) if known else _make_windows(size, window)
+
+
+def _make_windows(size: tuple[int, int], window: tuple[int, int]) -> tuple[AxisTiling, AxisTiling]:
+    (height, width), (rows, cols) = size, window
+    return AxisTiling(height, rows, 0, 0, height // rows, rows, 0), AxisTiling(
+        width, cols, 0, 0, width // cols, cols, 0
+    )
+
+
+_cached_windows = lru_cache(maxsize=256)(_make_windows)
 
 
 class AxisWindow(NamedTuple):
@@ -103,15 +113,12 @@ def join_regions(x: Tensor) -> Tensor:
 
 def split_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     """(B, H, W, heads, d) -> (B, heads, windows, tokens of a window, d); a view where one window is the map."""
-    return split_queries(
-        x.permute(0, 3, 1, 2, 4), cut_windows(x.shape[1], window[0]), cut_windows(x.shape[2], window[1])
-    )
+    return split_queries(x.permute(0, 3, 1, 2, 4), *cut_windows((x.shape[1], x.shape[2]), window))
 
 
 def merge_windows(windows: Tensor, size: tuple[int, int], window: tuple[int, int]) -> Tensor:
     """(B, heads, windows, tokens of a window, d) -> (B, H, W, heads, d): the inverse of `split_windows`."""
-    merged = merge_queries(windows, cut_windows(size[0], window[0]), cut_windows(size[1], window[1]))
-    return merged.permute(0, 2, 3, 1, 4)
+    return merge_queries(windows, *cut_windows(size, window)).permute(0, 2, 3, 1, 4)
 
 
 # Tiles
@@ -121,6 +128,13 @@ def _pad(x: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
     for width in (*rows, *cols):
         if not isinstance(width, int) or width != 0:  # asking a symbol would fix it
             return F.pad(x, (0, 0, *cols, *rows))
+    return x
+
+
+def _crop(x: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
+    for overhang in (rows.tail, cols.tail):
+        if not isinstance(overhang, int) or overhang != 0:
+            return x[..., : rows.length, : cols.length, :]
     return x
 
 
@@ -137,7 +151,7 @@ def merge_queries(tiles: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
     *lead, _, _, dim = tiles.shape
     x = tiles.reshape(*lead, rows.tiles, cols.tiles, rows.tile, cols.tile, dim).transpose(-3, -4)
     x = x.reshape(*lead, rows.tiles * rows.tile, cols.tiles * cols.tile, dim)
-    return x[..., : rows.length, : cols.length, :]
+    return _crop(x, rows, cols)
 
 
 def gather_keys(x: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:

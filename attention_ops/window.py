@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._attend import accumulator, sdpa
 from ._op import Impl, Pair, SymSize, check_at_least, check_device, check_qkv, declare, pair, run, why_no_local_kernel
-from .tile_plan import TileMask, TilePlan
+from .tile_plan import TileMask, plan_tiles
 from .tiled_attention import TiledAttention
 from .tiling import cover_with_windows, cut_windows, merge_windows, split_windows
 
@@ -123,7 +123,7 @@ def _on_windows(
 
 
 def _tiles(q: Tensor, window_size: tuple[int, int], mask: Tensor | None, scale: float) -> TiledAttention:
-    plan = TilePlan(cut_windows(q.shape[1], window_size[0]), cut_windows(q.shape[2], window_size[1]))
+    plan = plan_tiles(*cut_windows((q.shape[1], q.shape[2]), window_size))
     return TiledAttention(plan, None if mask is None else TileMask.of(mask), scale)
 
 

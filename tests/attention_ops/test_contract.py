@@ -95,7 +95,7 @@ def test_an_empty_batch_gives_an_empty_result(name):
         assert [g.shape for g in torch.autograd.grad(out.sum(), tensors)] == [t.shape for t in tensors]
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "scale" in OPS[case.name].parameters])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "scale" in OPS[case.name].defaults])
 def test_the_scale_multiplies_the_logits(name):
     op, _, kwargs = CASES[name].op_call()
     kwargs |= dict.fromkeys({"rel_h", "rel_w"} & set(kwargs))  # the relative logits see q itself

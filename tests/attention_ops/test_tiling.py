@@ -51,9 +51,9 @@ def plan(size, kernel_size, dilation):
 
 
 def test_large_maps_are_cut_and_small_ones_are_not():
-    rows, cols, _ = plan((56, 70), (7, 7), (1, 1))
+    rows, cols, *_ = plan((56, 70), (7, 7), (1, 1))
     assert rows.tile in TILES and cols.tile in TILES
-    rows, cols, _ = plan((7, 14), (7, 7), (1, 2))
+    rows, cols, *_ = plan((7, 14), (7, 7), (1, 2))
     assert rows.tiles == cols.tiles == 1
 
 
