@@ -1,5 +1,6 @@
 """Attention in eager torch: a backward pass of our own, and products that are exact where numbers are not finite."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -37,7 +38,11 @@ class EagerBody:
         raise NotImplementedError
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
-        return _Eager.apply(self, *tensors)
+        if torch.is_grad_enabled():
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    return _Eager.apply(self, *tensors)
+        return self.forward(*tensors)
 
 
 class _Eager(torch.autograd.Function):
@@ -108,7 +113,10 @@ def is_finite(*tensors: Tensor) -> bool:
     """Say whether all numbers of tensors on a CPU are finite; False too where their sum overflows. True on a GPU."""
     if tensors[0].device.type != "cpu":  # looking at the numbers would wait for the GPU
         return True
-    return all(bool(t.sum(dtype=accumulator(t.dtype)).isfinite()) for t in tensors)
+    for t in tensors:
+        if not math.isfinite(t.sum(dtype=accumulator(t.dtype)).item()):
+            return False
+    return True
 
 
 def product_of_seen(weights: Tensor, seen: Tensor, x: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 An op's file holds the public function (signature and docstring), a check, the bodies, and one call of `declare`. All of
 them name their arguments as the public signature does: a new keyword changes the signature and the bodies, and nothing
-else. Bodies receive sizes as tuples (rows, columns) and `scale` as a number.
+else. Bodies receive sizes as tuples (rows, columns) and `scale` as a number. Where several bodies would repeat a long
+signature, arguments that belong together are a NamedTuple, a bundle: bodies take it as one parameter, and a new keyword
+changes the bundle instead.
 
     reference  the definition: plain torch, float32 inside at least, slow
     tiled      torch on real tensors, fast on CPUs; may have its own backward pass and use cached tables
@@ -15,10 +17,12 @@ need no registration.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
+from operator import itemgetter
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -33,6 +37,7 @@ SymSize = Annotated[int | Sequence[int], "SymInt[2]"]  # likewise, and may depen
 Flags = Annotated[bool | Sequence[bool], "bool[2]"]
 Count = Annotated[int, "SymInt"]
 Tensors = Annotated[Sequence[Tensor], "Tensor[]"]
+Pair = tuple[int, int]  # (rows, columns), as bodies receive sizes
 
 
 class Impl(str, Enum):
@@ -53,6 +58,7 @@ _SCHEMA_TYPES = {
     Impl | str: "str",
 }
 Body = Callable[..., Tensor]
+Bundles = Mapping[str, Callable[..., Any]]  # by name, NamedTuples whose fields are arguments
 
 
 @dataclass(frozen=True)
@@ -60,60 +66,91 @@ class Op:
     """What `declare` was told about one op, and the order in which it is used."""
 
     name: str
-    parameters: Mapping[str, inspect.Parameter]  # of the public signature
+    defaults: Mapping[str, Any]  # of all arguments of the public signature; `Parameter.empty` where there is none
     pairs: tuple[str, ...]  # arguments that are (rows, columns)
-    check: Callable[[Mapping[str, Any]], None]
+    check: Callable[..., None]
     bodies: Mapping[Impl, Body]
     graph: Body
-    why_not_fused: Callable[[Mapping[str, Any]], str | None]
+    why_not_fused: Callable[..., str | None]
     cast: tuple[str, ...]
-    macs: Callable[[Mapping[str, Any]], int] | None
+    macs: Callable[..., int] | None
+    bundles: Bundles
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         arguments = self.bind(*args, **kwargs)
-        impl = arguments.pop("impl")
-        for name in self.pairs:
-            if arguments[name] is not None:
-                arguments[name] = tuple(pair(self.name, name, arguments[name]))
-        for name in self.cast:
-            arguments[name] = _cast(arguments[name])
-        self.check(arguments)
+        impl, tensors = arguments.pop("impl"), _tensors(arguments)
+        first = tensors[0]
+        if autocast := autocasts(first):
+            for name in self.cast:
+                arguments[name] = _cast(arguments[name])
+            tensors = _tensors(arguments)
+            first = tensors[0]
+        self._bundle(arguments)
+        _call(self.check, arguments)
         if "scale" in arguments and arguments["scale"] is None:
-            arguments["scale"] = self._first(arguments).shape[-1] ** -0.5
-        body, place = self._choose(impl, arguments)
-        with place, no_autocast(self._first(arguments)):
-            return body(**arguments)
+            arguments["scale"] = first.shape[-1] ** -0.5
+        transformed = under_transform(tensors)
+        body = self._choose(impl, arguments, tensors, transformed)
+        if not (autocast or transformed):  # two contexts that do nothing would take longer than a check
+            return _call(body, arguments)
+        place = sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext()  # the other kernels differentiate once
+        with place, no_autocast(first):
+            return _call(body, arguments)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return all arguments by name: torch leaves out those that have their default value."""
-        given = dict(zip(self.parameters, args, strict=False)) | kwargs
-        return {name: given[name] if name in given else p.default for name, p in self.parameters.items()}
+        """Return all arguments by name, pairs as tuples: torch leaves out those that have their default value."""
+        given = dict(zip(self.defaults, args, strict=False)) | kwargs
+        arguments = {name: given[name] if name in given else default for name, default in self.defaults.items()}
+        for name in self.pairs:
+            if (value := arguments[name]) is not None and type(value) is not tuple:
+                arguments[name] = tuple(value if len(value) == 2 else pair(self.name, name, value))
+        return arguments
+
+    def useful_macs(self, *args: Any, **kwargs: Any) -> int:
+        """Return the multiply-adds that the definition needs for a call, where the op counts its own."""
+        assert self.macs is not None
+        return _call(self.macs, self._bundle(self.bind(*args, **kwargs)))
 
     def calling(self, body: Body) -> Body:
         """Let a body of this op be called as the public function is, with its defaults: for ops that consist of it."""
+        return lambda *args, **kwargs: _call(body, self._bundle(self.bind(*args, **kwargs)))
 
-        def call(*args: Any, **kwargs: Any) -> Tensor:
-            arguments = self.bind(*args, **kwargs)
-            del arguments["impl"]
-            return body(**arguments)
+    def _bundle(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name, kind in self.bundles.items():
+            arguments[name] = _call(kind, arguments)
+        return arguments
 
-        return call
-
-    def _first(self, arguments: Mapping[str, Any]) -> Tensor:
-        return next(_tensors(arguments))
-
-    def _choose(self, impl: str, arguments: Mapping[str, Any]) -> tuple[Body, AbstractContextManager]:
-        """Return the body to run, and the context that it needs."""
-        tensors = list(_tensors(arguments))
-        transformed = under_transform(tensors)
-        reason = self.why_not_fused(arguments)
-        if reason is None and transformed:
-            reason = "the kernels support neither torch.func nor forward-mode AD; use impl='tiled'"
+    def _choose(self, impl: str, arguments: Mapping[str, Any], tensors: list[Tensor], transformed: bool) -> Body:
+        """Return the body to run."""
+        reason = None
+        if impl not in (Impl.TILED.value, Impl.REFERENCE.value):
+            reason = _call(self.why_not_fused, arguments)
+            if reason is None and transformed:
+                reason = "the kernels support neither torch.func nor forward-mode AD; use impl='tiled'"
         run = choose(self.name, impl, reason)
-        place = sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext()  # the other kernels differentiate once
-        if run is Impl.TILED and (transformed or is_traced(*tensors)):
-            return self.graph, place
-        return self.bodies[run], place
+        tiled = self.bodies[Impl.TILED]
+        if run is Impl.TILED and self.graph is not tiled and (transformed or is_traced(tensors)):
+            return self.graph
+        return self.bodies[run]
+
+
+@lru_cache(maxsize=256)
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call a function with those of the arguments that it names."""
+    return function(*_values_of(function)(arguments))
+
+
+@lru_cache(maxsize=256)
+def _values_of(function: Callable[..., Any]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    names = _names(function)
+    return itemgetter(*names) if len(names) > 1 else lambda arguments: tuple(arguments[name] for name in names)
+
+
+_IMPLS = {impl.value: impl for impl in Impl}
 
 
 def choose(op: str, impl: str, why_not_fused: str | None) -> Impl:
@@ -123,10 +160,9 @@ def choose(op: str, impl: str, why_not_fused: str | None) -> Impl:
         ValueError: `impl` is not one of the four names.
         NotImplementedError: `impl` is "fused" and there is a reason against it.
     """
-    try:
-        wanted = Impl(impl)
-    except ValueError:
-        raise ValueError(f"{op}: impl must be one of {[i.value for i in Impl]}, got {impl!r}") from None
+    wanted = _IMPLS.get(impl)
+    if wanted is None:
+        raise ValueError(f"{op}: impl must be one of {list(_IMPLS)}, got {impl!r}")
     if wanted is Impl.FUSED and why_not_fused is not None:
         raise NotImplementedError(f"{op}: impl='fused' cannot run here: {why_not_fused}")
     if wanted is Impl.AUTO:
@@ -148,39 +184,46 @@ def declare(
     why_not_fused: Callable[..., str | None],
     cast: tuple[str, ...] = ("q", "k", "v"),
     macs: Callable[..., int] | None = None,
+    bundles: Bundles | None = None,
 ) -> None:
     """Make the op `foveate::NAME` of a public function and its bodies.
 
+    All functions take arguments by the names of the public signature, or a bundle in place of the arguments in it.
+
     Args:
         promise: the public function; the schema is that of its signature, with the same names, order and defaults.
-        check: raises ValueError for arguments that do not fit; takes those arguments that it names.
-        reference, tiled, graph, fused: the bodies, as the module's docstring has them.
-        why_not_fused: returns the reason why the kernel cannot run, or None; takes those arguments that it names.
+        check: raises ValueError for arguments that do not fit; takes those that it names.
+        reference, tiled, graph, fused: the bodies, as the module's docstring has them; each takes all arguments.
+        why_not_fused: returns the reason why the kernel cannot run, or None; takes those that it names.
         cast: arguments that autocast casts together.
         macs: returns the multiply-adds that the definition needs, where a body computes others; takes what it names.
+        bundles: NamedTuples whose fields are arguments, by the parameter name that stands for those arguments.
 
     Raises:
-        TypeError: a body does not take the arguments of the public signature.
+        TypeError: a body does not take all arguments of the public signature, or a bundle has a field that is none.
     """
-    hints = get_type_hints(promise, include_extras=True)
+    hints, bundles = get_type_hints(promise, include_extras=True), bundles or {}
     parameters = dict(inspect.signature(promise).parameters)
     bodies = {Impl.REFERENCE: reference, Impl.TILED: tiled} | ({Impl.FUSED: fused} if fused else {})
-    taken = set(parameters) - {"impl"}
     for body in (*bodies.values(), graph or tiled):
-        if set(inspect.signature(body).parameters) != taken:
-            raise TypeError(
-                f"{body.__name__} must take the arguments of {promise.__name__}: {', '.join(sorted(taken))}"
-            )
+        taken = [n for name in _names(body) for n in (_names(bundles[name]) if name in bundles else (name,))]
+        if sorted(taken) != sorted(set(parameters) - {"impl"}):
+            wanted = ", ".join(sorted(set(parameters) - {"impl"}))
+            raise TypeError(f"{body.__name__} must take the arguments of {promise.__name__}: {wanted}")
+    pairs = tuple(name for name in parameters if _schema_type(hints[name]).rstrip("?").endswith("[2]"))
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    defaults |= {name: (defaults[name],) * 2 for name in pairs if isinstance(defaults[name], int)}
     op = Op(
         name=promise.__name__,
-        parameters=parameters,
-        pairs=tuple(name for name in parameters if _schema_type(hints[name]).rstrip("?").endswith("[2]")),
-        check=_taking_by_name(check),
+        defaults=defaults,
+        pairs=pairs,
+        check=check,
         bodies=bodies,
         graph=graph or tiled,
-        why_not_fused=_taking_by_name(why_not_fused),
+        why_not_fused=why_not_fused,
         cast=cast,
-        macs=_taking_by_name(macs) if macs else None,
+        macs=macs,
+        bundles=bundles,
     )
     OPS[op.name] = op
     register(promise, op)
@@ -230,18 +273,14 @@ def _schema_default(default: Any, hint: Any) -> str:
     return f"=[{default}, {default}]" if both else f"={default}"
 
 
-def _taking_by_name(function: Callable[..., Any]) -> Callable[[Mapping[str, Any]], Any]:
-    """Let a function take a mapping of all arguments, of which it uses those that it names."""
-    names = tuple(inspect.signature(function).parameters)
-    return lambda arguments: function(**{name: arguments[name] for name in names})
-
-
-def _tensors(arguments: Mapping[str, Any]) -> Iterator[Tensor]:
+def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
+    found = []
     for value in arguments.values():
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-            yield from value
+            found += value
+    return found
 
 
 # Autocast, torch.func and tracers
@@ -260,7 +299,10 @@ def _cast(value: Any) -> Any:
 def autocasts(x: Tensor) -> bool:
     """Say whether autocast is on for the device of `x`."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+_has_autocast = lru_cache(maxsize=16)(torch.amp.is_autocast_available)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
@@ -276,9 +318,12 @@ def under_transform(tensors: Sequence[Tensor]) -> bool:
     return in_dual_level and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-def is_traced(*tensors: Tensor) -> bool:
+def is_traced(tensors: Sequence[Tensor]) -> bool:
     """Say whether no numbers may be looked at: under a tracer, a compiler or FakeTensorMode, or on the meta device."""
-    if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in tensors) or torch.jit.is_tracing():
+    for t in tensors:
+        if type(t) not in (Tensor, nn.Parameter) or t.is_meta:
+            return True
+    if torch.jit.is_tracing():
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False
@@ -289,14 +334,15 @@ def is_traced(*tensors: Tensor) -> bool:
 # Checks with one wording
 
 T = TypeVar("T", int, bool)
+_NUMBERS = (int, torch.SymInt)  # bool is an int
 
 
 def pair(op: str, name: str, value: T | Sequence[T]) -> list[T]:
     """Spell an int (or bool) out as [rows, columns]; a pair passes through."""
-    both = list(value) if isinstance(value, Sequence) else [value, value]
-    if len(both) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in both):
-        raise ValueError(f"{op}: {name} must be an int or a pair (rows, columns), got {value!r}")
-    return both
+    both = [value, value] if isinstance(value, _NUMBERS) else list(value) if isinstance(value, Sequence) else []
+    if len(both) == 2 and isinstance(both[0], _NUMBERS) and isinstance(both[1], _NUMBERS):
+        return both
+    raise ValueError(f"{op}: {name} must be an int or a pair (rows, columns), got {value!r}")
 
 
 def check_at_least(op: str, name: str, values: Sequence[int], least: int) -> None:
@@ -307,25 +353,29 @@ def check_at_least(op: str, name: str, values: Sequence[int], least: int) -> Non
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless q, k, v are (B, H, W, heads, head_dim) of one shape, floating dtype and device."""
-    if q.dim() != 5:
-        raise ValueError(f"{op}: q must be (B, H, W, heads, head_dim), got shape {tuple(q.shape)}")
+    shape = q.shape
+    if len(shape) != 5:
+        raise ValueError(f"{op}: q must be (B, H, W, heads, head_dim), got shape {tuple(shape)}")
     for name, t in (("k", k), ("v", v)):
-        if t.shape != q.shape:
-            raise ValueError(f"{op}: {name} must have the shape of q {tuple(q.shape)}, got {tuple(t.shape)}")
+        if t.shape != shape:
+            raise ValueError(f"{op}: {name} must have the shape of q {tuple(shape)}, got {tuple(t.shape)}")
     check_alike(op, q=q, k=k, v=v)
-    if any(size < 1 for size in q.shape[1:]):  # one by one: no guard between two symbols of a tracer
-        raise ValueError(f"{op}: H, W, heads and head_dim must be at least 1, got shape {tuple(q.shape)}")
+    for size in shape[1:]:  # one by one: no guard between two symbols of a tracer
+        if size < 1:
+            raise ValueError(f"{op}: H, W, heads and head_dim must be at least 1, got shape {tuple(shape)}")
 
 
 def check_alike(op: str, **tensors: Tensor) -> None:
     """Raise ValueError unless the tensors have the floating dtype and the device of the first."""
     first, x = next(iter(tensors.items()))
-    if not x.is_floating_point():
-        raise ValueError(f"{op}: {', '.join(tensors)} must be floating point, got {x.dtype}")
+    dtype, device = x.dtype, x.device
+    if not dtype.is_floating_point:
+        raise ValueError(f"{op}: {', '.join(tensors)} must be floating point, got {dtype}")
     for name, t in tensors.items():
-        if t.dtype != x.dtype:
-            raise ValueError(f"{op}: {name} must have the dtype of {first} {x.dtype}, got {t.dtype}")
-        check_device(op, name, t, first, x)
+        if t.dtype != dtype:
+            raise ValueError(f"{op}: {name} must have the dtype of {first} {dtype}, got {t.dtype}")
+        if t.device != device:
+            check_device(op, name, t, first, x)
 
 
 def check_device(op: str, name: str, t: Tensor | None, first: str, x: Tensor) -> None:

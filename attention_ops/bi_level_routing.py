@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._op import check_at_least
-from .tiling import pad_to_windows
+from .tiling import cut_regions, join_regions, pad_to_windows
 
 Routing = Literal["hard", "soft", "differentiable", "learned"]
 
@@ -25,11 +25,6 @@ def _check_layer(name: str, widths: list[int], heads: int, regions: int, topk: i
     check_at_least(name, "regions", [regions], 1)
     if not 1 <= topk <= regions * regions:
         raise ValueError(f"{name}: topk must be 1 to {regions * regions}, all regions, got {topk}")
-
-
-def cut_regions(x: Tensor, region_size: list[int]) -> Tensor:
-    """(B, H, W, ...) -> (B, region rows, region columns, rows, columns, ...), a view; region_size divides (H, W)."""
-    return x.unflatten(2, (-1, region_size[1])).unflatten(1, (-1, region_size[0])).transpose(2, 3)
 
 
 class RegionPool(nn.Module):
@@ -71,8 +66,7 @@ class RegionPool(nn.Module):
             tiles = F.adaptive_avg_pool2d(tiles, size) if self.average else F.adaptive_max_pool2d(tiles, size)
         else:
             tiles = F.avg_pool2d(tiles, self.stride) if self.average else F.max_pool2d(tiles, self.stride)
-        pooled = tiles.permute(0, 2, 3, 1).unflatten(0, (batch, rows, cols)).transpose(2, 3)
-        return pooled.flatten(3, 4).flatten(1, 2)
+        return join_regions(tiles.permute(0, 2, 3, 1).unflatten(0, (batch, rows, cols)))
 
     def extra_repr(self) -> str:
         step = f"size={self.size}" if self.size > 0 else f"stride={self.stride}"
@@ -121,7 +115,7 @@ def weighted_regions(x: Tensor, routes: Tensor, weights: Tensor, region_size: li
     image = torch.arange(x.shape[0], device=x.device)[:, None, None]
     picked = regions.flatten(1, 2)[image, routes]  # (B, regions, topk, rows, columns, ...)
     picked = picked * weights.to(x.dtype)[:, :, :, None, None, None, None]
-    return picked.unflatten(1, (rows, cols)).flatten(3, 4).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return join_regions(picked.unflatten(1, (rows, cols)).flatten(3, 4))
 
 
 class BiLevelRoutingAttention(nn.Module):

@@ -5,22 +5,15 @@ Semantics  a query sees the keys at dy * dy + dx * dx < radius * radius; at the 
 We differ  text tokens and the optional down-sampled keys of the paper's model are not part of this op.
 """
 
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._attend import accumulator
 from ._op import Impl, check_at_least, check_qkv, declare, run, why_no_local_kernel
-from .tiled_attention import (
-    TILES,
-    TiledAttention,
-    TileMask,
-    TilePlan,
-    cheapest_tiles,
-    from_maps,
-    to_maps,
-)
+from .tile_plan import cached_tile_mask, positions, tile_mask, tile_plan
+from .tiled_attention import TiledAttention
 from .tiling import AxisTiling
 
 OP = "circle_attention"
@@ -71,19 +64,44 @@ def circle_attention_reference(q: Tensor, k: Tensor, v: Tensor, radius: int, sca
     return torch.einsum("bnhwk,bhwknd->bhwnd", probs, v).to(q.dtype)
 
 
-def circle_attention_tiled(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:
+class Circle(NamedTuple):
+    """The tokens closer than a radius; at the border fewer."""
+
+    radius: int
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        return 1, 1
+
+    def reach(self, axis: int, length: int, tile: int) -> tuple[int, int]:
+        return self.radius - 1, self.radius - 1
+
+    def axis_table(self, axis: int, length: int, tiling: AxisTiling, device: torch.device) -> Tensor:
+        """Squared distances; radius ** 2 where the query or the key is outside the map."""
+        query, key = positions(tiling, device)
+        outside = (key < 0) | (key >= length) | (query >= length)
+        return (key - query).square().masked_fill(outside, self.radius**2)[None]
+
+    def seen(self, rows: Tensor, cols: Tensor) -> Tensor:
+        return rows + cols < self.radius**2
+
+    def sees_all(self, size: tuple[int, int]) -> bool:
+        return (size[0] - 1) ** 2 + (size[1] - 1) ** 2 < self.radius**2
+
+
+def circle_attention_tiled(q: Tensor, k: Tensor, v: Tensor, circle: Circle, scale: float) -> Tensor:
     """Tiles of queries against the one key tile that covers their circles."""
-    rows, cols = _cheapest_tiles((q.shape[1], q.shape[2]), radius)
-    mask = TileMask.of(tile_mask(radius, *(_cached_distances(radius, axis, q.device) for axis in (rows, cols))))
-    return from_maps(TiledAttention(mask, TilePlan(rows, cols, scale))(*to_maps(q, k, v), None))
+    size = (q.shape[1], q.shape[2])
+    plan = tile_plan(circle, size)
+    mask = cached_tile_mask(circle, size, plan, q.device, accumulator(q.dtype))
+    return TiledAttention(plan, mask, scale)(q, k, v, None)
 
 
-def circle_attention_graph(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:
+def circle_attention_graph(q: Tensor, k: Tensor, v: Tensor, circle: Circle, scale: float) -> Tensor:
     """The same by differentiable operations, whose tables become part of a traced graph."""
-    rows, cols = plan_tiles((q.shape[1], q.shape[2]), radius)
-    seen = tile_mask(radius, *(axis_distances(radius, axis, q.device) for axis in (rows, cols)))
-    attend = TiledAttention(TileMask.of(seen), TilePlan(rows, cols, scale)).graph
-    return from_maps(attend(*to_maps(q, k, v), None))
+    size = (q.shape[1], q.shape[2])
+    plan = tile_plan(circle, size)
+    return TiledAttention(plan, tile_mask(circle, size, plan, q.device), scale).graph(q, k, v, None)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:
@@ -110,42 +128,5 @@ declare(
     fused=_fused,
     why_not_fused=why_no_local_kernel,
     macs=_macs,
+    bundles={"circle": Circle},
 )
-
-
-def plan_tiles(size: tuple[int, int], radius: int) -> tuple[AxisTiling, AxisTiling]:
-    """Choose the tiles of least estimated work; a traced size that is a symbol gets a tiling right for every length."""
-    if all(isinstance(length, int) for length in size):
-        return _cheapest_tiles(size, radius)
-    return tuple(AxisTiling(length, TILES[-1], radius - 1, radius - 1) for length in size)
-
-
-@lru_cache(maxsize=256)
-def _cheapest_tiles(size: tuple[int, int], radius: int) -> tuple[AxisTiling, AxisTiling]:
-    return cheapest_tiles(
-        *(
-            [AxisTiling(length, length), *(AxisTiling(length, t, radius - 1, radius - 1) for t in TILES if t < length)]
-            for length in size
-        )
-    )
-
-
-def tile_mask(radius: int, rows: Tensor, cols: Tensor) -> Tensor:
-    """Join the distances of two axes: (tiles, query tokens, key tokens) bool, True where a query sees a key."""
-    apart = rows[:, None, :, None, :, None] + cols[None, :, None, :, None, :]  # (ty, tx, qy, qx, ky, kx)
-    return (apart < radius * radius).flatten(4, 5).flatten(2, 3).flatten(0, 1)
-
-
-def axis_distances(radius: int, axis: AxisTiling, device: torch.device) -> Tensor:
-    """(tiles, query tile, key tile) squared distances; radius ** 2 where the query or the key is outside the map."""
-    first = torch.arange(axis.tiles, device=device)[:, None, None] * axis.tile
-    query = first + torch.arange(axis.tile, device=device)[:, None]
-    key = first - axis.before + torch.arange(axis.keys, device=device)
-    outside = (key < 0) | (key >= axis.length) | (query >= axis.length)
-    return (key - query).square().masked_fill(outside, radius * radius)
-
-
-@lru_cache(maxsize=256)
-def _cached_distances(*key) -> Tensor:
-    with torch.inference_mode(False):  # a table first made during inference must serve training too
-        return axis_distances(*key)

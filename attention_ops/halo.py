@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ._attend import accumulator
 from ._op import Impl, Size, check_alike, check_at_least, check_device, declare, run, why_no_local_kernel
-from .halo_cpu import halo_attention_graph, halo_attention_tiled
+from .halo_cpu import Blocks, halo_attention_graph, halo_attention_tiled
+from .tiling import AxisWindow
 
 OP = "halo_attention"
 
@@ -97,65 +98,41 @@ def _check(
 
 def axis_window(
     queries: int, keys: int, block: int, halo: int, stride: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Say what every query of one axis sees; the window is block + 2 * halo keys.
-
-    Returns:
-        keys: (queries, window) positions of the keys, clamped to the map.
-        inside: (queries, window) bool, False where the key is outside the map: a zero.
-        rel: (queries, window) cells of the relative position table.
-    """
+) -> AxisWindow:
+    """Say what every query of one axis sees: block + 2 * halo keys; not seen are those outside the map, zeros."""
     window = block + 2 * halo
     index, place = torch.arange(queries, device=device)[:, None], torch.arange(window, device=device)
     per_block = block // stride
     position = index // per_block * block - halo + place
     inside = (position >= 0) & (position < keys)
-    return position.clamp(0, keys - 1), inside, place - index % per_block + window - 1
+    return AxisWindow(position.clamp(0, keys - 1), inside, place - index % per_block + window - 1)
 
 
 def halo_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: tuple[int, int],
-    halo: tuple[int, int],
-    stride: int,
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
 ) -> Tensor:
     """The definition: gather every query's own keys, window ** 2 copies of k and v. float32 inside at least."""
-    wide = accumulator(q.dtype)
-    (row, row_in, row_rel), (col, col_in, col_rel) = (
-        axis_window(q.shape[1 + i], k.shape[1 + i], block_size[i], halo[i], stride, q.device) for i in (0, 1)
-    )
-    near = (row[:, None, :, None], col[None, :, None, :])  # index (Hq, Wq, wh, ww)
-    outside = ~(row_in[:, None, :, None] & col_in[None, :, None, :])[..., None, None]
+    wide, (block_size, halo, stride) = accumulator(q.dtype), blocks
+    rows, cols = (axis_window(q.shape[1 + i], k.shape[1 + i], block_size[i], halo[i], stride, q.device) for i in (0, 1))
+    near = (rows.keys[:, None, :, None], cols.keys[None, :, None, :])  # index (Hq, Wq, wh, ww)
+    outside = ~(rows.seen[:, None, :, None] & cols.seen[None, :, None, :])[..., None, None]
     k, v = (t.to(wide)[:, near[0], near[1]].masked_fill(outside, 0) for t in (k, v))  # (B, Hq, Wq, wh, ww, heads, d)
     wide_q = q.to(wide)
     logits = torch.einsum("bhwnd,bhwijnd->bnhwij", wide_q, k) * scale
     if rel_h is not None and rel_w is not None:
-        logits = logits + torch.einsum("bhwnd,hid->bnhwi", wide_q, rel_h.to(wide)[row_rel])[..., :, None]
-        logits = logits + torch.einsum("bhwnd,wjd->bnhwj", wide_q, rel_w.to(wide)[col_rel])[..., None, :]
+        logits = logits + torch.einsum("bhwnd,hid->bnhwi", wide_q, rel_h.to(wide)[rows.cells])[..., :, None]
+        logits = logits + torch.einsum("bhwnd,wjd->bnhwj", wide_q, rel_w.to(wide)[cols.cells])[..., None, :]
     probs = logits.flatten(-2).softmax(-1).view_as(logits)
     return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v).to(q.dtype)
 
 
 def _fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: tuple[int, int],
-    halo: tuple[int, int],
-    stride: int,
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
 ) -> Tensor:
     from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
 
     tables = None if rel_h is None or rel_w is None else (rel_h, rel_w)
-    return local_attention(q, k, v, Pattern("block", block_size, halo, stride), tables=tables, scale=scale)
+    return local_attention(q, k, v, Pattern("block", *blocks), tables=tables, scale=scale)
 
 
 def _macs(q: Tensor, v: Tensor, block_size: tuple[int, int], halo: tuple[int, int], rel_h: Tensor | None) -> int:
@@ -173,6 +150,7 @@ declare(
     fused=_fused,
     why_not_fused=why_no_local_kernel,
     macs=_macs,
+    bundles={"blocks": Blocks},
 )
 
 

@@ -2,17 +2,18 @@
 
 One key tile holds a block and its halo.
 
-Inference  walks boxes of tiles. A box is a few neighboring tiles with all their heads, whose logits stay in a CPU's
-           cache. Keys are copied out of a padded map into the same buffers for every box: new ones of the size of a map
-           cost more in cleared pages than the attention itself (3 x 64x64, 8 heads x 16, stride 2: 45 and 12 ms on 2
-           threads of a virtual Xeon).
+Inference  of a map whose logits fit a CPU's cache is the graph body. Larger maps are walked in boxes: a few neighboring
+           tiles with all their heads, whose logits fit. Keys are copied out of a padded map into the same buffers for
+           every box: new ones of the size of a map cost more in cleared pages than the attention itself (3 x 64x64, 8
+           heads x 16, stride 2: 45 and 12 ms on 2 threads of a virtual Xeon).
 Training   works on a few heads at a time, by timm's operations in timm's order: float32 then rounds as in timm's layer
            (bit for bit on CPUs with AVX-512). Otherwise ReLUs behind the layer cross zero elsewhere, and single
            gradients of a HaloNet cannot be compared. Backward recomputes the logits: memory stays at O(one chunk).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,84 +22,85 @@ from torch import Tensor
 from ._attend import EagerBody, accumulator
 from ._buffers import Buffers
 from .tiled_attention import CHUNK_LOGITS
-from .tiling import AxisTiling, boxes, by_region, gather_keys, merge_queries, scatter_keys, split_queries
+from .tiling import AxisTiling, boxes, cut_axis, cut_regions, gather_keys, merge_queries, scatter_keys, split_queries
 
 Axes = tuple[AxisTiling, AxisTiling]  # rows, columns
 
 
-@dataclass(frozen=True)
-class QueryTiling(AxisTiling):
-    """Queries cut into as many tiles as the keys, whose number may be a symbol."""
+class Blocks(NamedTuple):
+    """How keys are cut into blocks, in tokens (rows, columns), and how many keys there are for a query on each axis."""
 
-    count: int = 0
-
-    @property
-    def tiles(self) -> int:
-        return self.count
+    block_size: tuple[int, int]
+    halo: tuple[int, int]
+    stride: int
 
 
-@dataclass(frozen=True)
-class HaloPlan:
-    """How queries and keys are cut, rows and columns, and the scale of the logits."""
+class HaloPlan(NamedTuple):
+    """How queries and keys are cut, rows and columns, into as many tiles of either."""
 
-    queries: tuple[QueryTiling, QueryTiling]
-    keys: tuple[AxisTiling, AxisTiling]
-    scale: float
+    queries: Axes
+    keys: Axes
+
+
+def halo_plan(q: Tensor, k: Tensor, blocks: Blocks) -> HaloPlan:
+    """Cut maps (B, H, W, heads, d), whose sizes may be symbols of a tracer."""
+    sizes = (q.shape[1], q.shape[2]), (k.shape[1], k.shape[2])
+    if all(isinstance(length, int) for length in (*sizes[0], *sizes[1])):
+        return _cached_plan(*sizes, blocks)
+    return _make_plan(*sizes, blocks)
+
+
+def _make_plan(queries: tuple[int, int], keys: tuple[int, int], blocks: Blocks) -> HaloPlan:
+    (block, halo, stride), axes = blocks, (0, 1)
+    of_keys = tuple(cut_axis(keys[i], block[i], halo[i], halo[i]) for i in axes)
+    return HaloPlan(tuple(cut_axis(queries[i], block[i] // stride, tiles=of_keys[i].tiles) for i in axes), of_keys)
+
+
+_cached_plan = lru_cache(maxsize=256)(_make_plan)
 
 
 def halo_attention_tiled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: tuple[int, int],
-    halo: tuple[int, int],
-    stride: int,
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
 ) -> Tensor:
     """Every block of queries against its one key tile."""
     if q.is_cuda:  # a GPU wants few operations
-        return halo_attention_graph(q, k, v, block_size, halo, stride, rel_h, rel_w, scale)
-    plan = _plan(q, k, block_size, halo, stride, scale)
-    if not torch.is_grad_enabled():
-        return attend_by_boxes(q, k, v, rel_h, rel_w, plan.queries, plan.keys, plan.scale)
-    return HaloTiles(plan)(q, k, v, rel_h, rel_w)
+        return halo_attention_graph(q, k, v, rel_h, rel_w, blocks, scale)
+    plan = halo_plan(q, k, blocks)
+    if torch.is_grad_enabled():
+        return HaloTiles(plan, scale)(q, k, v, rel_h, rel_w)
+    if q.shape[0] * q.shape[3] * _logits(plan) <= _budget() and q.dtype == accumulator(q.dtype):
+        return HaloTiles(plan, scale).graph(q, k, v, rel_h, rel_w).contiguous()  # all in the cache at once
+    return attend_by_boxes(q, k, v, rel_h, rel_w, plan, scale)
+
+
+def _budget() -> int:
+    """Logits that stay in the caches of a CPU."""
+    return torch.get_num_threads() * CHUNK_LOGITS
+
+
+def _logits(plan: HaloPlan) -> int:
+    """Logits of one head of one image."""
+    (qy, qx), (ky, kx) = plan
+    return qy.tiles * qy.tile * qx.tiles * qx.tile * ky.keys * kx.keys
 
 
 def halo_attention_graph(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: tuple[int, int],
-    halo: tuple[int, int],
-    stride: int,
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
 ) -> Tensor:
     """The same by differentiable operations."""
-    return HaloTiles(_plan(q, k, block_size, halo, stride, scale)).graph(q, k, v, rel_h, rel_w)
-
-
-def _plan(
-    q: Tensor, k: Tensor, block_size: tuple[int, int], halo: tuple[int, int], stride: int, scale: float
-) -> HaloPlan:
-    keys = tuple(AxisTiling(k.shape[1 + i], block_size[i], halo[i], halo[i]) for i in (0, 1))
-    queries = tuple(QueryTiling(q.shape[1 + i], block_size[i] // stride, count=keys[i].tiles) for i in (0, 1))
-    return HaloPlan(queries, keys, scale)
+    return HaloTiles(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w)
 
 
 class HaloTiles(EagerBody):
     """Halo attention of a training step, some heads of some images at a time. Tensors: q, k, v, rel_h, rel_w."""
 
-    def __init__(self, plan: HaloPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: HaloPlan, scale: float) -> None:
+        self.plan, self.scale = plan, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
         out = q.new_empty(*q.shape[:4], v.shape[-1])
         for part in _chunks(q, self.plan):
-            out[part] = _forward(q[part], k[part], v[part], rel_h, rel_w, self.plan)
+            out[part] = _forward(q[part], k[part], v[part], rel_h, rel_w, self.plan, self.scale)
         return out
 
     def backward(
@@ -107,7 +109,7 @@ class HaloTiles(EagerBody):
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
         tables = [None if t is None else torch.zeros_like(t, dtype=accumulator(t.dtype)) for t in (rel_h, rel_w)]
         for part in _chunks(q, self.plan):
-            *of_maps, of_tables = _backward(q[part], k[part], v[part], grad[part], rel_h, rel_w, self.plan)
+            *of_maps, of_tables = _backward(q[part], k[part], v[part], grad[part], rel_h, rel_w, self.plan, self.scale)
             for whole, value in zip(grads, of_maps, strict=True):
                 whole[part] = value.permute(0, 2, 3, 1, 4)
             for total, value in zip(tables, of_tables, strict=False):
@@ -121,16 +123,15 @@ class HaloTiles(EagerBody):
             by_row, by_col = _relative_logits(q_tiles, rel_h, rel_w, self.plan)
             mask = (by_row[..., :, None] + by_col[..., None, :]).flatten(-2).flatten(0, 1)
         tiles = (t.flatten(0, 1) for t in (q_tiles, k_tiles, v_tiles))
-        out = F.scaled_dot_product_attention(*tiles, attn_mask=mask, scale=self.plan.scale)
+        out = F.scaled_dot_product_attention(*tiles, attn_mask=mask, scale=self.scale)
         return merge_queries(out.unflatten(0, q_tiles.shape[:2]), *self.plan.queries).permute(0, 2, 3, 1, 4)
 
 
 def by_place(table: Tensor, queries: int) -> Tensor:
     """(2 * window - 1, d) -> (queries, window, d): the cells that a query at each place of the block uses."""
     window = (table.shape[0] + 1) // 2
-    place = torch.arange(window, device=table.device)
-    query = torch.arange(queries, device=table.device)[:, None]
-    return table[place - query + window - 1]
+    from_cell = table.unfold(0, window, 1)  # (window, d, window), a view: [s, :, place] is cell s + place
+    return from_cell[window - queries :].flip(0).mT.contiguous()  # query t begins at cell window - 1 - t
 
 
 def _tiles(q: Tensor, k: Tensor, v: Tensor, plan: HaloPlan) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,8 +150,8 @@ def _relative_logits(q: Tensor, rel_h: Tensor, rel_w: Tensor, plan: HaloPlan) ->
     return by_row.flatten(-3, -2), by_col.flatten(-3, -2)
 
 
-def _probs(q: Tensor, k: Tensor, relative: tuple[Tensor, Tensor] | None, plan: HaloPlan) -> Tensor:
-    logits = torch.matmul(q, k.mT).mul_(plan.scale)  # (B, heads, tiles, T, K)
+def _probs(q: Tensor, k: Tensor, relative: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
+    logits = torch.matmul(q, k.mT).mul_(scale)  # (B, heads, tiles, T, K)
     if relative is not None:
         by_row, by_col = relative
         logits.add_((by_row[..., :, None] + by_col[..., None, :]).flatten(-2))
@@ -159,9 +160,7 @@ def _probs(q: Tensor, k: Tensor, relative: tuple[Tensor, Tensor] | None, plan: H
 
 def _chunks(q: Tensor, plan: HaloPlan) -> Iterator[tuple]:
     """Index (images, all rows, all columns, heads) so that one chunk's logits fit `CHUNK_LOGITS` a thread."""
-    budget = torch.get_num_threads() * CHUNK_LOGITS
-    (qy, qx), (ky, kx) = plan.queries, plan.keys
-    per_head = max(qy.tiles * qy.tile * qx.tiles * qx.tile * ky.keys * kx.keys, 1)
+    budget, per_head = _budget(), max(_logits(plan), 1)
     heads = min(max(budget // per_head, 1), q.shape[3])
     images = max(budget // (per_head * heads), 1) if heads == q.shape[3] else 1
     for image in range(0, q.shape[0], images):
@@ -169,18 +168,27 @@ def _chunks(q: Tensor, plan: HaloPlan) -> Iterator[tuple]:
             yield slice(image, image + images), slice(None), slice(None), slice(head, head + heads)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, plan: HaloPlan) -> Tensor:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, plan: HaloPlan, scale: float
+) -> Tensor:
     wide = accumulator(q.dtype)
     q, k, v = _tiles(*(t.to(wide) for t in (q, k, v)), plan)
     relative = None
     if rel_h is not None and rel_w is not None:
         relative = _relative_logits(q, rel_h, rel_w, plan)
-    out = torch.matmul(_probs(q, k, relative, plan), v)
+    out = torch.matmul(_probs(q, k, relative, scale), v)
     return merge_queries(out, *plan.queries).permute(0, 2, 3, 1, 4)
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, plan: HaloPlan
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    plan: HaloPlan,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Return dq, dk, dv as (B, heads, Y, X, d), and the gradients of the tables, for one chunk."""
     wide = accumulator(q.dtype)
@@ -191,12 +199,12 @@ def _backward(
         leaves = [t.detach().to(wide).requires_grad_() for t in (q, rel_h, rel_w)]
         with torch.enable_grad():
             relative = _relative_logits(*leaves, plan)
-    probs = _probs(q, k, None if relative is None else tuple(t.detach() for t in relative), plan)
+    probs = _probs(q, k, None if relative is None else tuple(t.detach() for t in relative), scale)
     dv = torch.matmul(probs.mT, grad)
     dprobs = torch.matmul(grad, v.mT)
     dlogits = dprobs.sub_((dprobs * probs).sum(-1, keepdim=True)).mul_(probs)
-    dq = torch.matmul(dlogits, k).mul_(plan.scale)
-    dk = torch.matmul(dlogits.mT, q).mul_(plan.scale)
+    dq = torch.matmul(dlogits, k).mul_(scale)
+    dk = torch.matmul(dlogits.mT, q).mul_(scale)
     of_tables = []
     if relative is not None:
         by_place = dlogits.unflatten(-1, (plan.keys[0].keys, plan.keys[1].keys))
@@ -214,27 +222,28 @@ def _backward(
 
 
 def attend_by_boxes(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, queries: Axes, keys: Axes, scale: float
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, plan: HaloPlan, scale: float
 ) -> Tensor:
     """Attend from every query tile to its key tile.
 
     Args:
         q: (B, Y, X, heads, head_dim); k, v: (B, H, W, heads, head_dim or value_dim), of any strides.
         rel_h, rel_w: (2 * window - 1, head_dim), both or none.
-        queries, keys: as many tiles of either.
+        plan: how both are cut.
         scale: of q . k.
 
     Returns:
         (B, Y, X, heads, value_dim), contiguous.
     """
-    (rows, cols), heads, wide = queries, q.shape[3], accumulator(q.dtype)
+    (queries, keys), heads, wide = plan, q.shape[3], accumulator(q.dtype)
+    rows, cols = queries
     dim = max(q.shape[-1], v.shape[-1])  # SDPA's fast body wants one; zeros add nothing
-    budget = torch.get_num_threads() * CHUNK_LOGITS
+    budget = _budget()
     tokens, window = rows.tile * cols.tile, keys[0].keys * keys[1].keys
     out = q.new_empty(len(q), rows.tiles * rows.tile, cols.tiles * cols.tile, heads, v.shape[-1])
     overhang = (0, dim - q.shape[-1], 0, 0, 0, cols.tail, 0, rows.tail)
     q = F.pad(q, overhang) if any(overhang) else q
-    q_tiles, out_tiles = (by_region(x, (rows.tile, cols.tile)).transpose(2, 3) for x in (q, out))
+    q_tiles, out_tiles = (cut_regions(x, [rows.tile, cols.tile]) for x in (q, out))
     relative = None if rel_h is None or rel_w is None else _relative(rel_h.to(wide), rel_w.to(wide), queries)
     buffers, maps = Buffers(q, wide), _empty_maps(q, dim, keys, budget)
     for start in range(0, len(q), len(maps[0])):

@@ -7,11 +7,15 @@ Tiled      a dilated depthwise convolution is the plain one on every dilation gr
 Fused      for inference, see kernels/gates/large_kernel.py. Its map is channels last.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._op import Impl, autocasts, check_alike, check_at_least, declare, run, why_no_kernel
+from .tiling import cut_regions, join_regions
 
 OP = "large_kernel_attention"
 MOST_CHANNELS = 1024  # of the kernel
@@ -51,65 +55,53 @@ def large_kernel_attention(
     return run(OP, locals())
 
 
-def _check(
-    x: Tensor,
-    local_weight: Tensor,
-    local_bias: Tensor | None,
-    dilated_weight: Tensor,
-    dilated_bias: Tensor | None,
-    point_weight: Tensor,
-    point_bias: Tensor | None,
-    dilation: int,
-) -> None:
+class Convolutions(NamedTuple):
+    """The weights of the three convolutions."""
+
+    local_weight: Tensor
+    local_bias: Tensor | None
+    dilated_weight: Tensor
+    dilated_bias: Tensor | None
+    point_weight: Tensor
+    point_bias: Tensor | None
+    dilation: int
+
+
+def _check(x: Tensor, convolutions: Convolutions) -> None:
     if x.dim() != 4:
         raise ValueError(f"{OP}: x must be (B, C, H, W), got shape {tuple(x.shape)}")
-    channels = x.shape[1]
-    for name, weight in (("local_weight", local_weight), ("dilated_weight", dilated_weight)):
+    channels, one = x.shape[1], convolutions
+    for name, weight in (("local_weight", one.local_weight), ("dilated_weight", one.dilated_weight)):
         shape = tuple(weight.shape)
         if len(shape) != 4 or shape[:2] != (channels, 1) or shape[2] % 2 == 0 or shape[3] % 2 == 0:
             raise ValueError(f"{OP}: {name} must be (C = {channels}, 1, k, k) with k odd, got {shape}")
-    if tuple(point_weight.shape) != (channels, channels, 1, 1):
-        raise ValueError(f"{OP}: point_weight must be {(channels, channels, 1, 1)}, got {tuple(point_weight.shape)}")
-    weights = {"local_weight": local_weight, "dilated_weight": dilated_weight, "point_weight": point_weight}
-    biases = {"local_bias": local_bias, "dilated_bias": dilated_bias, "point_bias": point_bias}
-    given = {name: bias for name, bias in biases.items() if bias is not None}
+    if (shape := tuple(one.point_weight.shape)) != (channels, channels, 1, 1):
+        raise ValueError(f"{OP}: point_weight must be {(channels, channels, 1, 1)}, got {shape}")
+    named = {name: t for name, t in one._asdict().items() if isinstance(t, Tensor)}
+    weights = {name: t for name, t in named.items() if name.endswith("weight")}
+    given = {name: t for name, t in named.items() if name.endswith("bias")}
     for name, bias in given.items():
         if tuple(bias.shape) != (channels,):
             raise ValueError(f"{OP}: {name} must be (C = {channels},), got {tuple(bias.shape)}")
     check_alike(OP, **({} if autocasts(x) else {"x": x}), **weights, **given)
-    check_at_least(OP, "dilation", (dilation,), 1)
+    check_at_least(OP, "dilation", (one.dilation,), 1)
 
 
-def large_kernel_attention_reference(
-    x: Tensor,
-    local_weight: Tensor,
-    local_bias: Tensor | None,
-    dilated_weight: Tensor,
-    dilated_bias: Tensor | None,
-    point_weight: Tensor,
-    point_bias: Tensor | None,
-    dilation: int,
-) -> Tensor:
+def large_kernel_attention_reference(x: Tensor, convolutions: Convolutions) -> Tensor:
     """The definition: three convolutions in the order of the paper. Tracers and GPUs take it for the tiled body too."""
-    gate = depthwise(x.to(local_weight.dtype), local_weight, local_bias)
-    gate = depthwise(gate, dilated_weight, dilated_bias, dilation)
-    return x * F.conv2d(gate, point_weight, point_bias)
+    return _gate(x, convolutions, depthwise)
 
 
-def large_kernel_attention_tiled(
-    x: Tensor,
-    local_weight: Tensor,
-    local_bias: Tensor | None,
-    dilated_weight: Tensor,
-    dilated_bias: Tensor | None,
-    point_weight: Tensor,
-    point_bias: Tensor | None,
-    dilation: int,
-) -> Tensor:
+def large_kernel_attention_tiled(x: Tensor, convolutions: Convolutions) -> Tensor:
     """The same; on a CPU the dilated convolution runs on dilation groups."""
-    gate = depthwise(x.to(local_weight.dtype), local_weight, local_bias)
-    gate = (depthwise if x.is_cuda else depthwise_by_groups)(gate, dilated_weight, dilated_bias, dilation)
-    return x * F.conv2d(gate, point_weight, point_bias)
+    return _gate(x, convolutions, depthwise if x.is_cuda else depthwise_by_groups)
+
+
+def _gate(x: Tensor, convolutions: Convolutions, dilated: Callable[..., Tensor]) -> Tensor:
+    one = convolutions
+    gate = depthwise(x.to(one.local_weight.dtype), one.local_weight, one.local_bias)
+    gate = dilated(gate, one.dilated_weight, one.dilated_bias, one.dilation)
+    return x * F.conv2d(gate, one.point_weight, one.point_bias)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
@@ -122,42 +114,22 @@ def depthwise_by_groups(x: Tensor, weight: Tensor, bias: Tensor | None, dilation
     """The same as `depthwise`: every dilation group is an image of its own. Two copies of the map."""
     height, width = x.shape[2:]
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -width % dilation, 0, -height % dilation))
-    x = x.unflatten(2, (-1, dilation)).unflatten(1, (-1, dilation))  # (B, Y, dy, X, dx, C)
-    groups = x.permute(0, 2, 4, 1, 3, 5)
+    groups = cut_regions(x, [dilation, dilation]).permute(0, 3, 4, 1, 2, 5)  # (B, dy, dx, Y, X, C)
     images = groups.reshape(-1, *groups.shape[3:]).permute(0, 3, 1, 2)  # (B * dy * dx, C, Y, X), channels last
     images = depthwise(images, weight, bias).permute(0, 2, 3, 1)
-    x = images.reshape(groups.shape).permute(0, 3, 1, 4, 2, 5)
-    return x.flatten(3, 4).flatten(1, 2)[:, :height, :width].permute(0, 3, 1, 2)
+    x = join_regions(images.reshape(groups.shape).permute(0, 3, 4, 1, 2, 5))
+    return x[:, :height, :width].permute(0, 3, 1, 2)
 
 
-def _fused(
-    x: Tensor,
-    local_weight: Tensor,
-    local_bias: Tensor | None,
-    dilated_weight: Tensor,
-    dilated_bias: Tensor | None,
-    point_weight: Tensor,
-    point_bias: Tensor | None,
-    dilation: int,
-) -> Tensor:
+def _fused(x: Tensor, convolutions: Convolutions) -> Tensor:
     from ..kernels.gates.large_kernel import large_kernel_attention  # here, so that CPU users need no Triton
 
-    weights = local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias
-    return large_kernel_attention(x.to(local_weight.dtype), *weights, dilation).to(x.dtype)
+    return large_kernel_attention(x.to(convolutions.local_weight.dtype), *convolutions).to(x.dtype)
 
 
-def why_not_fused(
-    x: Tensor,
-    local_weight: Tensor,
-    local_bias: Tensor | None,
-    dilated_weight: Tensor,
-    dilated_bias: Tensor | None,
-    point_weight: Tensor,
-    point_bias: Tensor | None,
-) -> str | None:
+def why_not_fused(x: Tensor, convolutions: Convolutions) -> str | None:
     """Return the reason why no fused kernel can run on these tensors, or None."""
-    weights = local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *convolutions)):
         return "the kernel has no gradient; training takes the convolutions of cuDNN"
     if x.shape[1] > MOST_CHANNELS:
         return f"the kernel takes at most {MOST_CHANNELS} channels, got {x.shape[1]}"
@@ -179,6 +151,7 @@ declare(
     why_not_fused=why_not_fused,
     cast=("local_weight", "local_bias", "dilated_weight", "dilated_bias", "point_weight", "point_bias"),
     macs=_macs,
+    bundles={"convolutions": Convolutions},
 )
 
 

@@ -37,7 +37,7 @@ class _UsefulWork(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         with FlopCounterMode(display=False) as body:
             out = func(*args, **(kwargs or {}))
-        self.excess_macs += body.get_total_flops() // 2 - op.macs(op.bind(*args, **(kwargs or {})))
+        self.excess_macs += body.get_total_flops() // 2 - op.useful_macs(*args, **(kwargs or {}))
         return out
 
 

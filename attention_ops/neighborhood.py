@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ._attend import accumulator
 from ._op import Flags, Impl, Size, check_at_least, check_device, check_qkv, declare, pair, run, why_no_local_kernel
-from .neighborhood_cpu import neighborhood_attention_graph, neighborhood_attention_tiled
+from .neighborhood_cpu import Neighborhood, neighborhood_attention_graph, neighborhood_attention_tiled
+from .tiling import AxisWindow
 
 OP = "neighborhood_attention"
 
@@ -82,63 +83,38 @@ def _check(
 
 def axis_window(
     length: int, kernel: int, dilation: int, causal: bool, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Say what every position of one axis sees.
-
-    Returns:
-        keys: (length, kernel) positions of the keys, ascending.
-        bias: (length, kernel) cells of the relative position table, 0 ... 2 * kernel - 2.
-        seen: (length, kernel) bool, False behind the query of a causal axis.
-    """
+) -> AxisWindow:
+    """Say what every query of one axis sees: `kernel` keys, of which a causal axis hides those behind the query."""
     position = torch.arange(length, device=device)
     group, rank = position % dilation, position // dilation
     group_length = (length - group + dilation - 1) // dilation
     start = (rank - kernel // 2).clamp(min=0).minimum(group_length - kernel)
     ranks = start[:, None] + torch.arange(kernel, device=device)
-    bias = ranks - rank[:, None] + kernel - 1
-    return (
-        ranks * dilation + group[:, None],
-        bias,
-        (bias < kernel) if causal else torch.ones_like(bias, dtype=torch.bool),
-    )
+    cells = ranks - rank[:, None] + kernel - 1
+    seen = (cells < kernel) if causal else torch.ones_like(cells, dtype=torch.bool)
+    return AxisWindow(ranks * dilation + group[:, None], seen, cells)
 
 
 def neighborhood_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel_size: tuple[int, int],
-    dilation: tuple[int, int],
-    rpb: Tensor | None,
-    is_causal: tuple[bool, bool],
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> Tensor:
     """The definition: gather every query's own keys, kernel_size ** 2 copies of k and v. float32 inside at least."""
     wide = accumulator(q.dtype)
-    axes = zip(q.shape[1:3], kernel_size, dilation, is_causal, strict=True)
-    (row, row_bias, row_seen), (col, col_bias, col_seen) = (axis_window(*axis, q.device) for axis in axes)
-    near = (row[:, None, :, None], col[None, :, None, :])  # index (H, W, kh, kw)
-    unseen = ~(row_seen[:, None, :, None] & col_seen[None, :, None, :])
+    rows, cols = (axis_window(*axis, q.device) for axis in zip(q.shape[1:3], *neighborhood, strict=True))
+    near = (rows.keys[:, None, :, None], cols.keys[None, :, None, :])  # index (H, W, kh, kw)
+    unseen = ~(rows.seen[:, None, :, None] & cols.seen[None, :, None, :])
     k, v = (t.to(wide)[:, near[0], near[1]].masked_fill(unseen[..., None, None], 0) for t in (k, v))
     logits = torch.einsum("bhwnd,bhwijnd->bnhwij", q.to(wide) * scale, k)
     if rpb is not None:
-        logits = logits + rpb.to(wide)[:, row_bias[:, None, :, None], col_bias[None, :, None, :]]
+        logits = logits + rpb.to(wide)[:, rows.cells[:, None, :, None], cols.cells[None, :, None, :]]
     probs = logits.masked_fill(unseen, -torch.inf).flatten(-2).softmax(-1).view_as(logits)
     return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v).to(q.dtype)
 
 
-def _fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel_size: tuple[int, int],
-    dilation: tuple[int, int],
-    rpb: Tensor | None,
-    is_causal: tuple[bool, bool],
-    scale: float,
-) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float) -> Tensor:
     from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
 
+    kernel_size, dilation, is_causal = neighborhood
     pattern = Pattern("neighborhood", kernel_size, dilation=dilation, causal=is_causal)
     return local_attention(q, k, v, pattern, bias=rpb, scale=scale)
 
@@ -156,6 +132,7 @@ declare(
     fused=_fused,
     why_not_fused=why_no_local_kernel,
     macs=_macs,
+    bundles={"neighborhood": Neighborhood},
 )
 
 

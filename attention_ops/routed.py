@@ -7,7 +7,8 @@ We differ  soft routing and the authors' ways of pooling keys are not here (no r
            `kv_region_size` serves callers who pool keys themselves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from ._op import (
     under_transform,
     why_no_attention_kernel,
 )
-from .routed_cpu import RegionPlan, routed_attention_graph, routed_attention_tiled
+from .routed_cpu import Regions, routed_attention_graph, routed_attention_tiled
 from .tiling import merge_windows, pad_to_windows, split_windows
 
 OP = "routed_attention"
@@ -74,15 +75,28 @@ register(bi_level_routes, _bi_level_routes)
 
 def region_means(x: Tensor, region_size: Sequence[int]) -> Tensor:
     """(B, H, W, C) -> (B, regions, C): means over the tokens that exist, float32 at least; differentiable."""
-    counts = []
-    for length, size in zip(x.shape[1:3], region_size, strict=True):
-        starts = torch.arange(0, length, size, device=x.device)
-        counts.append((length - starts).clamp(max=size))
+    tokens = _tokens if is_traced([x]) or under_transform([x]) else _cached_tokens
+    counts = tokens(tuple(x.shape[1:3]), tuple(region_size), x.device)
     x = pad_to_windows(x, list(region_size))
     # One axis after the other: a third of the time of both at once, and no copy where x is a slice of a packed qkv.
     sums = x.unflatten(2, (-1, region_size[1])).sum(3, dtype=accumulator(x.dtype))
     sums = sums.unflatten(1, (-1, region_size[0])).sum(2)
-    return (sums / (counts[0][:, None] * counts[1])[..., None]).flatten(1, 2)
+    return (sums / counts).flatten(1, 2)
+
+
+def _tokens(size: tuple[int, int], region_size: tuple[int, int], device: torch.device) -> Tensor:
+    """(region rows, region columns, 1): the tokens of the map that lie in each region."""
+    of_axis = []
+    for length, region in zip(size, region_size, strict=True):
+        starts = torch.arange(0, length, region, device=device)
+        of_axis.append((length - starts).clamp(max=region))
+    return (of_axis[0][:, None] * of_axis[1])[..., None]
+
+
+@lru_cache(maxsize=64)
+def _cached_tokens(*key) -> Tensor:
+    with torch.inference_mode(False):  # made first during inference, they must serve training too
+        return _tokens(*key)
 
 
 def routed_attention(
@@ -124,15 +138,8 @@ def routed_attention(
     return run(OP, locals())
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor,
-    region_size: tuple[int, int],
-    kv_region_size: tuple[int, int] | None,
-) -> None:
-    kv_region_size = region_size if kv_region_size is None else kv_region_size
+def _check(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions) -> None:
+    region_size, kv_region_size = regions.region_size, regions.of_keys
     if q.dim() != 5 or min(q.shape[1:]) < 1:
         raise ValueError(f"{OP}: q must be (B, H, W, heads, head_dim), none of the last four 0, got {tuple(q.shape)}")
     if k.dim() != 5 or (k.shape[0], *k.shape[3:]) != (q.shape[0], *q.shape[3:]):
@@ -159,76 +166,39 @@ def _check_routes(routes: Tensor, q: Tensor, regions: int) -> None:
         raise ValueError(f"{OP}: routes must be {wanted}, got {tuple(routes.shape)}")
     if routes.dtype != torch.int64 or routes.device != q.device:
         raise ValueError(f"{OP}: routes must be int64 on {q.device}, got {routes.dtype} on {routes.device}")
-    readable = routes.device.type == "cpu" and not is_traced(routes) and not under_transform([routes])
+    readable = routes.device.type == "cpu" and not is_traced([routes]) and not under_transform([routes])
     if readable and routes.numel():
         low, high = (int(t) for t in routes.aminmax())
         if low < 0 or high >= regions:
             raise ValueError(f"{OP}: routes must be in 0 ... {regions - 1}, got {low} ... {high}")
 
 
-def _plan(region_size: tuple[int, int], kv_region_size: tuple[int, int] | None, scale: float) -> RegionPlan:
-    return RegionPlan(region_size, region_size if kv_region_size is None else kv_region_size, scale)
-
-
 def routed_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor,
-    region_size: tuple[int, int],
-    kv_region_size: tuple[int, int] | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, scale: float
 ) -> Tensor:
     """The definition: every region gathers its own keys, topk copies of k and v. float32 inside at least."""
-    wide, plan = accumulator(q.dtype), _plan(region_size, kv_region_size, scale)
-    queries = split_windows(q.to(wide), plan.region)  # (B, heads, regions, T, d)
+    wide = accumulator(q.dtype)
+    queries = split_windows(q.to(wide), regions.region_size)  # (B, heads, regions, T, d)
     image = torch.arange(q.shape[0], device=q.device)[:, None, None]
     keys, values = (
-        split_windows(x.to(wide), plan.kv_region).transpose(1, 2)[image, routes].transpose(2, 3).flatten(3, 4)
+        split_windows(x.to(wide), regions.of_keys).transpose(1, 2)[image, routes].transpose(2, 3).flatten(3, 4)
         for x in (k, v)
     )  # (B, regions, heads, topk * Tk, d)
-    logits = torch.matmul(queries.transpose(1, 2) * plan.scale, keys.mT)
+    logits = torch.matmul(queries.transpose(1, 2) * scale, keys.mT)
     out = torch.matmul(logits.softmax(-1), values).transpose(1, 2)
-    return merge_windows(out, (q.shape[1], q.shape[2]), plan.region).to(q.dtype)
+    return merge_windows(out, (q.shape[1], q.shape[2]), regions.region_size).to(q.dtype)
 
 
-def _with_plan(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Give a body that takes a plan the arguments of the op."""
-
-    def body(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        routes: Tensor,
-        region_size: tuple[int, int],
-        kv_region_size: tuple[int, int] | None,
-        scale: float,
-    ) -> Tensor:
-        return attend(q, k, v, routes, _plan(region_size, kv_region_size, scale))
-
-    return body
-
-
-def _fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor,
-    region_size: tuple[int, int],
-    kv_region_size: tuple[int, int] | None,
-    scale: float,
-) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, scale: float) -> Tensor:
     from ..kernels.routed.forward import routed_attention_forward  # here, so that CPU users need no Triton
 
-    plan = _plan(region_size, kv_region_size, scale)
-    grid = [q.shape[1] // plan.region[0], q.shape[2] // plan.region[1]]
-    return routed_attention_forward(q, k, v, routes, grid, list(plan.region), list(plan.kv_region), scale)[0]
+    (rows, cols), of_keys = regions.region_size, regions.of_keys
+    grid = [q.shape[1] // rows, q.shape[2] // cols]
+    return routed_attention_forward(q, k, v, routes, grid, [rows, cols], list(of_keys), scale)[0]
 
 
-def _macs(
-    q: Tensor, v: Tensor, routes: Tensor, region_size: tuple[int, int], kv_region_size: tuple[int, int] | None
-) -> int:
-    rows, cols = region_size if kv_region_size is None else kv_region_size
+def _macs(q: Tensor, v: Tensor, routes: Tensor, regions: Regions) -> int:
+    rows, cols = regions.of_keys
     return q[..., 0].numel() * routes.shape[2] * rows * cols * (q.shape[-1] + v.shape[-1])
 
 
@@ -236,9 +206,10 @@ declare(
     routed_attention,
     check=_check,
     reference=routed_attention_reference,
-    tiled=_with_plan(routed_attention_tiled),
-    graph=_with_plan(routed_attention_graph),
+    tiled=routed_attention_tiled,
+    graph=routed_attention_graph,
     fused=_fused,
     why_not_fused=why_no_attention_kernel,
     macs=_macs,
+    bundles={"regions": Regions},
 )

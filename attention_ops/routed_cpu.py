@@ -13,8 +13,8 @@ Backward   recomputes the logits, by plain matrix products: for 64 queries and 2
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,32 @@ from torch import Tensor
 from . import tiled_attention as tiles
 from ._attend import EagerBody, accumulator, is_finite
 from ._buffers import Buffers
-from .tiling import boxes, by_region
+from .tile_plan import KEY_COPY_COST
+from .tiling import boxes, cut_regions, join_regions
 
 
-@dataclass(frozen=True)
-class RegionPlan:
+class Regions(NamedTuple):
+    """How maps are cut, in tokens (rows, columns)."""
+
+    region_size: tuple[int, int]
+    kv_region_size: tuple[int, int] | None  # as region_size when None
+
+    @property
+    def of_keys(self) -> tuple[int, int]:
+        return self.region_size if self.kv_region_size is None else self.kv_region_size
+
+
+def routed_attention_tiled(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, scale: float) -> Tensor:
+    """Attend to copies of the routed keys, or to all keys with a mask, whichever is cheaper, part by part."""
+    return RoutedAttention(routes, RegionPlan(regions.region_size, regions.of_keys, scale))(q, k, v)
+
+
+def routed_attention_graph(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, scale: float) -> Tensor:
+    """The same by differentiable operations."""
+    return RoutedAttention(routes, RegionPlan(regions.region_size, regions.of_keys, scale)).graph(q, k, v)
+
+
+class RegionPlan(NamedTuple):
     """How maps are cut, in tokens, and the scale of the logits."""
 
     region: tuple[int, int]
@@ -35,24 +56,18 @@ class RegionPlan:
     scale: float
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some images, all their queries; or one image, the queries of a rectangle of regions. All keys in both cases."""
+class Part(NamedTuple):
+    """Some images, all their queries; or one image, the queries of a rectangle of regions. All keys in both cases.
+
+    A part is an index of what `cut_regions` returns.
+    """
 
     images: slice
     rows: slice  # of regions
     cols: slice
 
-    @property
-    def place(self) -> tuple[slice, slice, slice]:
-        return self.images, self.rows, self.cols
-
-    def of(self, x: Tensor, plan: RegionPlan) -> Tensor:
-        """(B, H, W, heads, d) -> this part's queries, seen as by `by_region`."""
-        return by_region(x, plan.region)[self.images, self.rows, :, self.cols]
-
     def routes(self, routes: Tensor, q: Tensor, plan: RegionPlan) -> Tensor:
-        return routes.unflatten(1, (q.shape[1] // plan.region[0], -1))[self.images, self.rows, self.cols].flatten(1, 2)
+        return routes.unflatten(1, (q.shape[1] // plan.region[0], -1))[self].flatten(1, 2)
 
 
 def cut_into_parts(q: Tensor, plan: RegionPlan, regions: int) -> Iterator[Part]:
@@ -60,16 +75,6 @@ def cut_into_parts(q: Tensor, plan: RegionPlan, regions: int) -> Iterator[Part]:
     counts = q.shape[0], q.shape[1] // plan.region[0], q.shape[2] // plan.region[1]
     for box in boxes(counts, regions):
         yield Part(*box)
-
-
-def routed_attention_tiled(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
-    """Attend to copies of the routed keys, or to all keys with a mask, whichever is cheaper, part by part."""
-    return RoutedAttention(routes, plan)(q, k, v)
-
-
-def routed_attention_graph(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
-    """The same by differentiable operations."""
-    return RoutedAttention(routes, plan).graph(q, k, v)
 
 
 # The least cost of a key, in logits: 4, 16 and 64 queries broke even with a mask at 0.1, 0.5 and all of the keys
@@ -86,11 +91,11 @@ def masking_is_cheaper(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -
 def _masking_is_cheaper_in_a_graph(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -> bool:
     """The same where keys are copied token by token."""
     queries, keys = plan.region[0] * plan.region[1], plan.kv_region[0] * plan.kv_region[1]
-    return queries * k.shape[1] * k.shape[2] <= routes.shape[2] * keys * (queries + tiles.KEY_COPY_COST)
+    return queries * k.shape[1] * k.shape[2] <= routes.shape[2] * keys * (queries + KEY_COPY_COST)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
-    """Plain differentiable torch. Returns the output seen as by `by_region`, not yet copied there."""
+    """Plain differentiable torch."""
     if _masking_is_cheaper_in_a_graph(q, k, routes, plan):
         return _attend_masked(q, k, v, routes, plan)
     tokens = _routed_tokens(k, routes, plan)
@@ -103,11 +108,11 @@ def _copies(x: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _attend_copies(q: Tensor, keys: Tensor, values: Tensor, plan: RegionPlan) -> Tensor:
-    cut = by_region(q, plan.region).transpose(2, 3)  # (B, region rows, region columns, rows, columns, heads, d)
+    cut = cut_regions(q, list(plan.region))
     queries = cut.flatten(3, 4).flatten(0, 2)  # (B * regions, T, heads, d)
     parts = (x.transpose(1, 2) for x in (queries, keys, values))
     out = F.scaled_dot_product_attention(*parts, scale=plan.scale).transpose(1, 2)
-    return out.unflatten(1, plan.region).unflatten(0, cut.shape[:3]).transpose(2, 3)
+    return join_regions(out.unflatten(1, plan.region).unflatten(0, cut.shape[:3]))
 
 
 def _routed_tokens(k: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
@@ -123,7 +128,7 @@ def _attend_masked(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: Region
     mask = _token_mask(q, k, routes, plan)
     maps = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, d), views
     out = F.scaled_dot_product_attention(*maps, attn_mask=mask, scale=plan.scale)
-    return by_region(out.transpose(1, 2).unflatten(1, q.shape[1:3]), plan.region)
+    return out.transpose(1, 2).unflatten(1, q.shape[1:3])
 
 
 def _token_mask(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
@@ -162,12 +167,7 @@ class RoutedAttention(EagerBody):
         return _backward_gathered(q, k, v, self.routes, grad, self.plan)
 
     def graph(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attend(q, k, v, self.routes, self.plan).reshape(*q.shape[:4], v.shape[-1])
-
-
-def _map(cut: Tensor) -> Tensor:
-    """Undo `by_region`."""
-    return cut.flatten(3, 4).flatten(1, 2)
+        return _attend(q, k, v, self.routes, self.plan)
 
 
 def _masked_parts(q: Tensor, k: Tensor, plan: RegionPlan, budget: int) -> Iterator[Part]:
@@ -176,22 +176,28 @@ def _masked_parts(q: Tensor, k: Tensor, plan: RegionPlan, budget: int) -> Iterat
 
 
 def _forward_masked(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
+    parts = list(_masked_parts(q, k, plan, torch.get_num_threads() * tiles.CHUNK_LOGITS))
+    if len(parts) == 1:
+        return _attend_masked(q, k, v, routes, plan).contiguous()
     out = q.new_empty(*q.shape[:4], v.shape[-1])
-    for part in _masked_parts(q, k, plan, torch.get_num_threads() * tiles.CHUNK_LOGITS):
+    cut_q, cut_out = (cut_regions(x, list(plan.region)) for x in (q, out))
+    for part in parts:
         seen = k[part.images], v[part.images], part.routes(routes, q, plan)
-        part.of(out, plan).copy_(_attend_masked(_map(part.of(q, plan)), *seen, plan))
+        attended = _attend_masked(join_regions(cut_q[part]), *seen, plan)
+        cut_out[part].copy_(cut_regions(attended, list(plan.region)))
     return out
 
 
 def _backward_masked(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, grad: Tensor, plan: RegionPlan) -> list[Tensor]:
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    cut_q, cut_grad, cut_dq = (cut_regions(x, list(plan.region)) for x in (q, grad, dq))
     for part in _masked_parts(q, k, plan, torch.get_num_threads() * tiles.CHUNK_LOGITS // 2):
-        inputs = _map(part.of(q, plan)), k[part.images], v[part.images]
+        inputs = join_regions(cut_q[part]), k[part.images], v[part.images]
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in inputs]
             out = _attend_masked(*leaves, part.routes(routes, q, plan), plan)
-        of_q, of_k, of_v = torch.autograd.grad(out, leaves, part.of(grad, plan))
-        part.of(dq, plan).copy_(by_region(of_q, plan.region))
+        of_q, of_k, of_v = torch.autograd.grad(out, leaves, join_regions(cut_grad[part]))
+        cut_dq[part].copy_(cut_regions(of_q, list(plan.region)))
         dk[part.images] += of_k  # several parts share the keys
         dv[part.images] += of_v
     return [dq, dk, dv]
@@ -210,8 +216,8 @@ def _forward_gathered(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: Reg
     for images, parts in groupby(cut_into_parts(q, plan, at_once), lambda part: part.images):
         keys, values = (_tiles(buffers.load(n, x[images])) for n, x in zip("kv", cut_keys, strict=True))
         for part in parts:
-            queries, index = _tiles(buffers.load("q", cut[part.place])), rows[part.place].flatten(0, 3)
-            results, place = _attend_rows(queries, keys, values, index, plan.scale, buffers), cut_out[part.place]
+            queries, index = _tiles(buffers.load("q", cut[part])), rows[part].flatten(0, 3)
+            results, place = _attend_rows(queries, keys, values, index, plan.scale, buffers), cut_out[part]
             place.copy_(results.view(place.shape))
     return out
 
@@ -272,7 +278,7 @@ def _budget(q: Tensor) -> int:
 
 def _by_head(x: Tensor, region: tuple[int, int]) -> Tensor:
     """(B, H, W, heads, d) -> (B, region rows, region columns, heads, rows, columns, d), a view."""
-    return by_region(x, region).permute(0, 1, 3, 5, 2, 4, 6)
+    return cut_regions(x, list(region)).permute(0, 1, 2, 5, 3, 4, 6)
 
 
 def _tiles(cut: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.gates.norm import StripNorm
 from ._attend import accumulator
 from ._op import Impl, check_alike, check_device, declare, run, why_no_kernel
 
@@ -57,7 +58,8 @@ def strip_gate(
     return run(OP, locals())
 
 
-def _check(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int) -> None:
+def _check(x: Tensor, norm: StripNorm) -> None:
+    weight, norm_weight, norm_bias, norm_groups, _ = norm
     if x.dim() != 4:
         raise ValueError(f"{OP}: x must be (B, C, H, W), got shape {tuple(x.shape)}")
     check_alike(OP, x=x)
@@ -75,11 +77,9 @@ def _check(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, no
         raise ValueError(f"{OP}: norm_groups must divide C = {channels}, got {norm_groups}")
 
 
-def strip_gate_reference(
-    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float
-) -> Tensor:
+def strip_gate_reference(x: Tensor, norm: StripNorm) -> Tensor:
     """The definition, spelled out with float32 inside at least."""
-    wide = accumulator(x.dtype)
+    wide, (weight, norm_weight, norm_bias, norm_groups, eps) = accumulator(x.dtype), norm
     taps = weight.to(wide).unflatten(0, (-1, weight.shape[1]))  # (groups, out, in, k)
 
     def gate(strip: Tensor) -> Tensor:  # (B, C, L)
@@ -94,32 +94,22 @@ def strip_gate_reference(
     return (x.to(wide) * rows[:, :, :, None] * cols[:, :, None, :]).to(x.dtype)
 
 
-def strip_gate_tiled(
-    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float
-) -> Tensor:
+def strip_gate_tiled(x: Tensor, norm: StripNorm) -> Tensor:
     """Means and gates in float32 at least; one pass over the map for the product."""
-    arguments, wide = (weight, norm_weight, norm_bias, norm_groups, eps), accumulator(x.dtype)
+    wide = accumulator(x.dtype)
     if x.stride(1) == 1:  # channels-last: sums and products of (B, H, W, C) run along the channels
         x = x.permute(0, 2, 3, 1)
         means = (x.mean(axis, dtype=wide).mT for axis in (2, 1))
-        rows, cols = (_gate(strip, *arguments).mT.to(x.dtype).contiguous() for strip in means)
+        rows, cols = (norm.gate(strip).mT.to(x.dtype).contiguous() for strip in means)
         return (x * (rows[:, :, None] * cols[:, None])).permute(0, 3, 1, 2)
-    rows, cols = (_gate(x.mean(axis, dtype=wide), *arguments).to(x.dtype) for axis in (3, 2))
+    rows, cols = (norm.gate(x.mean(axis, dtype=wide)).to(x.dtype) for axis in (3, 2))
     return x * (rows[:, :, :, None] * cols[:, :, None, :])
 
 
-def _gate(
-    strip: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float
-) -> Tensor:  # (B, C, L) -> (B, C, L)
-    groups = weight.shape[0] // weight.shape[1]
-    y = F.conv1d(strip, weight.to(strip.dtype), padding=weight.shape[-1] // 2, groups=groups)
-    return F.group_norm(y, norm_groups, norm_weight.to(y.dtype), norm_bias.to(y.dtype), eps).sigmoid()
-
-
-def _fused(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float) -> Tensor:
+def _fused(x: Tensor, norm: StripNorm) -> Tensor:
     from ..kernels.gates.strip_gate import strip_gate_forward  # here, so that CPU users need no Triton
 
-    return strip_gate_forward(x, weight, norm_weight, norm_bias, norm_groups, eps)[0]
+    return strip_gate_forward(x, *norm)[0]
 
 
 def _why_not_fused(x: Tensor) -> str | None:
@@ -139,6 +129,7 @@ declare(
     why_not_fused=_why_not_fused,
     cast=(),
     macs=_macs,
+    bundles={"norm": StripNorm},
 )
 
 

@@ -1,15 +1,19 @@
-"""Cut maps into tiles of queries and the key tiles that cover what those queries see.
+"""Cut maps into regions, and into tiles of queries with the key tiles that cover what those queries see.
 
-Every local pattern (neighborhood, window, halo) is an interval of keys per axis. Here a map is cut into tiles of
-`tile` queries an axis; each tile gets one contiguous key tile that starts `before` tokens ahead of its first query and
-ends `after` tokens past its last. Keys outside the map are zeros and must be masked by the caller.
+Two layouts are cut, because a cut must not copy before it has to:
 
-Maps are (..., Y, X, d) in this file, with any dimensions in front; tiles are (..., tiles, tokens, d), row-major.
+regions    of maps as the ops take them, (B, H, W, ...): a view, whose regions keep all heads of a token together.
+tiles      of maps (..., Y, X, d), with heads and dilation groups in front: a matrix product takes one head's tokens.
+
+Every local pattern (neighborhood, window, halo) is an interval of keys per axis. A map is cut into tiles of `tile`
+queries an axis; each tile gets one contiguous key tile that starts `before` tokens ahead of its first query and ends
+`after` tokens past its last. Keys outside the map are zeros and must be masked by the caller.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,40 +27,46 @@ def pieces(length: int, size: int) -> int:
     return -(-length // size) if isinstance(length, int) or size == 1 else length // size + 2
 
 
-@dataclass(frozen=True)
-class AxisTiling:
-    """How one axis is cut. All in tokens, but for `tiles`."""
+class AxisTiling(NamedTuple):
+    """How one axis is cut; plain numbers, in tokens but for `tiles`. Made by `cut_axis`."""
 
     length: int
     tile: int  # queries a tile
-    before: int = 0  # keys ahead of a tile's first query
-    after: int = 0  # keys past a tile's last query
-
-    @property
-    def tiles(self) -> int:
-        return pieces(self.length, self.tile)
-
-    @property
-    def keys(self) -> int:
-        return self.before + self.tile + self.after
-
-    @property
-    def tail(self) -> int:
-        """Queries by which the last tile overhangs the map."""
-        return self.tiles * self.tile - self.length
+    before: int  # keys ahead of a tile's first query
+    after: int  # keys past a tile's last query
+    tiles: int
+    keys: int  # keys a tile
+    tail: int  # queries by which the last tile overhangs the map
 
 
-@dataclass(frozen=True)
-class WindowTiling(AxisTiling):
-    """Tiles that divide the axis and see nothing but themselves. `tile` must divide `length`."""
+def cut_axis(length: int, tile: int, before: int = 0, after: int = 0, tiles: int | None = None) -> AxisTiling:
+    """Cut an axis into tiles of `tile` queries: as many as cover it, or so many."""
+    tiles = pieces(length, tile) if tiles is None else tiles
+    return AxisTiling(length, tile, before, after, tiles, before + tile + after, tiles * tile - length)
 
-    @property
-    def tiles(self) -> int:
-        return self.length // self.tile
 
-    @property
-    def tail(self) -> int:
-        return 0
+def cut_windows(size: tuple[int, int], window: tuple[int, int]) -> tuple[AxisTiling, AxisTiling]:
+    """Cut both axes into tiles that see nothing but themselves; `window` must divide `size`, symbols or not."""
+    known = isinstance(size[0], int) and isinstance(size[1], int)
+    return _cached_windows(size, window) if known else _make_windows(size, window)
+
+
+def _make_windows(size: tuple[int, int], window: tuple[int, int]) -> tuple[AxisTiling, AxisTiling]:
+    (height, width), (rows, cols) = size, window
+    return AxisTiling(height, rows, 0, 0, height // rows, rows, 0), AxisTiling(
+        width, cols, 0, 0, width // cols, cols, 0
+    )
+
+
+_cached_windows = lru_cache(maxsize=256)(_make_windows)
+
+
+class AxisWindow(NamedTuple):
+    """What every query of one axis sees, by the definition of an op; each is (queries, keys of a query)."""
+
+    keys: Tensor  # positions, inside the map
+    seen: Tensor  # bool; what hidden keys count as is the op's matter
+    cells: Tensor  # of the relative position table
 
 
 def boxes(counts: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
@@ -80,7 +90,7 @@ def pad_to_windows(x: Tensor, window: list[int]) -> Tensor:
 
 
 def cover_with_windows(x: Tensor, window: list[int]) -> Tensor:
-    """The same for windows that do not see each other: where a size is a symbol of a tracer, whole windows more."""
+    """Pad as `pad_to_windows`, for windows that do not see each other: a symbol of a tracer gets more windows."""
     rows = pieces(x.shape[-3], window[0]) * window[0] - x.shape[-3]
     cols = pieces(x.shape[-2], window[1]) * window[1] - x.shape[-2]
     if isinstance(rows, int) and isinstance(cols, int) and rows == 0 and cols == 0:  # asking a symbol would fix it
@@ -88,53 +98,70 @@ def cover_with_windows(x: Tensor, window: list[int]) -> Tensor:
     return F.pad(x, [0, 0, 0, cols, 0, rows])
 
 
+# Regions
+
+
+def cut_regions(x: Tensor, region: list[int]) -> Tensor:
+    """(B, H, W, ...) -> (B, region rows, region columns, rows, columns, ...), a view; `region` divides (H, W)."""
+    return x.unflatten(2, (-1, region[1])).unflatten(1, (-1, region[0])).transpose(2, 3)
+
+
+def join_regions(x: Tensor) -> Tensor:
+    """(B, region rows, region columns, rows, columns, ...) -> (B, H, W, ...): the inverse of `cut_regions`."""
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def split_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """(B, H, W, heads, d) -> (B, heads, windows, tokens of a window, d); a view where one window is the map."""
+    return split_queries(x.permute(0, 3, 1, 2, 4), *cut_windows((x.shape[1], x.shape[2]), window))
+
+
+def merge_windows(windows: Tensor, size: tuple[int, int], window: tuple[int, int]) -> Tensor:
+    """(B, heads, windows, tokens of a window, d) -> (B, H, W, heads, d): the inverse of `split_windows`."""
+    return merge_queries(windows, *cut_windows(size, window)).permute(0, 2, 3, 1, 4)
+
+
+# Tiles
+
+
 def _pad(x: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
-    known_zero = all(isinstance(p, int) and p == 0 for p in (*rows, *cols))  # asking a symbol would fix it
-    return x if known_zero else F.pad(x, (0, 0, *cols, *rows))
+    for width in (*rows, *cols):
+        if not isinstance(width, int) or width != 0:  # asking a symbol would fix it
+            return F.pad(x, (0, 0, *cols, *rows))
+    return x
 
 
-def by_region(x: Tensor, region: tuple[int, int]) -> Tensor:
-    """(B, H, W, heads, d) -> (B, region rows, rows, region columns, columns, heads, d), always a view."""
-    return x.unflatten(2, (-1, region[1])).unflatten(1, (-1, region[0]))
+def _crop(x: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
+    for overhang in (rows.tail, cols.tail):
+        if not isinstance(overhang, int) or overhang != 0:
+            return x[..., : rows.length, : cols.length, :]
+    return x
 
 
 def split_queries(x: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
     """(..., Y, X, d) -> (..., tiles, tokens of a query tile, d)."""
     x = _pad(x, (0, rows.tail), (0, cols.tail))
-    x = x.unflatten(-2, (cols.tiles, cols.tile)).unflatten(-4, (rows.tiles, rows.tile))
-    return x.transpose(-3, -4).flatten(-3, -2).flatten(-4, -3)
+    *lead, _, _, dim = x.shape
+    x = x.reshape(*lead, rows.tiles, rows.tile, cols.tiles, cols.tile, dim).transpose(-3, -4)
+    return x.reshape(*lead, rows.tiles * cols.tiles, rows.tile * cols.tile, dim)
 
 
 def merge_queries(tiles: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
     """(..., tiles, tokens of a query tile, d) -> (..., Y, X, d): the inverse of `split_queries`."""
-    x = tiles.unflatten(-2, (rows.tile, cols.tile)).unflatten(-4, (rows.tiles, cols.tiles))
-    x = x.transpose(-3, -4).flatten(-3, -2).flatten(-4, -3)
-    return x[..., : rows.length, : cols.length, :]
-
-
-def split_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """(B, H, W, heads, d) -> (B, heads, windows, tokens of a window, d); a view where one window is the map."""
-    rows, cols = WindowTiling(x.shape[1], window[0]), WindowTiling(x.shape[2], window[1])
-    return split_queries(x.permute(0, 3, 1, 2, 4), rows, cols)
-
-
-def merge_windows(windows: Tensor, size: tuple[int, int], window: tuple[int, int]) -> Tensor:
-    """(B, heads, windows, tokens of a window, d) -> (B, H, W, heads, d): the inverse of `split_windows`."""
-    merged = merge_queries(windows, WindowTiling(size[0], window[0]), WindowTiling(size[1], window[1]))
-    return merged.permute(0, 2, 3, 1, 4)
+    *lead, _, _, dim = tiles.shape
+    x = tiles.reshape(*lead, rows.tiles, cols.tiles, rows.tile, cols.tile, dim).transpose(-3, -4)
+    x = x.reshape(*lead, rows.tiles * rows.tile, cols.tiles * cols.tile, dim)
+    return _crop(x, rows, cols)
 
 
 def gather_keys(x: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
     """(..., Y, X, d) -> (..., tiles, tokens of a key tile, d): one copy, `keys / tile` times the map on each axis."""
+    if rows.keys == rows.tile and cols.keys == cols.tile:
+        return split_queries(x, rows, cols)
     x = _pad(x, (rows.before, rows.tail + rows.after), (cols.before, cols.tail + cols.after))
+    *lead, _, _, dim = x.shape
     x = x.unfold(-3, rows.keys, rows.tile).unfold(-3, cols.keys, cols.tile)  # (..., ty, tx, d, ky, kx)
-    return x.movedim(-3, -1).flatten(-3, -2).flatten(-4, -3)
-
-
-def outer_mask(rows: Tensor, cols: Tensor) -> Tensor:
-    """Join the masks of two axes, (groups, tiles, query tile, key tile) each: (groups * tiles, queries, keys)."""
-    rows, cols = rows[:, None, :, None, :, None, :, None], cols[None, :, None, :, None, :, None, :]
-    return (rows & cols).flatten(6, 7).flatten(4, 5).flatten(0, 3)  # from (gy, gx, ty, tx, qy, qx, ky, kx)
+    return x.movedim(-3, -1).reshape(*lead, rows.tiles * cols.tiles, rows.keys * cols.keys, dim)
 
 
 def scatter_keys(tiles: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
@@ -142,10 +169,13 @@ def scatter_keys(tiles: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
 
     A key tile is cut into pieces no larger than a query tile; pieces of one kind never overlap, so a kind is one add.
     """
-    x = tiles.unflatten(-2, (rows.keys, cols.keys)).unflatten(-4, (rows.tiles, cols.tiles))  # (..., ty, tx, ky, kx, d)
+    if rows.keys == rows.tile and cols.keys == cols.tile:
+        return merge_queries(tiles, rows, cols)
+    *lead, _, _, dim = tiles.shape
+    x = tiles.reshape(*lead, rows.tiles, cols.tiles, rows.keys, cols.keys, dim)
     pieces_y, pieces_x = -(-rows.keys // rows.tile), -(-cols.keys // cols.tile)
     grid = (rows.tiles + pieces_y - 1, rows.tile, cols.tiles + pieces_x - 1, cols.tile)
-    total = x.new_zeros(*x.shape[:-5], *grid, x.shape[-1])
+    total = x.new_zeros(*lead, *grid, dim)
     by_tile = total.transpose(-3, -4)  # (..., grid_y, grid_x, tile, tile, d)
     for py in range(pieces_y):
         for px in range(pieces_x):

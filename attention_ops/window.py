@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._attend import accumulator, sdpa
-from ._op import Impl, SymSize, check_at_least, check_device, check_qkv, declare, pair, run, why_no_local_kernel
-from .tiled_attention import TiledAttention, TileMask, TilePlan, from_maps, to_maps
-from .tiling import WindowTiling, cover_with_windows, merge_windows, split_windows
+from ._op import Impl, Pair, SymSize, check_at_least, check_device, check_qkv, declare, pair, run, why_no_local_kernel
+from .tile_plan import TileMask, plan_tiles
+from .tiled_attention import TiledAttention
+from .tiling import cover_with_windows, cut_windows, merge_windows, split_windows
 
 OP = "window_attention"
 
@@ -55,9 +56,7 @@ def window_attention(
     return run(OP, locals())
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int], bias: Tensor | None, mask: Tensor | None
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None) -> None:
     check_qkv(OP, q, k, v)
     check_at_least(OP, "window_size", window_size, 1)
     (height, width), (rows, cols) = q.shape[1:3], window_size
@@ -76,13 +75,7 @@ def _check(
 
 
 def window_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window_size: tuple[int, int],
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     """The definition: every logit of every window at once, float32 inside at least.
 
@@ -104,33 +97,21 @@ def window_attention_reference(
 
 
 def window_attention_tiled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window_size: tuple[int, int],
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     """SDPA on windows; with a bias or a mask the body that local patterns share."""
     if bias is None and mask is None:
         return _on_windows(sdpa, q, k, v, window_size, scale)
-    return from_maps(_tiles(q, window_size, mask, scale)(*to_maps(q, k, v), bias))
+    return _tiles(q, window_size, mask, scale)(q, k, v, bias)
 
 
 def window_attention_graph(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window_size: tuple[int, int],
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     """The same by differentiable operations."""
     if bias is None and mask is None:
         return _on_windows(F.scaled_dot_product_attention, q, k, v, window_size, scale)
-    return from_maps(_tiles(q, window_size, mask, scale).graph(*to_maps(q, k, v), bias))
+    return _tiles(q, window_size, mask, scale).graph(q, k, v, bias)
 
 
 def _on_windows(
@@ -142,22 +123,12 @@ def _on_windows(
 
 
 def _tiles(q: Tensor, window_size: tuple[int, int], mask: Tensor | None, scale: float) -> TiledAttention:
-    rows, cols = WindowTiling(q.shape[1], window_size[0]), WindowTiling(q.shape[2], window_size[1])
-    if mask is None:
-        tokens = rows.tile * cols.tile
-        all_seen = torch.ones((), dtype=torch.bool, device=q.device).expand(rows.tiles * cols.tiles, tokens, tokens)
-        return TiledAttention(TileMask(all_seen, all_seen), TilePlan(rows, cols, scale))
-    return TiledAttention(TileMask.of(mask), TilePlan(rows, cols, scale))
+    plan = plan_tiles(*cut_windows((q.shape[1], q.shape[2]), window_size))
+    return TiledAttention(plan, None if mask is None else TileMask.of(mask), scale)
 
 
 def window_attention_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window_size: tuple[int, int],
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     """The kernel of local patterns; it takes no mask (see `why_not_fused`)."""
     from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton

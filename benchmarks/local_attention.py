@@ -149,7 +149,7 @@ def axis_tables(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
     if shape.op == "window":
         size = shape.arguments["window_size"]
         return query // size == key // size, query % size * size + key % size
-    keys, cells, _ = axis_window(shape.side, shape.arguments["kernel_size"], shape.arguments["dilation"], False)
+    keys, _, cells = axis_window(shape.side, shape.arguments["kernel_size"], shape.arguments["dilation"], False)
     seen = torch.zeros(shape.side, shape.side, dtype=torch.bool).scatter(1, keys, True)
     return seen.to(device), torch.zeros(shape.side, shape.side, dtype=torch.long).scatter(1, keys, cells).to(device)
 

@@ -16,8 +16,9 @@ LEAST_DOT = 16  # the smallest side of a matrix that tl.dot takes
 LEAST_PROGRAMS = 512  # about four for each multiprocessor of an H100, so that few channels or heads still fill it
 
 
+@lru_cache(maxsize=1)
 def interpreted() -> bool:
-    """Say whether Triton runs its kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    """Say whether Triton interprets its kernels, on CPU tensors: TRITON_INTERPRET=1, which Triton reads once."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 

@@ -1,6 +1,6 @@
-"""What turns a strip of means into gates: a convolution along it, GroupNorm, a sigmoid; in float32, by torch.
+"""How a strip of means becomes gates: a convolution along the strip, GroupNorm, a sigmoid. No Triton needed.
 
-A strip is 1 / H or 1 / W of its map, so these passes cost little; the map itself is read by strip_gate.py alone.
+A strip is 1 / H or 1 / W of its map, so these passes cost little; only strip_gate.py reads the map.
 """
 
 from typing import NamedTuple
@@ -10,17 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Norm(NamedTuple):
-    """The weights of a strip gate; strips are (B, C, L), fp32."""
+class StripNorm(NamedTuple):
+    """The weights of a strip gate; they are cast to the type of a strip, (B, C, L)."""
 
     weight: Tensor  # (C, C / groups, k)
     norm_weight: Tensor
     norm_bias: Tensor
-    groups: int
+    norm_groups: int
     eps: float
 
     def convolve(self, strip: Tensor) -> Tensor:
-        return F.conv1d(strip, self.weight.float(), padding=self.weight.shape[-1] // 2, groups=self._conv_groups)
+        return F.conv1d(
+            strip, self.weight.to(strip.dtype), padding=self.weight.shape[-1] // 2, groups=self._conv_groups
+        )
 
     @property
     def _conv_groups(self) -> int:
@@ -28,21 +30,23 @@ class Norm(NamedTuple):
 
     def gate(self, strip: Tensor) -> Tensor:
         y = self.convolve(strip)
-        return F.group_norm(y, self.groups, self.norm_weight.float(), self.norm_bias.float(), self.eps).sigmoid()
+        return F.group_norm(
+            y, self.norm_groups, self.norm_weight.to(y.dtype), self.norm_bias.to(y.dtype), self.eps
+        ).sigmoid()
 
     def grads(self, strip: Tensor, dgate: Tensor) -> list[Tensor]:
-        """Gradients of the strip, the weight, the norm's weight and its bias, fp32."""
-        (batch, channels, length), scale = strip.shape, self.norm_weight.float()
+        """Gradients of the strip, the weight, the norm's weight and its bias, in the type of the strip."""
+        (batch, channels, length), scale = strip.shape, self.norm_weight.to(strip.dtype)
         y = self.convolve(strip)
         z, mean, rstd = torch.ops.aten.native_group_norm(
-            y, scale, self.norm_bias.float(), batch, channels, length, self.groups, self.eps
+            y, scale, self.norm_bias.to(strip.dtype), batch, channels, length, self.norm_groups, self.eps
         )
         dz = dgate * z.sigmoid() * (-z).sigmoid()
         dy, dscale, dbias = torch.ops.aten.native_group_norm_backward(
-            dz, y, mean, rstd, scale, batch, channels, length, self.groups, [True, True, True]
+            dz, y, mean, rstd, scale, batch, channels, length, self.norm_groups, [True, True, True]
         )
         padding, groups = [self.weight.shape[-1] // 2], self._conv_groups
         dstrip, dweight, _ = torch.ops.aten.convolution_backward(
-            dy, strip, self.weight.float(), None, [1], padding, [1], False, [0], groups, [True, True, False]
+            dy, strip, self.weight.to(strip.dtype), None, [1], padding, [1], False, [0], groups, [True, True, False]
         )
         return [dstrip, dweight, dscale, dbias]

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import on_device, refuse_second_derivative
-from .norm import Norm
+from .norm import StripNorm
 from .plan import strip_gate_tiles
 
 TURNS = 4  # tiles of rows that one program sums, so that it writes a quarter of the sums of columns
@@ -159,7 +159,7 @@ def strip_gate_forward(
     """Return the gated map, laid out as x where that is dense, and the means of its rows and of its columns, fp32."""
     out, rows, cols = _empty_results(x)
     if x.numel():
-        norm = Norm(weight, norm_weight, norm_bias, norm_groups, eps)
+        norm = StripNorm(weight, norm_weight, norm_bias, norm_groups, eps)
         sums = launch_sums(x)
         rows, cols = sums.rows / x.shape[3], sums.cols / x.shape[2]
         launch_gate(x, Strips(norm.gate(rows), norm.gate(cols)), None, out)
@@ -194,7 +194,7 @@ def strip_gate_backward(
         return dx, *(
             torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (weight, norm_weight, norm_bias)
         )
-    norm = Norm(weight, norm_weight, norm_bias, norm_groups, eps)
+    norm = StripNorm(weight, norm_weight, norm_bias, norm_groups, eps)
     gates = Strips(norm.gate(rows), norm.gate(cols))
     dgates = launch_sums(x, grad, gates)
     (drows, *of_rows), (dcols, *of_cols) = norm.grads(rows, dgates.rows), norm.grads(cols, dgates.cols)

@@ -6,7 +6,8 @@ import torch
 
 from foveate.attention_ops import NeighborhoodAttention2d, neighborhood_attention
 from foveate.attention_ops.neighborhood import axis_window
-from foveate.attention_ops.neighborhood_cpu import plan_tiles, tile_mask
+from foveate.attention_ops.neighborhood_cpu import Neighborhood
+from foveate.attention_ops.tile_plan import tile_mask, tile_plan
 
 # (map, kernel, dilation): never square, so that a swapped axis shows. Maps of one tile, maps that cross tiles on one
 # axis or both, even kernels, dilations that do not divide the map.
@@ -117,7 +118,7 @@ def test_tiled_is_no_worse_than_low_precision_torch(dtype):
     def plain(tensors):
         """Dense torch at the same dtype: every rounding that plain code makes."""
         q, k, v, rpb = tensors
-        (row, row_bias, _), (col, col_bias, _) = axis_window(33, 7, 1, False), axis_window(20, 7, 1, False)
+        (row, _, row_bias), (col, _, col_bias) = axis_window(33, 7, 1, False), axis_window(20, 7, 1, False)
         near = (row[:, None, :, None], col[None, :, None, :])
         logits = torch.einsum("bhwnd,bhwijnd->bnhwij", q * 32**-0.5, k[:, near[0], near[1]])
         logits = logits + rpb[:, row_bias[:, None, :, None], col_bias[None, :, None, :]]
@@ -132,9 +133,9 @@ def test_tiled_is_no_worse_than_low_precision_torch(dtype):
 
 def test_every_query_of_the_map_sees_one_key_at_least_and_those_past_the_end_none():
     for size, kernel, dilation in CASES:
-        rows, cols = plan_tiles(size, kernel, dilation)
-        mask = tile_mask(size, kernel, dilation, (True, True), rows, cols, torch.device("cpu"))
-        assert mask.any(-1).sum() == size[0] * size[1]
+        pattern = Neighborhood(kernel, dilation, (True, True))
+        mask = tile_mask(pattern, size, tile_plan(pattern, size), torch.device("cpu"))
+        assert mask.seen.any(-1).sum() == size[0] * size[1]
 
 
 def test_a_mask_made_in_inference_mode_serves_training():
@@ -152,7 +153,7 @@ def test_axis_tables_equal_the_official_ones(golden):
     tables, _ = golden("module__na_axis_tables")
     for name, table in tables.items():
         length, kernel, dilation = (int(part[1:]) for part in name.split("_"))
-        keys, cells, seen = axis_window(length, kernel, dilation, False)
+        keys, seen, cells = axis_window(length, kernel, dilation, False)
         assert keys.tolist() == table["key_index"], name
         assert cells.tolist() == table["bias_index"], name
         assert seen.all()

@@ -3,7 +3,10 @@
 import copy
 import gc
 import os
+import pkgutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,12 +14,12 @@ from ops import CASES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from foveate import attention_ops
 from foveate.attention_ops import neighborhood_attention
-from foveate.attention_ops.circle import _cached_distances
-from foveate.attention_ops.neighborhood_cpu import _cached_axis_mask, _cached_mask
 
 every_case = pytest.mark.parametrize("name", CASES)
-TABLES = (_cached_axis_mask, _cached_mask, _cached_distances)
+MODULES = [import_module(f"foveate.attention_ops.{m.name}") for m in pkgutil.iter_modules(attention_ops.__path__)]
+TABLES = {value for module in MODULES for value in vars(module).values() if hasattr(value, "cache_info")}
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +126,33 @@ def test_tables_are_bounded_and_small():
     kept = [t for t in tensors_alive() if id(t) not in before]
     assert 0 < sum(t.nbytes for t in kept) < 1 << 20
     assert all(table.cache_info().maxsize for table in TABLES)
+
+
+@every_case
+def test_nothing_of_the_tensors_of_a_call_is_kept(name):
+    case = CASES[name]
+    for grad in (False, True):
+        tensors = case.tensors(grad=grad)
+        out = case.call(*tensors)
+        if grad:
+            out.sum().backward()
+        storages = [weakref.ref(t) for t in (*tensors, out)]
+        del tensors, out
+        gc.collect()
+        assert [ref for ref in storages if ref() is not None] == []
+
+
+@every_case
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_another_map_size_dtype_and_pattern_in_between_changes_nothing(name, grad):
+    """Tables and plans are found again by what decides them."""
+    case = CASES[name]
+    expected = results(case) if grad else case.call(*case.tensors(grad=False))
+    for other in CASES.values():
+        other.call(*other.tensors(torch.float32, grad=False))
+    torch.testing.assert_close(
+        results(case) if grad else case.call(*case.tensors(grad=False)), expected, rtol=0, atol=0
+    )
 
 
 def tensors_alive():

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from foveate.attention_ops.neighborhood_cpu import TILES, plan_tiles
-from foveate.attention_ops.tiling import AxisTiling, gather_keys, merge_queries, scatter_keys, split_queries
+from foveate.attention_ops.neighborhood_cpu import Neighborhood
+from foveate.attention_ops.tile_plan import TILES, tile_plan
+from foveate.attention_ops.tiling import cut_axis, gather_keys, merge_queries, scatter_keys, split_queries
 
 # (rows, columns): one tile, exact tiles, overhanging tiles, key tiles shorter and several times longer than a tile
 PAIRS = [
-    (AxisTiling(6, 6), AxisTiling(5, 5)),
-    (AxisTiling(12, 4, 2, 2), AxisTiling(9, 3)),
-    (AxisTiling(10, 4, 3, 3), AxisTiling(11, 8, 1, 2)),
-    (AxisTiling(7, 2, 5, 4), AxisTiling(13, 5, 0, 12)),
+    (cut_axis(6, 6), cut_axis(5, 5)),
+    (cut_axis(12, 4, 2, 2), cut_axis(9, 3)),
+    (cut_axis(10, 4, 3, 3), cut_axis(11, 8, 1, 2)),
+    (cut_axis(7, 2, 5, 4), cut_axis(13, 5, 0, 12)),
 ]
 
 
@@ -45,10 +46,14 @@ def test_scattering_is_the_adjoint_of_gathering(rows, cols):
     torch.testing.assert_close((gathered * y).sum(), (x * scatter_keys(y, rows, cols)).sum())
 
 
+def plan(size, kernel_size, dilation):
+    return tile_plan(Neighborhood(kernel_size, dilation, (False, False)), size)
+
+
 def test_large_maps_are_cut_and_small_ones_are_not():
-    rows, cols = plan_tiles((56, 70), (7, 7), (1, 1))
+    rows, cols, *_ = plan((56, 70), (7, 7), (1, 1))
     assert rows.tile in TILES and cols.tile in TILES
-    rows, cols = plan_tiles((7, 14), (7, 7), (1, 2))
+    rows, cols, *_ = plan((7, 14), (7, 7), (1, 2))
     assert rows.tiles == cols.tiles == 1
 
 
@@ -57,7 +62,7 @@ def test_large_maps_are_cut_and_small_ones_are_not():
 def test_every_neighborhood_lies_inside_its_key_tile(length, kernel, dilation):
     if length < kernel * dilation:
         length += kernel * dilation
-    rows, _ = plan_tiles((length, length), (kernel, kernel), (dilation, dilation))
+    rows, *_ = plan((length, length), (kernel, kernel), (dilation, dilation))
     for position in range(length):
         line = range(position % dilation, length, dilation)
         rank = position // dilation

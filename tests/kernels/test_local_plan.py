@@ -25,7 +25,7 @@ CASES = [  # pattern, queries, keys; both axes differ, so that a swap shows
 def seen_by(pattern, i, queries, keys):
     """The pairs (query, key) of one axis, by the tables of the ops' references."""
     if pattern.kind == "neighborhood":
-        table, _, seen = axis_window(queries, pattern.keys[i], pattern.dilation[i], pattern.causal[i])
+        table, seen, _ = axis_window(queries, pattern.keys[i], pattern.dilation[i], pattern.causal[i])
     elif pattern.kind == "block":
         table, seen, _ = halo_window(queries, keys, pattern.keys[i], pattern.reach[i], pattern.stride)
     else:

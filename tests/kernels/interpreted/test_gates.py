@@ -9,6 +9,7 @@ from foveate.attention_ops.channel_gate import channel_gate_reference
 from foveate.attention_ops.strip_gate import strip_gate_reference
 from foveate.kernels.gates import channel_gate as channel_kernels
 from foveate.kernels.gates import strip_gate as strip_kernels
+from foveate.kernels.gates.norm import StripNorm
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 LAYOUTS = {  # how a (B, C, H, W) view lies in memory: leaf's shape, and the view
@@ -119,7 +120,7 @@ def test_a_strip_gate_on_maps_of_any_size(layout, shape, weight, norm_groups):
 def test_eps_is_used():
     x, weight, ones = torch.randn(1, 4, 5, 6), torch.randn(4, 1, 3), torch.ones(4)
     fused, small = (strip_gate(x, weight, ones, ones, 2, eps, impl="fused") for eps in (0.5, 1e-5))
-    torch.testing.assert_close(fused, strip_gate_reference(x, weight, ones, ones, 2, 0.5))
+    torch.testing.assert_close(fused, strip_gate_reference(x, StripNorm(weight, ones, ones, 2, 0.5)))
     assert not torch.allclose(fused, small)
 
 
