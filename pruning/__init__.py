@@ -1,4 +1,4 @@
-"""Prune timm models: honest data-free scores, masks that survive fine-tuning, and shapes that shrink."""
+"""Prune timm models: scores with and without data, masks that are kept in fine-tuning, and smaller layers."""
 
 from .criteria import CRITERIA, share_of_larger
 from .errors import PruningError

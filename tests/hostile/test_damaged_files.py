@@ -363,7 +363,7 @@ def test_a_work_dir_of_damaged_checkpoints_is_said_to_be_one(tmp_path):
         (tmp_path / f"epoch_{epoch}.pth").write_bytes(content)
     os.mkfifo(tmp_path / "epoch_4.pth")
     said = []
-    with pytest.raises(TrainError, match="none of its 4 checkpoints is complete"):
+    with pytest.raises(TrainError, match="all of its 4 checkpoints are damaged"):
         find_resumable(tmp_path, said.append)
     assert len(said) == 4 and "is not a regular file" in said[0]
 

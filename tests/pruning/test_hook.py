@@ -102,7 +102,7 @@ def test_a_cut_net_is_tuned_from_its_folder_and_stays_narrow(tmp_path):
     (folder / "config.json").unlink()  # the checkpoint knows the widths by itself
     back = load_net(done.last_checkpoint)
     assert str(back) == str(smaller.eval())
-    with pytest.raises(TrainError, match=r"model\.widths .* is no config\.json of a pruned model"):
+    with pytest.raises(TrainError, match=r"model\.widths .* is not the config\.json of a pruned model"):
         train(wish, work_dir=tmp_path / "other")
 
 

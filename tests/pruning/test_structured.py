@@ -59,7 +59,7 @@ def test_what_a_family_cannot_lose_is_refused_with_a_reason(name, small):
         ("nat_mini", "conv", "it has no hidden channels in the module group conv"),
         ("nat_mini", "width", r"stem\.proj\.1: stem\.norm normalizes over these channels"),
         ("van_b0", "heads", "it declares no attention heads"),
-        ("litv2_small", "channels", r"stages\.1\.blocks\.0\.attn: .* declares that channels cannot be cut here"),
+        ("litv2_small", "channels", r"stages\.1\.blocks\.0\.attn: .* declares that its channels cannot be cut"),
         ("swin_tiny_patch4_window7_224", "conv", "it has no hidden channels in the module group conv"),
         ("eca_mobilenet_v2", "width", r"\S+: \S+ is not traceable"),
     ],
