@@ -57,9 +57,7 @@ class Demo:
 
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")] = Path("foveate-demo"),
-    model: Annotated[
-        DemoModel, typer.Option(help="Neighborhood attention (nat) or large-kernel attention (van).")
-    ] = DemoModel.NAT,
+    model: Annotated[DemoModel, typer.Option(help="NAT or VAN, of two stages.")] = DemoModel.NAT,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")] = 0,
 ) -> None:
     """Train on 4000 real digits, test on 1000 others, export to ONNX, and compare the file with PyTorch."""

