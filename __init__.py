@@ -1,4 +1,4 @@
-"""Efficient-attention vision backbones as timm models, on one layer of fused 2-D attention ops.
+"""Vision backbones with efficient attention as timm models, on one set of 2-D attention ops.
 
 Importing the package registers every model with timm: `timm.create_model("nat_mini")`.
 """

@@ -27,7 +27,7 @@ def declared(model: nn.Module) -> Prunable:
             return groups
     raise PruningError(
         f"{type(model).__name__} declares no module groups: give its class an attribute `prunable` "
-        "(foveate.backbones._prunable.Prunable)"
+        "(foveate.pruning.Prunable)"
     )
 
 

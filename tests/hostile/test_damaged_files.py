@@ -1,4 +1,4 @@
-"""Every loader answers a damaged or hostile file with one error of ours: no other type, no hang, no memory taken."""
+"""Every loader raises one of our errors for a damaged or hostile file: no other type, no hang, no large allocation."""
 
 import base64
 import json

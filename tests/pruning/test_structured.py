@@ -17,13 +17,13 @@ every_net = pytest.mark.parametrize("name", SMALL)
 
 
 def but_heavy_ones_slowly(names):
-    """Every net, the heavy ones outside the default run."""
+    """Every model; the heavy ones are slow tests."""
     marked = [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in names]
     return pytest.mark.parametrize("name", marked)
 
 
 def cut_and_masked(net, structure, images, **kwargs):
-    """(logits of the smaller net, logits of the full net with zeros, the smaller net, the plan)."""
+    """(logits of the pruned model, logits of the masked model, the pruned model, the plan)."""
     px = images.shape[-1]
     p = plan(net, kwargs.pop("method", "random"), structure=structure, img_size=px, **{"ratio": 0.5} | kwargs)
     smaller, masked = p.cut(net), p.apply(copy.deepcopy(net))

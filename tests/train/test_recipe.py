@@ -1,4 +1,4 @@
-"""A recipe says what it means, or is refused with the key, the wish and the value."""
+"""A recipe is read strictly: an error names the key, what was expected and what was found."""
 
 import pytest
 
