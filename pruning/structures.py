@@ -76,11 +76,11 @@ def find_structures(model: nn.Module, kinds: Sequence[str], weights: Scores) -> 
         raise PruningError(f"unknown structure {unknown[0]!r}; known: {', '.join(KINDS)}")
     sets = channel_graph(model)
     found: list[Structures] = []
-    refused = {kind: [] for kind in kinds}  # reasons
+    refused: dict[str, list[str]] = {kind: [] for kind in kinds}  # reasons
     for name, layouts in layouts_of(model).items():
         after = next((channels for channels in sets if channels.attention == name), None)
         for heads in (_Heads(model, name, layout, after) for layout in layouts):
-            for kind in {"heads", "channels"} & refused.keys():
+            for kind in [kind for kind in ("heads", "channels") if kind in refused]:
                 if (why := heads.why_not(kind)) is not None:
                     refused[kind].append(f"{name}: {why}")
                 else:
