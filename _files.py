@@ -1,4 +1,4 @@
-"""Write a file or a folder in one step (readers see the old state or the new one), and read files of any origin."""
+"""Write a file or a folder atomically, and read files of unknown origin safely."""
 
 import json
 import os
@@ -11,21 +11,21 @@ from typing import Any
 
 from ._errors import RequestError, first_line
 
-PART = ".part"  # how the hidden folders end in which files are written; a killed process may leave one
+PART = ".part"  # suffix of the temporary folders; a killed process may leave one
 
 IS_FOLDER = "is a folder"
 _DEEPEST = 64
 
 
 class UnreadableFileError(RequestError):
-    """A file cannot be read or holds something else than wanted; the message says why, without the path."""
+    """A file cannot be read, or holds unexpected content. The message says why, without the path."""
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no regular file before it is opened: a pipe would block, a device would never end.
+    """Refuse anything but a regular file before it is opened: a pipe would block, a device would never end.
 
     Raises:
-        UnreadableFileError: missing, a folder, a pipe, a device, or not to be looked at.
+        UnreadableFileError: missing, a folder, a pipe, a device, or not accessible.
     """
     try:
         mode = path.stat().st_mode
@@ -62,7 +62,7 @@ def read_json(path: Path, limit_bytes: int) -> Any:
     """Return the content of a JSON file: plain data, without NaN and infinities, nested at most 64 deep. Runs nothing.
 
     Raises:
-        UnreadableFileError: as `read_text`, or not JSON.
+        UnreadableFileError: not a regular file, larger, not UTF-8, or not JSON.
     """
     text = read_text(path, limit_bytes)
     try:
@@ -74,17 +74,17 @@ def read_json(path: Path, limit_bytes: int) -> Any:
 
 
 def check_plain(data: Any, most: int = 2**24) -> None:
-    """Refuse plain data of more than `most` values (shared parts counted each time), or nested deeper than 64.
+    """Refuse plain data with more than `most` values, or nested deeper than 64. Shared parts are counted each time.
 
     Raises:
-        ValueError: it is.
+        ValueError: there are more values, or deeper nesting.
     """
     if _left(data, most, _DEEPEST) < 0:
         raise ValueError(f"it has more than {most} values")
 
 
 def _left(data: Any, left: int, depth: int) -> int:
-    """Return how many more values are allowed after those in `data`; negative as soon as they are too many."""
+    """Return how many more values are allowed after those in `data`; negative when there are too many."""
     if depth == 0:
         raise ValueError(f"it is nested deeper than {_DEEPEST}")
     left -= 1
@@ -102,9 +102,9 @@ def _refuse_constant(name: str) -> None:
 
 @contextmanager
 def atomic_path(out: Path) -> Iterator[Path]:
-    """Yield a path beside `out`; what the body writes there is forced to the disk and then takes the name `out`.
+    """Yield a temporary path; what the body writes there is flushed to disk and then renamed to `out`.
 
-    On an error it vanishes, and what `out` was before stays.
+    On error the temporary file is removed and `out` is left unchanged.
     """
     with TemporaryDirectory(prefix=f".{out.name}.", suffix=PART, dir=out.parent) as folder:
         part = Path(folder) / out.name
@@ -118,7 +118,7 @@ def atomic_path(out: Path) -> Iterator[Path]:
 def _sync(path: Path) -> None:
     windows = os.name == "nt"
     if windows and path.is_dir():
-        return  # it cannot open folders
+        return  # Windows cannot open folders
     handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)

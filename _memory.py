@@ -1,30 +1,30 @@
-"""Refuse images that cannot fit into memory before any is taken."""
+"""Refuse images that do not fit into memory, before memory is allocated."""
 
 import os
 from math import prod
 from pathlib import Path
 
-# Maps that a backbone holds at once, in bytes of its input: 20 to 60 for those with stems of stride 4 and 2.
+# Memory of all feature maps that a backbone holds at once, relative to its input: 20 (stem of stride 4) to 60 (2).
 _MAPS = 32
 _FLOAT_BYTES = 4
 
 
 def check_images_fit(images: int, channels: int, height: int, width: int) -> None:
-    """Refuse a batch whose maps would need more memory than is free, by a rough estimate.
+    """Refuse a batch whose feature maps need more memory than is free, by a rough estimate.
 
     Raises:
-        ValueError: the message gives both figures.
+        ValueError: the batch does not fit; the message gives both sizes.
     """
     needed, free = _MAPS * _FLOAT_BYTES * prod((images, channels, height, width)), free_bytes()
     if free is not None and needed > free:
         raise ValueError(
             f"{images} images of {height}x{width} px need about {needed / 1e9:.1f} GB of memory, "
-            f"{free / 1e9:.1f} GB are free; take a smaller size"
+            f"{free / 1e9:.1f} GB are free; use a smaller size"
         )
 
 
 def free_bytes() -> int | None:
-    """Memory that this process may still take: Linux's estimate or all there is, less where a container limits it."""
+    """Return the memory that this process can allocate: available or physical memory, or the limit of a container."""
     found = [_available(), _physical(), _number(Path("/sys/fs/cgroup/memory.max"))]
     return min((number for number in found if number is not None), default=None)
 
@@ -40,7 +40,7 @@ def _available() -> int | None:
 def _physical() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on Windows
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
         return None
 
 

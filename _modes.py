@@ -1,4 +1,4 @@
-"""Hold a model in one mode for a while."""
+"""Context managers for train and eval mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold every module in eval mode, then give each its own mode back."""
+    """Set every module to eval mode, and restore the mode of each module afterwards."""
     with keeping_modes(model):
         model.eval()
         yield
@@ -16,7 +16,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keeping_modes(model: nn.Module) -> Iterator[None]:
-    """Give every module its own mode back: a BatchNorm may be frozen in a model that trains."""
+    """Restore the mode of each module afterwards. Modes can differ: a BatchNorm may be frozen in training."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield

@@ -1,8 +1,8 @@
-"""Read weights from .pth, .bin and .safetensors files of any origin. No file runs code, and none is believed.
+"""Read weights from .pth, .bin and .safetensors files of unknown origin. No file runs code.
 
 torch's zip format (checksums verified; what TorchScript and torch.export write is refused as a program) and the format
 before torch 1.6, both through `_unpickle`. Sizes that a file declares are compared with its length before memory is
-taken, and special files (pipes, devices) are refused before they are opened.
+allocated, and special files (pipes, devices) are refused before they are opened.
 """
 
 import pickle
@@ -34,7 +34,7 @@ def read_weights(path: str | Path, select: Callable[[Any], Any] = lambda content
 
     Args:
         path: .safetensors by its name; anything else is read as torch.save writes it.
-        select: picks the part of the content that is wanted; only its tensors are read. It sees tensors as
+        select: returns the part of the content to read; other tensors are skipped. Tensors are passed to it as
             `StoredTensor`.
 
     Raises:

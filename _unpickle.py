@@ -15,7 +15,7 @@ from typing import IO, Any, ClassVar
 
 import torch
 
-# Names of what may stand beside the weights and is dropped; they are neither imported nor called.
+# Objects that checkpoints may hold besides weights. They are dropped; their names are neither imported nor called.
 _IGNORED = ("mmengine.logging.", "numpy.", "builtins.getattr", "argparse.Namespace", "torch.device")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -38,7 +38,7 @@ class BlockedError(pickle.UnpicklingError):
 
 
 class _Placeholder:
-    """Stands for every object that is dropped: ignores items, arguments and state."""
+    """Replaces every object that is dropped: ignores items, arguments and state."""
 
     __slots__ = ()
 
@@ -80,7 +80,7 @@ class StoredTensor:
 
 
 class _Constructor:
-    """A function of this file under the name that pickles use for what it replaces."""
+    """A function of this file; pickles call it by the name of the function that it replaces."""
 
     __slots__ = ("make",)
 
@@ -205,7 +205,7 @@ def _key(key: Any) -> Any:
 
 def _count(number: Any) -> int:
     if type(number) is not int or not 0 <= number < 2**62:
-        raise pickle.UnpicklingError(f"a size is no count: {type(number).__name__}")
+        raise pickle.UnpicklingError(f"a size is not a count: {type(number).__name__}")
     return number
 
 
@@ -241,7 +241,7 @@ def _parameter(data: Any, *_: Any) -> StoredTensor:
 def _with_attributes(make: Any, kind: Any, args: Any, state: Any) -> StoredTensor:
     """A tensor that carries Python attributes, which are dropped."""
     if not isinstance(make, _Constructor) or make.make not in (_tensor, _tensor_of_bytes, _parameter):
-        raise pickle.UnpicklingError("a tensor is rebuilt by something else than torch's own functions")
+        raise pickle.UnpicklingError("a tensor is rebuilt by a function that is not torch's")
     return make.make(*args)
 
 

@@ -1,4 +1,4 @@
-"""Measure calls side by side in one process: interleaved rounds, medians, memory of one call, and on what machine."""
+"""Measure calls in one process: median time of interleaved rounds, memory of one call, description of the machine."""
 
 import argparse
 import ctypes
@@ -19,13 +19,13 @@ from rich.console import Console, RenderableType
 
 H200_BYTES_PER_SECOND = 4.3e12  # of plain copies
 REPORT_COLUMNS = 120
-_RESET_PEAK = "5"  # what Linux's /proc/self/clear_refs takes to start the peak anew
+_RESET_PEAK = "5"  # resets the peak when written to Linux's /proc/self/clear_refs
 
 
 def interleaved_seconds(
     calls: Mapping[str, Callable[[], object]], *, rounds: int, device: str = "cpu", warmup: int = 1
 ) -> dict[str, float]:
-    """Return the median seconds of each call, taken in turns: A B C A B C ..., so that a busy minute hits all alike."""
+    """Return the median seconds of each call; calls take turns (A B C A B C ...), so that other load affects all."""
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -38,12 +38,12 @@ def interleaved_seconds(
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
-    """Return the most memory that one call holds beyond what is held before it (weights, gradients, inputs).
+    """Return the peak memory of one call, without the memory in use before it (weights, gradients, inputs).
 
-    On CUDA by torch's allocator. On Linux by the process' resident memory, after freed memory went back to the system,
-    so it holds the allocator's slack and is good to some MB. None elsewhere.
+    On CUDA from torch's allocator. On Linux from the resident memory of the process, after freed memory was returned to
+    the system: it includes unused memory of the allocator and is accurate to some MB. None on other systems.
     """
-    call()  # so that libraries have made their buffers and caches
+    call()  # libraries allocate buffers and caches at the first call
     gc.collect()
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
@@ -61,13 +61,13 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
 
 
 def peak_tensor_bytes(call: Callable[[], object], device: str = "cpu") -> int:
-    """Return the most memory that torch's allocator hands out at once during one call: the same figure in each run.
+    """Return the peak memory that torch's allocator hands out during one call; it is the same in each run.
 
-    On a CPU the profiler's record of allocations; what libraries allocate for themselves is not in it.
+    On a CPU from the profiler's record of allocations; allocations inside libraries are not included.
     """
     if device.startswith("cuda"):
         return peak_bytes(call, device)
-    call()  # so that tensors that are kept between calls are there
+    call()  # allocates tensors that are kept between calls
     with torch.autograd.profiler.profile(profile_memory=True) as record:
         call()
     events = sorted(record.kineto_results.events(), key=lambda event: event.start_ns())
@@ -94,8 +94,8 @@ def common_parser(module: str, doc: str, *, rounds: int | None = 5) -> argparse.
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.splitlines()[0])
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds, help="(default %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default torch's own)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table with command and machine here too")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write table, command and machine to FILE")
     return parser
 
 

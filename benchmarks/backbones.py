@@ -1,16 +1,13 @@
-"""Our backbones and timm's, side by side in one process.
+"""Speed of our backbones and timm's, measured in one process.
 
     python -m foveate.benchmarks.backbones --models nat_mini van_b0 swin_tiny_patch4_window7_224 --batch 8 --threads 2
 
-What is measured   Median images per second of interleaved rounds, in eager mode, every net in the memory layout that
-                   it takes by itself: nothing is converted to channels-last from outside.
-GMACs              Multiply-adds of one image that the definition needs (see attention_ops/macs.py), next to the
-                   authors' figure at 224 px. GMAC/s is the useful work done in a second: masked logits and padding do
-                   not count.
-Share              GMAC/s relative to resnet50's in the same process, which is therefore always measured: how much of
-                   what this machine gives a plain convolutional net the backbone can use.
-Training           Forward and backward of a cross-entropy, without optimizer; its work is taken as 3 forward passes.
-Memory             What one step holds beyond weights, gradients and inputs (see _timing.py).
+Speed         Median images per second of interleaved rounds, in eager mode, with contiguous NCHW inputs.
+GMACs         Multiply-adds of one image by definition (see attention_ops/macs.py), and the authors' figure at 224 px.
+              GMAC/s counts useful work only: no masked logits and no padding.
+of resnet50   GMAC/s relative to resnet50, which is always measured in the same process.
+Training      Forward and backward of a cross-entropy, without optimizer, counted as 3 forward passes.
+Memory        Memory of one step, without weights, gradients and inputs (see _timing.py).
 """
 
 from collections.abc import Callable
@@ -29,12 +26,12 @@ from ._timing import common_parser, describe_machine, interleaved_seconds, peak_
 
 MODULE = "foveate.benchmarks.backbones"
 
-YARDSTICK = "resnet50"
-PEERS = (YARDSTICK, "convnext_tiny", "swin_tiny_patch4_window7_224", "davit_tiny")
+BASELINE = "resnet50"
+PEERS = (BASELINE, "convnext_tiny", "swin_tiny_patch4_window7_224", "davit_tiny")
 OURS = ("nat_mini", "nat_tiny", "dinat_tiny", "van_b0", "van_b1", "van_b2", "biformer_tiny", "litv2_small")
 OURS += ("fv_davit_tiny", "fv_halonet26t", "eca_resnet50", "ela_resnet50_b")
 PUBLISHED_PX = 224
-PUBLISHED_GMACS = {  # the papers' and repositories' "FLOPs"
+PUBLISHED_GMACS = {  # "FLOPs" of the papers and repositories
     **{"resnet50": 4.1, "convnext_tiny": 4.5, "swin_tiny_patch4_window7_224": 4.5, "davit_tiny": 4.5},
     **{"nat_mini": 2.7, "nat_tiny": 4.3, "nat_small": 7.8, "nat_base": 13.7},
     **{"dinat_mini": 2.7, "dinat_tiny": 4.3, "dinat_small": 7.8, "dinat_base": 13.7, "dinat_large": 30.6},
@@ -49,7 +46,7 @@ PUBLISHED_GMACS = {  # the papers' and repositories' "FLOPs"
     **{"van_b0": 0.9, "van_b1": 2.5, "van_b2": 5.0, "van_b3": 9.0},
     **{"fv_davit_tiny": 4.5, "fv_davit_small": 8.8, "fv_davit_base": 15.5, "eca_resnet50": 4.1},
 }
-TRAINING_PASSES = 3  # backward: one product for the gradient of the input, one for that of the weight
+TRAINING_PASSES = 3  # forward, gradient of the input, gradient of the weight
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Settings:
     models: tuple[str, ...] = PEERS + OURS
     batch: int = 8
     img_size: int = PUBLISHED_PX
-    threads: int | None = None  # None: as many as torch takes
+    threads: int | None = None  # None: torch's own
     rounds: int = 5
     train: bool = False
     device: str = "cpu"
@@ -76,7 +73,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one model."""
+    """Measurements of one model."""
 
     name: str
     parameters: int
@@ -86,8 +83,8 @@ class Row:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Measure all models of the settings, and the yardstick."""
-    names = list(dict.fromkeys((YARDSTICK, *settings.models)))
+    """Measure all models of the settings, and the baseline."""
+    names = list(dict.fromkeys((BASELINE, *settings.models)))
     models = {name: _create(name, settings) for name in names}
     images = torch.randn(settings.batch, 3, settings.img_size, settings.img_size, device=settings.device)
     macs = {name: count_macs(model.eval(), images[:1]) for name, model in models.items()}
@@ -99,12 +96,12 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def tabulate(rows: list[Row], settings: Settings) -> Table:
-    """Lay the rows out; the first one is the yardstick."""
+    """Return the table of the rows; the first row is the baseline."""
     mode = "training step" if settings.train else "inference"
     size = f"batch {settings.batch}, {settings.img_size} px, float32, {settings.device}"
     table = Table(title=f"{mode}, {size}, median of {settings.rounds} interleaved rounds")
     table.add_column("model", no_wrap=True)
-    for name in ("params M", "GMACs", "published", "img/s", "GMAC/s", f"of {YARDSTICK}", "memory MB"):
+    for name in ("params M", "GMACs", "published", "img/s", "GMAC/s", f"of {BASELINE}", "memory MB"):
         table.add_column(name, justify="right", no_wrap=True)
     unit = _macs_per_second(rows[0], settings)
     for row in rows:
@@ -149,13 +146,13 @@ def _step(model: nn.Module, images: Tensor, train: bool) -> Callable[[], object]
 
 
 def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path | None]:
-    """Read the command line; a wish that cannot be met ends with one line and exit code 2."""
+    """Read the command line; an invalid request exits with one line and code 2."""
     default = Settings()
     parser = common_parser(MODULE, __doc__, rounds=default.rounds)
     parser.add_argument("--models", nargs="+", default=default.models, metavar="NAME", help="timm model names")
     parser.add_argument("--batch", type=int, default=default.batch, help="images per step (default %(default)s)")
     parser.add_argument("--img-size", type=int, default=default.img_size, help="px (default %(default)s)")
-    parser.add_argument("--train", action="store_true", help="forward and backward in place of inference")
+    parser.add_argument("--train", action="store_true", help="forward and backward instead of inference")
     parser.add_argument("--device", default=default.device, help="cpu or cuda (default %(default)s)")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")

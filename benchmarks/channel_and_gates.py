@@ -1,13 +1,13 @@
-"""Channel attention, large-kernel attention and the gates beside their plain PyTorch chains: time, share of the floor.
+"""Time of channel attention, large-kernel attention and the gates, compared with plain PyTorch code.
 
     python -m foveate.benchmarks.channel_and_gates --batch 8 --threads 2
 
-Channel    DaViT's channel attention on slices of a packed qkv, against two einsums and a softmax.
-ECA, ELA   Against the chain of mean, convolution (norm), sigmoid and products, on ResNet-50's maps.
-LKA        Against three convolutions and a product on an NCHW map; ours takes it channels last, as VAN does on a CPU.
-Ours       The fused kernels on a GPU, the tiled bodies on a CPU. LKA's kernel has no backward: training takes cuDNN.
-Floor      On a GPU: the time that the least passes over the map take at the card's bandwidth, over the time taken.
-Model      VAN-B0, which runs channels-last, against the same layers and weights run in NCHW.
+Channel    DaViT's channel attention on views of a packed qkv, against two einsums and a softmax.
+ECA, ELA   Against mean, convolution (norm), sigmoid and products, on the feature maps of ResNet-50.
+LKA        Against three convolutions and a product on an NCHW map; ours on a channels-last map, as in VAN on a CPU.
+Ours       The fused kernels on a GPU, the tiled bodies on a CPU. LKA's kernel has no backward: training uses cuDNN.
+Floor      On a GPU: minimum time to read and write the maps at the card's bandwidth, in % of the measured time.
+Model      VAN-B0, which runs channels-last, against the same layers and weights in NCHW.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ IMAGE_PX = 224
 
 @dataclass(frozen=True)
 class Case:
-    """Two calls of the same leaves; and how many maps the forward pass must read or write at least."""
+    """Two functions of the same leaves, and how many maps the forward pass reads or writes at least."""
 
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor]
@@ -138,7 +138,7 @@ def _cells(case: Case, rounds: int, device: str) -> list[str]:
         ours, plain = forms["ours"](), forms["plain"]()
         difference, tolerance = (ours - plain).abs().max(), 1e-4 if ours.dtype == torch.float32 else 3e-2
         if difference > tolerance * plain.abs().max():
-            raise RuntimeError(f"the two forms differ by {difference}")
+            raise RuntimeError(f"the two implementations differ by {difference}")
         forward = interleaved_seconds(forms, rounds=rounds, device=device)
     grad = torch.randn_like(ours)
     steps = {name: _step(call, leaves, grad) for name, call in forms.items()}
@@ -174,7 +174,7 @@ def measure_model(batch: int, rounds: int, device: str) -> Table:
     steps = {name: torch.inference_mode()(lambda net=net: net(images)) for name, net in nets.items()}
     difference = (steps["ours"]() - steps["plain"]()).abs().max()
     if difference > 1e-3 * steps["plain"]().abs().max():
-        raise RuntimeError(f"the two models differ by {difference}")
+        raise RuntimeError(f"the logits of the two models differ by {difference}")
     seconds = interleaved_seconds(steps, rounds=rounds, device=device)
     table.add_row(*(f"{batch / seconds[name]:.1f}" for name in steps), f"{seconds['plain'] / seconds['ours']:.2f}")
     return table

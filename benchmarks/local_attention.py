@@ -1,20 +1,20 @@
-"""Neighborhood, window, halo and circle attention beside what else computes them, on a GPU or a CPU, in one process.
+"""Time of neighborhood, window, halo and circle attention, compared with other implementations, on a GPU or a CPU.
 
     python -m foveate.benchmarks.local_attention --device cuda --batch 1 32 128
     python -m foveate.benchmarks.local_attention --device cpu --batch 8 --threads 2 --only 224
 
-Shapes     Attention layers of published models, kernel 7; --only picks rows whose name holds a word.
+Shapes     Attention layers of published models, kernel 7; --only selects rows whose name contains a word.
 Ours       The fused kernels on a GPU, the tiled body on a CPU.
-Floor      Copy time of q, k, v and out (and of what a backward pass reads and writes) over our time, in percent.
-Memory     Of one call beyond its inputs.
-Gather     The definition: every query copies its own keys (windows and circles: all logits in memory). Left out where
-           that takes over 2 GiB, and on a GPU.
-Composed   Tiles of queries, key tiles cut out, scaled_dot_product_attention, merged: what PyTorch users write for
-           windows. On a CPU that is our own body.
+Floor      Copy time of q, k, v and out (and of what a backward pass reads and writes), in % of our time.
+Memory     Memory of one call, without its inputs.
+Gather     The definition: every query copies its own keys (windows and circles: all logits in memory). Not run on a
+           GPU, or if it needs more than 2 GiB.
+Composed   Split into tiles, scaled_dot_product_attention, merge: what PyTorch users write for windows. On a CPU this is
+           our own body.
 Dense      scaled_dot_product_attention of all tokens to all tokens, without bias or mask: another function.
-Flex       Compiled FlexAttention with the same mask and bias, on a GPU (on a CPU it has no backward).
-NATTEN     Its own choice of backend, neighborhoods only, without bias (it has none), where it can be imported.
-Peers      Their time over ours: above 1 ours is faster. A dash: not to be had here.
+Flex       Compiled FlexAttention with the same mask and bias, on a GPU (it has no backward on a CPU).
+NATTEN     With its default backend, neighborhoods only, without bias (it has none), if installed.
+Peers      Their time divided by ours: above 1 ours is faster. "-" means not available.
 Layer      Model, image side in px, rows x columns x heads of the map, then dilation, window, block + halo or radius.
 """
 
@@ -48,14 +48,14 @@ OPS = {
 }
 PEERS = ("gather", "composed", "dense", "flex", "natten")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MOST_COPIES = 2**31  # bytes that the gathering body may copy
-GPU_REPEATS = 20  # calls between two synchronisations
-PASSES = {"forward": 4, "both": 12}  # maps moved: q, k, v, out; then q, k, v, out, grad, dq, dk, dv
+MOST_COPIES = 2**31  # limit of the bytes that gather copies
+GPU_REPEATS = 20  # calls between two synchronizations
+PASSES = {"forward": 4, "both": 12}  # maps read or written: q, k, v, out; then q, k, v, out, grad, dq, dk, dv
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer: its op on a side x side map of `heads` heads. `table`: with a bias or relative logits."""
+    """One layer: an op on a side x side map with `heads` heads. `table`: with a bias or relative logits."""
 
     name: str
     op: str
@@ -66,7 +66,7 @@ class Shape:
     head_dim: int = 32
 
     def copied_bytes(self, batch: int, itemsize: int) -> int:
-        """What the definition holds beside its inputs: two copied keys a logit, or the logit itself."""
+        """Return the memory of the definition without its inputs: a copied key and value per logit, or the logit."""
         a = self.arguments
         side = {
             "neighborhood": a.get("kernel_size"),
@@ -112,7 +112,7 @@ SHAPES = (
 
 
 def bodies(shape: Shape, packed: Tensor, tables: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
-    """The calls to compare, on strided views of one packed qkv (B, side, side, 3, heads, head_dim)."""
+    """Return the calls to compare, on strided views of one packed qkv (B, side, side, 3, heads, head_dim)."""
     q, k, v = packed.unbind(3)
     gpu = packed.is_cuda
 
@@ -141,7 +141,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def axis_tables(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
-    """(side, side) of query and key on one axis: whether it is seen, and the cell of a relative table (or its like)."""
+    """Return (side, side) of query and key on one axis: whether the key is seen, and its index in a relative table."""
     places = torch.arange(shape.side, device=device)
     query, key = places[:, None], places[None, :]
     if shape.op == "circle":
@@ -157,7 +157,7 @@ def axis_tables(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
 def flex(
     shape: Shape, tables: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, *, compiled: bool = True
 ) -> Callable[[], Tensor] | None:
-    """FlexAttention of the same function; None for halos, whose zeros past the map it cannot see."""
+    """Return FlexAttention of the same function; None for halos, whose zero keys outside the map it cannot express."""
     if shape.op == "halo":
         return None
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -185,18 +185,18 @@ def flex(
 
 
 def both_ways(call: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
-    """Forward and backward; gradients are thrown away."""
+    """Return a call of forward and backward."""
 
     def step() -> None:
         out = call()
-        grads = torch.autograd.grad(out, leaves, out.detach(), allow_unused=True)  # dense attention has no bias
+        grads = torch.autograd.grad(out, leaves, out.detach(), allow_unused=True)  # dense: no bias
         assert grads[0] is not None
 
     return step
 
 
 def check(shape: Shape, dtype: torch.dtype, device: str) -> None:
-    """Refuse to time a wrong result: ours on one image against the definition in float32."""
+    """Compare ours on one image with the definition in float32, and refuse to time a wrong result."""
     torch.manual_seed(0)
     packed = torch.randn(1, shape.side, shape.side, 3, shape.heads, shape.head_dim, device=device, dtype=dtype)
     tables = shape.tables(device, dtype)
@@ -217,7 +217,7 @@ def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
 
 
 def seconds_of(calls: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    """Median seconds of each call; a call that runs out of memory is left out. On a GPU calls are timed in a row."""
+    """Return median seconds of each call that does not run out of memory. On a GPU calls are timed in sequence."""
     times = GPU_REPEATS if device == "cuda" else 1
     fit = {}
     for name, call in calls.items():
@@ -230,7 +230,7 @@ def seconds_of(calls: dict[str, Callable[[], object]], device: str, rounds: int)
 
 
 def copy_bytes_per_second(device: str) -> float:
-    """Bytes read and written a second by a plain copy that no cache holds."""
+    """Return bytes read and written per second by a copy larger than any cache."""
     source = torch.empty(2**31 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = repeated(lambda: target.copy_(source), 5)
@@ -240,7 +240,7 @@ def copy_bytes_per_second(device: str) -> float:
 def rows_of(
     shape: Shape, batch: int, dtype: torch.dtype, device: str, rounds: int, bandwidth: float
 ) -> list[list[str]]:
-    """The table's rows of one layer at one batch: forward, then both ways."""
+    """Return the rows of one layer at one batch size: forward, then forward and backward."""
     torch.manual_seed(0)
     packed = torch.randn(batch, shape.side, shape.side, 3, shape.heads, shape.head_dim, device=device, dtype=dtype)
     tables, rows = shape.tables(device, dtype), []
@@ -269,7 +269,7 @@ def rows_of(
 def measure(device: str, batches: list[int], dtype: torch.dtype, rounds: int, only: list[str]) -> Table:
     shapes = [shape for shape in SHAPES if any(word in shape.name for word in only)]
     if not shapes:
-        raise ValueError(f"no layer's name holds one of {only}")
+        raise ValueError(f"no layer has a name with one of {only}")
     bandwidth = copy_bytes_per_second(device)
     table = Table(title=f"{dtype}, median of {rounds} rounds, copies at {bandwidth / 1e9:.0f} GB/s")
     for name in ("layer", "batch", "pass", "us", "floor", "MB", *PEERS):
@@ -286,9 +286,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = common_parser(MODULE, __doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[8], help="images (default %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="WORD", help="layers whose name holds one (default all)"
+        "--only", nargs="+", default=[""], metavar="WORD", help="layers whose name contains a WORD (default: all)"
     )
     options = parse_and_set_threads(parser, arguments)
     dtype = DTYPES[options.dtype or ("bfloat16" if options.device == "cuda" else "float32")]

@@ -1,11 +1,11 @@
-"""Does cutting heads and hidden channels make a net faster? PyTorch and ONNX Runtime, dense and pruned in turns.
+"""Speed of models with half of their heads and hidden channels cut, in PyTorch and ONNX Runtime.
 
     python -m foveate.benchmarks.pruning --batch 4 --threads 2
 
-Nets       Random weights: speed does not depend on them, but which layers a global ranking cuts does.
-Pruned     Half of all heads and half of all hidden channels of the MLPs by the summed DIMAP score. `layer`: half of
-           each layer. `group`: ranked over the whole net, which takes more from late layers, where maps are small.
-Checked    The cut net's logits against the full net's with zeros, and the ONNX file's against PyTorch's.
+Models     Random weights. Speed does not depend on them, but the choice of layers in a global ranking does.
+Pruned     Half of all heads and half of all hidden channels of the MLPs, by summed DIMAP scores. `layer`: half of each
+           layer. `group`: ranked over the whole model, which removes more from late layers with small feature maps.
+Verified   Logits of the pruned model against the masked model, and of the ONNX file against PyTorch.
 """
 
 import tempfile
@@ -39,28 +39,30 @@ RATIO = 0.5
 
 @dataclass(frozen=True)
 class Row:
-    """One net, dense and pruned."""
+    """One model, dense and pruned."""
 
     name: str
     scope: str
-    params_share: float  # left of the dense net's
+    params_share: float  # of the dense model
     macs_share: float
     seconds: dict[str, float]  # of one batch: "torch", "torch dense", "onnx", "onnx dense"
 
 
 def measure(name: str, batch: int, img_size: int, rounds: int, *, with_onnx: bool) -> list[Row]:
-    """Time a net and its two cuts side by side."""
+    """Time a model and its two pruned versions."""
     torch.manual_seed(0)
     dense = timm.create_model(name).eval()
     images = torch.randn(batch, 3, img_size, img_size)
     plans = {
         scope: plan(dense, "dimap", RATIO, structure=STRUCTURE, scope=scope, img_size=img_size) for scope in SCOPES
     }
-    nets = {"dense": dense} | {scope: _checked(p, dense, images) for scope, p in plans.items()}
-    seconds = interleaved_seconds({("torch", key): _eager(net, images) for key, net in nets.items()}, rounds=rounds)
-    if with_onnx:  # apart: threads of ONNX Runtime that wait would slow torch down
+    models = {"dense": dense} | {scope: _checked(p, dense, images) for scope, p in plans.items()}
+    seconds = interleaved_seconds({("torch", key): _eager(m, images) for key, m in models.items()}, rounds=rounds)
+    if with_onnx:  # separately: waiting threads of ONNX Runtime slow torch down
         with tempfile.TemporaryDirectory() as folder:
-            calls = {("onnx", key): _session(net, Path(folder) / f"{key}.onnx", images) for key, net in nets.items()}
+            calls = {
+                ("onnx", key): _session(model, Path(folder) / f"{key}.onnx", images) for key, model in models.items()
+            }
             seconds |= interleaved_seconds(calls, rounds=rounds)
     return [_row(name, scope, plans[scope], seconds) for scope in SCOPES]
 
@@ -74,7 +76,7 @@ def _row(name: str, scope: str, p: Plan, seconds: dict[tuple[str, str], float]) 
 
 
 def _checked(p: Plan, dense: nn.Module, images: Tensor) -> nn.Module:
-    """Cut, and refuse to time a net that answers otherwise than the one with zeros."""
+    """Cut the model, and refuse to time it if its logits differ from the masked model."""
     smaller = p.cut(dense).eval()
     with torch.inference_mode():
         wanted = p.apply(deepcopy(dense))(images[:1])
@@ -82,18 +84,18 @@ def _checked(p: Plan, dense: nn.Module, images: Tensor) -> nn.Module:
     return smaller
 
 
-def _eager(net: nn.Module, images: Tensor) -> Callable[[], object]:
-    return torch.inference_mode()(lambda: net(images))
+def _eager(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    return torch.inference_mode()(lambda: model(images))
 
 
-def _session(net: nn.Module, path: Path, images: Tensor) -> Callable[[], object]:
+def _session(model: nn.Module, path: Path, images: Tensor) -> Callable[[], object]:
     import onnxruntime
 
-    export_onnx(net, path, example=images, dynamic_batch=False)
-    verify(net, path, images, batch_sizes=(len(images),))
+    export_onnx(model, path, example=images, dynamic_batch=False)
+    verify(model, path, images, batch_sizes=(len(images),))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # one session must not slow the next
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads slow other sessions
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name, array = session.get_inputs()[0].name, images.numpy()
     return lambda: session.run(None, {name: array})
@@ -127,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="timm model names")
     parser.add_argument("--batch", type=int, default=4, help="images (default %(default)s)")
     parser.add_argument("--img-size", type=int, default=224, help="px (default %(default)s)")
-    parser.add_argument("--no-onnx", action="store_true", help="leave ONNX Runtime out")
+    parser.add_argument("--no-onnx", action="store_true", help="without ONNX Runtime")
     options = parse_and_set_threads(parser, arguments)
     sizes = (options.batch, options.img_size, options.rounds)
     rows = [row for name in options.models for row in measure(name, *sizes, with_onnx=not options.no_onnx)]

@@ -1,15 +1,14 @@
-"""What pruning costs in accuracy, on real digits: one-shot by several criteria, and after fine-tuning.
+"""Accuracy of pruned models on real digits: one-shot with several criteria, and after fine-tuning.
 
     python -m foveate.benchmarks.pruning_mnist5k --seeds 0 1 2 --out results.txt
 
-Nets       The micro nets of the recipes for mnist5k, trained from scratch for each seed, --epochs instead of the
-           recipe's when given; last epoch.
-One-shot   Top-1 on the 1000 held-out digits right after a share of the weights of QKV, PRJ and MLP was zeroed. Every
-           method zeroes the same share of each net: DIMAP in each module group, the others over all groups at once,
-           magnitude besides in each group and in each layer (uniform).
-Tuned      Where a recipe of that name with -dimap is there: after fine-tuning for a third of the epochs with the zeros
-           held, and of the net whose heads and hidden channels were cut in half by the summed DIMAP score (nothing to
-           hold).
+Models       The micro models of the recipes for mnist5k, trained from scratch for each seed (--epochs replaces the
+             recipe's number); last epoch.
+One-shot     Top-1 on the 1000 held-out digits right after a share of the weights of QKV, PRJ and MLP was zeroed. Every
+             method zeroes the same share: DIMAP ranks within each module group, the others over all groups, magnitude
+             also within each group and each layer (uniform).
+Fine-tuned   If there is a recipe with -dimap: after fine-tuning for a third of the epochs, with the zeros kept; also
+             for the model with half of its heads and hidden channels cut by summed DIMAP scores.
 """
 
 import statistics
@@ -46,9 +45,9 @@ MEAN, STD = 0.1307, 0.3081
 
 
 @torch.inference_mode()
-def top1(net: nn.Module, images: Tensor, targets: Tensor) -> float:
-    """Percent of the images whose class the net names."""
-    return 100 * float((net.eval()(images).argmax(1) == targets).float().mean())
+def top1(model: nn.Module, images: Tensor, targets: Tensor) -> float:
+    """Return the top-1 accuracy, in %."""
+    return 100 * float((model.eval()(images).argmax(1) == targets).float().mean())
 
 
 def held_out() -> tuple[Tensor, Tensor]:
@@ -56,14 +55,14 @@ def held_out() -> tuple[Tensor, Tensor]:
     return (digits[:, None].float() / 255 - MEAN) / STD, targets
 
 
-def zeroed(net: nn.Module, name: str, ratio: float, *, seed: int, px: int) -> nn.Module:
-    """Return a copy of the net without the share of its weights that goes by one of METHODS."""
+def zeroed(model: nn.Module, name: str, ratio: float, *, seed: int, px: int) -> nn.Module:
+    """Return a copy of the model with a share of its weights zeroed by one of METHODS."""
     method, scope = METHODS[name]
-    return plan(net, method, ratio, scope=scope, img_size=px, seed=seed).apply(deepcopy(net))
+    return plan(model, method, ratio, scope=scope, img_size=px, seed=seed).apply(deepcopy(model))
 
 
 def measure(recipe: str, seed: int, folder: Path, epochs: int | None = None) -> dict[str, float]:
-    """Train, prune and, where there is a recipe for it, tune one net; return top-1 in percent, by what was done."""
+    """Train, prune and (if there is a recipe) fine-tune one model; return top-1 in %, per method."""
     images, targets = held_out()
     options = {"seed": seed} | ({} if epochs is None else {"schedule.epochs": epochs})
     trained = train(recipe, work_dir=folder / "dense", resume=True, cfg_options=options)
@@ -71,8 +70,8 @@ def measure(recipe: str, seed: int, folder: Path, epochs: int | None = None) -> 
     found = {"dense": top1(dense, images, targets)}
     for ratio in RATIOS:
         for name in METHODS:
-            net = zeroed(dense, name, ratio, seed=seed, px=images.shape[-1])
-            found[f"{name} {ratio:.0%}"] = top1(net, images, targets)
+            model = zeroed(dense, name, ratio, seed=seed, px=images.shape[-1])
+            found[f"{name} {ratio:.0%}"] = top1(model, images, targets)
     return found | (_tune(recipe, seed, dense, folder) if f"{recipe}-dimap" in list_recipes() else {})
 
 
@@ -91,9 +90,9 @@ def _tune(recipe: str, seed: int, dense: nn.Module, folder: Path) -> dict[str, f
     return found
 
 
-def _saved(net: nn.Module, folder: Path) -> Path:
+def _saved(model: nn.Module, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return folder if folder.exists() else save_hub(net, folder)
+    return folder if folder.exists() else save_hub(model, folder)
 
 
 def _tuned(recipe: str, seed: int, hub: Path, folder: Path, options: dict, images: Tensor, targets: Tensor) -> float:
@@ -106,7 +105,7 @@ def _tuned(recipe: str, seed: int, hub: Path, folder: Path, options: dict, image
 def tabulate(recipe: str, seeds: list[int], runs: list[dict[str, float]], epochs: int | None = None) -> Table:
     trained = "" if epochs is None else f", {epochs} epochs"
     table = Table(title=f"{recipe}{trained}: top-1 on 1000 held-out digits, %")
-    table.add_column("net", no_wrap=True)
+    table.add_column("model", no_wrap=True)
     for name in (*(f"seed {seed}" for seed in seeds), "mean"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in runs[0]:
@@ -117,10 +116,10 @@ def tabulate(recipe: str, seeds: list[int], runs: list[dict[str, float]], epochs
 
 def main(arguments: list[str] | None = None) -> None:
     parser = common_parser(MODULE, __doc__, rounds=None)
-    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES, metavar="NAME", help="(default all)")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES, metavar="NAME", help="(default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default 0 1 2)")
-    parser.add_argument("--epochs", type=int, help="train that long (default the recipe's)")
-    parser.add_argument("--work-dir", type=Path, metavar="DIR", help="keep the runs there, and go on with them")
+    parser.add_argument("--epochs", type=int, help="epochs of training (default: the recipe's)")
+    parser.add_argument("--work-dir", type=Path, metavar="DIR", help="keep the runs in DIR, and resume them")
     options = parse_and_set_threads(parser, arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.work_dir or Path(temporary)

@@ -1,16 +1,16 @@
-"""Routed attention beside the form that gathers keys: time, and memory of one forward and backward.
+"""Time and memory of routed attention, compared with code that copies the routed keys.
 
     python -m foveate.benchmarks.routed_attention --batch 8 --threads 2
 
 Shapes     The routed stages of BiFormer-T at 224 px (56x56 with 2 heads, 28x28 with 4, 14x14 with 8; 49 regions; 32
-           channels a head), stage 1 with topk 4 and 16 too, and stage 1 of 600 x 500 px images, half as many.
-Gather     What plain PyTorch code does, with all gradients by autograd: regions cut out of the maps, the routed ones
-           copied for every region (topk copies of k and v), attention with its logits in memory.
+           channels per head), stage 1 also with topk 4 and 16, and stage 1 of 600 x 500 px images, half as many images.
+Gather     Plain PyTorch code with gradients by autograd: split into regions, copy the routed regions for every region
+           (topk copies of k and v), attention with its logits in memory.
 Ours       The fused kernels on a GPU, the tiled body on a CPU.
-Memory     The most that tensors take at once in forward and backward beyond the inputs, over the bytes of q, k, v and
-           out; `resident` is ours with the allocator's slack, as the system counts it. Out and the three gradients
-           alone make 1.0. On a GPU `floor` is the share of the memory bandwidth's floor that the forward pass reaches.
-Model      The whole BiFormer-T, its routed layers replaced by the gathering form with the same weights.
+Memory     Peak memory of tensors in forward and backward, without the inputs, relative to the bytes of q, k, v and out;
+           `resident` is ours as the system counts it. Out and the three gradients alone make 1.0. On a GPU, `floor` is
+           the minimum memory time of the forward pass in % of the measured time.
+Model      The whole BiFormer-T, with its routed layers replaced by the copying code with the same weights.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from ._timing import (
 MODULE = "foveate.benchmarks.routed_attention"
 
 HEAD_DIM = 32
-REGIONS = 7  # a side
+REGIONS = 7  # per side
 LARGE = (154, 126, 2, 1)  # rows, columns, heads, topk
 SHAPES = [(56, 56, 2, 1), (56, 56, 2, 4), (56, 56, 2, 16), (28, 28, 4, 4), (14, 14, 8, 16), LARGE]
 IMAGE_SIZES = (224, 336)  # px, of the whole model
@@ -48,7 +48,7 @@ def cut(x: Tensor, region: tuple[int, int]) -> Tensor:
 
 
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, heads: int, scale: float) -> Tensor:
-    """Routed attention on (B, regions, tokens, C), by copies of the routed keys."""
+    """Routed attention on (B, regions, tokens, C), with copies of the routed keys."""
     batch, regions, tokens, dim = k.shape
     topk = routes.shape[2]
     index = routes.view(batch, regions, topk, 1, 1).expand(-1, -1, -1, tokens, dim)
@@ -61,13 +61,13 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, heads: int
 
 
 def join(x: Tensor, size: tuple[int, int], region: tuple[int, int]) -> Tensor:
-    """(B, regions, tokens, C) -> (B, H, W, C): the way back of `cut`."""
+    """(B, regions, tokens, C) -> (B, H, W, C): the inverse of `cut`."""
     x = x.unflatten(2, region).unflatten(1, (size[0] // region[0], size[1] // region[1]))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class GatheringAttention(nn.Module):
-    """A layer of BiFormer as plain code has it, with the weights of one of ours."""
+    """BiFormer's layer in plain code, with the weights of ours."""
 
     def __init__(self, ours: BiLevelRoutingAttention) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class GatheringAttention(nn.Module):
 
 
 def calls(shape: tuple[int, int, int, int], batch: int, device: str) -> tuple[dict[str, Callable], list[Tensor]]:
-    """Both forms, and the leaves that they take: strided views of one packed qkv."""
+    """Return both implementations, and their inputs: strided views of one packed qkv."""
     rows, cols, heads, topk = shape
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -125,7 +125,7 @@ def _cells(shape: tuple[int, int, int, int], batch: int, rounds: int, device: st
     forms, leaves = calls(shape, batch, device)
     with torch.no_grad():
         tolerance = {"rtol": 1e-4, "atol": 1e-5} if leaves[0].dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-        torch.testing.assert_close(forms["ours"](), forms["gather"](), **tolerance)  # no time of a wrong result
+        torch.testing.assert_close(forms["ours"](), forms["gather"](), **tolerance)  # refuse to time a wrong result
         forward = interleaved_seconds(forms, rounds=rounds, device=device)
     grad = torch.randn_like(forms["ours"]())
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -164,7 +164,7 @@ def measure_model(batch: int, rounds: int, device: str) -> Table:
         steps = {name: torch.inference_mode()(lambda net=net, x=images: net(x)) for name, net in nets.items()}
         difference = (steps["ours"]() - steps["gather"]()).abs().max()
         if difference > 1e-3 * steps["gather"]().abs().max():
-            raise RuntimeError(f"the two models differ by {difference}")
+            raise RuntimeError(f"the logits of the two models differ by {difference}")
         seconds = interleaved_seconds(steps, rounds=rounds, device=device)
         peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
         speeds = [f"{batch / seconds[name]:.1f}" for name in steps]

@@ -57,7 +57,7 @@ class Demo:
 
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")] = Path("foveate-demo"),
-    model: Annotated[DemoModel, typer.Option(help="Neighborhood attention or large kernel attention.")] = DemoModel.NAT,
+    model: Annotated[DemoModel, typer.Option(help="NAT or VAN, of two stages.")] = DemoModel.NAT,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")] = 0,
 ) -> None:
     """Train on 4000 real digits, test on 1000 others, export to ONNX, and compare the file with PyTorch."""
@@ -83,13 +83,13 @@ def run_demo(out: Path, model: DemoModel = DemoModel.NAT, seed: int = 0) -> Demo
     recipe = f"{model.value}_micro_1xb64_mnist5k"
     trained = train(recipe, work_dir=out / "train", cfg_options={"seed": seed})
     scores = evaluate(trained.last_checkpoint)
-    net = load_net(trained.last_checkpoint)
-    images, targets = _held_out(net)
-    save_hub(net, out / "model")
+    loaded = load_net(trained.last_checkpoint)
+    images, targets = _held_out(loaded)
+    save_hub(loaded, out / "model")
     with atomic_path(out / "model.onnx") as part:
-        export_onnx(net, part, img_size=images.shape[-1])
-        agreement = verify(net, part, images[:VERIFIED_IMAGES], batch_sizes=(1, VERIFIED_IMAGES - 1))
-    _draw(out / "report.png", read_scalars(trained.log), net, images, targets)
+        export_onnx(loaded, part, img_size=images.shape[-1])
+        agreement = verify(loaded, part, images[:VERIFIED_IMAGES], batch_sizes=(1, VERIFIED_IMAGES - 1))
+    _draw(out / "report.png", read_scalars(trained.log), loaded, images, targets)
     result = Demo(
         recipe=recipe,
         trained=trained,
@@ -97,7 +97,7 @@ def run_demo(out: Path, model: DemoModel = DemoModel.NAT, seed: int = 0) -> Demo
         top5=scores.top5,
         images=scores.images,
         agreement=agreement,
-        parameters=sum(p.numel() for p in net.parameters()),
+        parameters=sum(p.numel() for p in loaded.parameters()),
         seconds=time.perf_counter() - start,
     )
     with atomic_path(out / "summary.json") as part:
@@ -115,19 +115,19 @@ def _check_ready(out: Path) -> None:
         raise RequestError(f"{out} cannot be written: no write permission for {there}")
 
 
-def _held_out(net: nn.Module) -> tuple[Tensor, Tensor]:
+def _held_out(model: nn.Module) -> tuple[Tensor, Tensor]:
     """Return the held-out digits, (1000, 1, H, W), preprocessed as the model wants them, and their classes."""
     digits, targets = load_digits("validation")
-    transform = create_transform(**resolve_data_config(model=net))
+    transform = create_transform(**resolve_data_config(model=model))
     return torch.stack([transform(Image.fromarray(digit.numpy())) for digit in digits]), targets
 
 
-def _draw(out: Path, scalars: list[dict], net: nn.Module, images: Tensor, targets: Tensor) -> None:
+def _draw(out: Path, scalars: list[dict], model: nn.Module, images: Tensor, targets: Tensor) -> None:
     """Draw the curves of the run, and 40 held-out digits with predictions: mistakes first, then some of every class."""
     from matplotlib.figure import Figure
 
     with torch.inference_mode():
-        answers = torch.cat([net(batch) for batch in images.split(250)]).argmax(1)
+        answers = torch.cat([model(batch) for batch in images.split(250)]).argmax(1)
     figure = Figure(figsize=(11, 8), layout="constrained")
     curves, digits = figure.subfigures(2, height_ratios=(2, 3))
     epochs = [line["epoch"] for line in scalars]

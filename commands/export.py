@@ -47,13 +47,13 @@ def export_command(
     kwargs = parse_model_args(model_arg)
     _check_tolerance(tolerance)
     _check_output(output, file_format)
-    net = _load(model, checkpoint, pretrained, img_size, kwargs)
-    inputs = real_images(net, images, count=sum(BATCH_SIZES), img_size=img_size)
+    loaded = _load(model, checkpoint, pretrained, img_size, kwargs)
+    inputs = real_images(loaded, images, count=sum(BATCH_SIZES), img_size=img_size)
     with atomic_path(output) as part:
-        _writer(file_format, img_size)(net, part)
-        agreement = verify(net, part, inputs, tolerance=tolerance)
+        _writer(file_format, img_size)(loaded, part)
+        agreement = verify(loaded, part, inputs, tolerance=tolerance)
     weights = name_weights(model, checkpoint, pretrained)
-    print_facts(f"foveate export: {type(net).__name__}", _facts(output, net, weights, inputs, agreement))
+    print_facts(f"foveate export: {type(loaded).__name__}", _facts(output, loaded, weights, inputs, agreement))
 
 
 def _check_tolerance(tolerance: float) -> None:
@@ -69,23 +69,23 @@ def _check_output(output: Path, file_format: Format) -> None:
 
 
 def _load(name: str, checkpoint: Path | None, pretrained: bool, img_size: int | None, kwargs: dict) -> nn.Module:
-    net = load_model(name, checkpoint, pretrained=pretrained, **kwargs)
-    if img_size is None or not get_model_traits(net).get("fixed_input_size"):
-        return net
+    model = load_model(name, checkpoint, pretrained=pretrained, **kwargs)
+    if img_size is None or not get_model_traits(model).get("fixed_input_size"):
+        return model
     return load_model(name, checkpoint, pretrained=pretrained, **kwargs | {"img_size": img_size})
 
 
 def _writer(file_format: Format, img_size: int | None) -> Callable[[nn.Module, Path], Path]:
     export = {Format.ONNX: export_onnx, Format.TORCH: export_program, Format.HUB: save_hub}[file_format]
-    return lambda net, out: export(net, out, img_size=img_size)
+    return lambda model, out: export(model, out, img_size=img_size)
 
 
-def _facts(output: Path, net: nn.Module, weights: str, inputs: Tensor, agreement: Agreement) -> dict[str, str]:
+def _facts(output: Path, model: nn.Module, weights: str, inputs: Tensor, agreement: Agreement) -> dict[str, str]:
     files = [output] if output.is_file() else [path for path in output.rglob("*") if path.is_file()]
     return {
         "written": str(output),
         "size": f"{sum(path.stat().st_size for path in files) / 1e6:.2f} MB",
-        "parameters": f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M",
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
         "weights": weights,
         "input": " x ".join(map(str, ("batch", *inputs.shape[1:]))),
         "compared": f"{agreement.images} images in batches of {' and '.join(map(str, agreement.batch_sizes))}",

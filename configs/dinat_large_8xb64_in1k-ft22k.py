@@ -1,4 +1,4 @@
-"""DiNAT-Large at 224, fine-tuned on ImageNet-1k from ImageNet-22k weights (a file of yours).
+"""DiNAT-Large at 224, fine-tuned on ImageNet-1k from ImageNet-22k weights (your own file).
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train dinat_large_8xb64_in1k-ft22k --data IMAGENET \
            --launcher pytorch --cfg-options model.checkpoint=WEIGHTS

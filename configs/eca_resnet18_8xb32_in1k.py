@@ -4,7 +4,7 @@ Command    torchrun --no-python --nproc-per-node 8 foveate train eca_resnet18_8x
            --launcher pytorch
 Published  70.92 top-1 (Wang et al. 2020, arXiv:1910.03151; official repository)
 Ours       -
-Differs    what is decayed, see the base.
+Differs    weight decay, see the base.
 """
 
 from mmengine.config import read_base

@@ -4,7 +4,7 @@ Command    torchrun --no-python --nproc-per-node 1 foveate train ela_mobilenet_v
            --launcher pytorch
 Published  - (Xu and Wan 2024, arXiv:2403.01123, whose recipe is not known to us)
 Ours       -
-Differs    all of it is assumed: ECA-Net's recipe, the nearest of a gated MobileNetV2; see the base.
+Differs    no recipe is published; this is ECA-Net's for MobileNetV2, see the base.
 """
 
 from mmengine.config import read_base

@@ -1,10 +1,10 @@
-"""LITv2-B at 384, fine-tuned from its weights at 224 (the authors' file, or one of yours).
+"""LITv2-B at 384, fine-tuned from its weights at 224 (the authors' file or your own).
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train litv2_base_8xb128_in1k-ft384 --data IMAGENET \
            --launcher pytorch --cfg-options model.checkpoint=litv2_b.pth
 Published  84.7 top-1 (Pan et al. 2022, arXiv:2205.13213)
 Ours       -
-Differs    RandAugment capped at 9; validation keeps the middle square of an image, the authors squash all of it.
+Differs    RandAugment capped at 9; validation takes the center crop, the authors resize the whole image to a square.
 """
 
 from mmengine.config import read_base

@@ -1,9 +1,9 @@
-"""Fine-tune the micro NAT on mnist5k after DIMAP took half of its weights; benchmarks/pruning_mnist5k.py runs it.
+"""Fine-tune the micro NAT on mnist5k after DIMAP pruned half of its weights, see benchmarks/pruning_mnist5k.py.
 
 Command    foveate train nat_micro_1xb64_mnist5k-dimap
-Published  -, not a published model
-Ours       97.1, 97.3, 97.0 top-1 with seeds 0, 1, 2 (dense 97.3, 97.8, 97.1; half of the weights gone) on a Xeon
-Differs    the rates of the paper are for ImageNet: here a sixth of the base training's, for 12 epochs.
+Published  -
+Ours       97.1, 97.3, 97.0 top-1 with seeds 0, 1, 2 (dense 97.3, 97.8, 97.1; half of the weights pruned) on a Xeon
+Differs    the paper's rates are for ImageNet; here 1/6 of the base training's rate, for 12 epochs.
 """
 
 from mmengine.config import read_base

@@ -1,4 +1,4 @@
-"""Out of the house: load a model, write it as ONNX, torch.export program or timm hub folder, and verify it."""
+"""Load a model, write it as ONNX file, torch.export program or timm hub folder, and verify the result."""
 
 from .agreement import Agreement, verify
 from .errors import DisagreementError, ExportError, MissingExtraError

@@ -1,4 +1,4 @@
-"""Run an exported model beside the PyTorch model on images; refuse a difference that float32 cannot explain."""
+"""Run an exported model and the PyTorch model on images; refuse a difference larger than float32 rounding."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from .errors import DisagreementError, ExportError
 from .graphs import INPUT_NAME, ONNX_SUFFIX, PROGRAM_SUFFIX, require_onnx
 from .load import load_model
 
-# Another order of float32 sums moves logits by some 1e-6 to 2e-5 of their standard deviation, layer after layer;
-# a wrong eps, activation or scale moves them by 1e-3 and more. The line is drawn between.
+# Another order of float32 sums changes logits by 1e-6 to 2e-5 of their standard deviation. A wrong eps, activation or
+# scale changes them by 1e-3 and more.
 TOLERANCE = 1e-4
-BATCH_SIZES = (1, 3)  # two, so that a graph that froze the batch is found out; 1, where exporters specialise
+BATCH_SIZES = (1, 3)  # two sizes detect a graph with a fixed batch; exporters specialize on 1
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Agreement:
     """How closely an exported model follows the PyTorch model."""
 
     largest_absolute: float  # largest |difference| of any output
-    largest_relative: float  # the same in standard deviations of that output
-    top1: float | None  # share of images with the same first class; None where the output is no (B, classes)
+    largest_relative: float  # the same, in standard deviations of that output
+    top1: float | None  # share of images with the same top class; None if the output is not (B, classes)
     images: int
     batch_sizes: tuple[int, ...]
     tolerance: float  # of largest_relative
@@ -39,24 +39,24 @@ def verify(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     tolerance: float = TOLERANCE,
 ) -> Agreement:
-    """Compare the exported file with the model on every batch size in turn.
+    """Compare the exported file with the model for each batch size.
 
-    A .pt2 program is unpickled by `torch.export.load`, which can run code: give only programs of your own. ONNX files
-    and hub folders run none.
+    A .pt2 program is unpickled by `torch.export.load`, which can run code: pass only programs that you trust. ONNX
+    files and hub folders run no code.
 
     Args:
-        model: the PyTorch model the file was made of; runs in eval mode on the CPU.
+        model: the PyTorch model that was exported; runs in eval mode on the CPU.
         path: .onnx (ONNX Runtime), .pt2 (torch.export), or a folder in timm's hub layout.
         images: (N, C, H, W), preprocessed, N >= sum(batch_sizes).
-        batch_sizes: consecutive images are cut into batches of these sizes.
+        batch_sizes: the images are split into batches of these sizes.
         tolerance: largest difference allowed, in standard deviations of the model's own output.
 
     Raises:
-        DisagreementError: a larger difference, another shape, or not-a-numbers.
-        ExportError: nothing can be judged: too few images, or an output that is one constant.
+        DisagreementError: a larger difference, another shape, or NaN.
+        ExportError: no comparison is possible: too few images, or a constant output.
     """
     if len(images) < sum(batch_sizes):
-        raise ExportError(f"batches of {tuple(batch_sizes)} want {sum(batch_sizes)} images, got {len(images)}")
+        raise ExportError(f"batches of {tuple(batch_sizes)} need {sum(batch_sizes)} images, got {len(images)}")
     batches = images[: sum(batch_sizes)].split(list(batch_sizes))
     run = _runner(path := Path(path))
     with evaluating(model), torch.no_grad():
@@ -96,14 +96,14 @@ def _onnx_runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
 def _run_model(model: nn.Module, batch: Tensor) -> list[Tensor]:
     try:
         return _as_list(model(batch))
-    except Exception as error:  # a model may refuse a size in any way
+    except Exception as error:  # models raise many types
         raise ExportError(f"the model does not run on a batch of {tuple(batch.shape)}: {first_line(error)}") from error
 
 
 def _run_batch(run: Callable[[Tensor], list[Tensor]], batch: Tensor, path: Path) -> list[Tensor]:
     try:
         return run(batch)
-    except Exception as error:  # each runtime has its own types; that it does not run is the fact
+    except Exception as error:  # runtimes raise many types
         raise DisagreementError(
             f"{path.name} does not run on a batch of {tuple(batch.shape)}: {first_line(error)}"
         ) from error
@@ -123,10 +123,10 @@ def _compare(wanted: list[Tensor], got: list[Tensor], batch_sizes: tuple[int, ..
         raise DisagreementError(f"the exported model returns {got_shapes}, the model {want_shapes}")
     spreads = [want.std().item() for want in wanted]
     if not all(spread > 0 for spread in spreads):
-        raise ExportError("the model's output is one constant (or not a number): no difference could be judged")
+        raise ExportError("the model's output is constant or NaN, so that no comparison is possible")
     absolute = torch.stack([(w - g).abs().max() for w, g in zip(wanted, got, strict=True)])
     relative = absolute / torch.tensor(spreads)
-    largest = absolute.max().item(), relative.max().item()  # torch's max, unlike Python's, never loses a NaN
+    largest = absolute.max().item(), relative.max().item()  # torch's max, unlike Python's, keeps NaN
     return Agreement(*largest, _top1(wanted, got), len(wanted[0]), batch_sizes, tolerance)
 
 

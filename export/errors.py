@@ -1,4 +1,4 @@
-"""Errors of export and loading; every message is one line that names the request and what was found."""
+"""Errors of export and loading; every message is one line that names what was requested and what was found."""
 
 from .._errors import RequestError, ResultError
 

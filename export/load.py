@@ -1,4 +1,4 @@
-"""Make a model from a name and a checkpoint, or say in one line why not."""
+"""Create a model from a name and a checkpoint, or explain in one line why this fails."""
 
 import os
 from difflib import get_close_matches
@@ -14,7 +14,7 @@ from .._model_args import FEATURE_ARGS, check_model_args
 from .._weights import prefers_averages
 from .errors import ExportError
 from .hub_files import CONFIG, check_hub_config, read_hub_weights
-from .inputs import without_remarks
+from .inputs import without_warnings
 from .weights import explain_mismatch, read_model_weights
 
 _NO_OTHER_SOURCE = {
@@ -26,21 +26,21 @@ _NO_OTHER_SOURCE = {
 def load_model(
     name: str, checkpoint: str | Path | None = None, *, pretrained: bool = False, **kwargs: Any
 ) -> nn.Module:
-    """Create a model in eval mode, with all of its weights from one place. Runs no code from any of the files.
+    """Create a model in eval mode, with all of its weights from one source. Runs no code from any file.
 
-    A checkpoint gives tensors, a hub folder's config.json a registered architecture and its arguments; other files
-    that they name are not followed. `hf-hub:` downloads through timm, which reads safetensors, or torch files with
+    A checkpoint gives tensors. A hub folder's config.json gives a registered architecture and its arguments. Other
+    files that they name are not read. `hf-hub:` downloads through timm, which reads safetensors, or torch files with
     `weights_only=True`. No other name downloads anything, unless `pretrained` is set.
 
     Args:
-        name: a timm model name (`van_b0`, `van_b0.in1k`); `local-dir:FOLDER` and `hf-hub:ORG/REPO` bring weights.
-        checkpoint: .pth or .safetensors in the official layout or ours; goes through the family's checkpoint filter.
-            Every tensor must find its place: nothing is dropped or left at random.
-        pretrained: take the published weights that timm knows for the name.
+        name: a timm model name (`van_b0`, `van_b0.in1k`); `local-dir:FOLDER` and `hf-hub:ORG/REPO` hold weights.
+        checkpoint: .pth or .safetensors in the official layout or ours; passed to the family's checkpoint filter. It is
+            loaded strictly: no tensor may be missing or left over.
+        pretrained: load the published weights that timm knows for the name.
         kwargs: the model's own arguments, such as num_classes.
 
     Raises:
-        ExportError: unknown model, argument the model does not take, or weights that are not of this model.
+        ExportError: unknown model, unknown argument, or weights of another model.
     """
     source, model_id = _check_name(name)
     _check_factory_arguments(kwargs)
@@ -55,21 +55,21 @@ def load_model(
     else:
         overlay, origin = None, "the published weights"
     try:
-        with without_remarks():
+        with without_warnings():
             model = timm.create_model(name, pretrained=wants_weights, pretrained_cfg_overlay=overlay, **kwargs)
-    except Exception as error:  # a family's checkpoint filter may stumble over a foreign file in any way
+    except Exception as error:  # checkpoint filters raise many types
         _check_arguments(name, kwargs)
         raise ExportError(f"{origin} cannot be loaded into {name}: {explain_mismatch(error)}") from error
-    model.pretrained_cfg.pop("state_dict", None)  # the model owns the tensors now
+    model.pretrained_cfg.pop("state_dict", None)  # the model holds the tensors now
     return model.eval()
 
 
 def _overlay(name: str, checkpoint: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if kwargs.get("features_only"):  # timm loads these leniently: let the whole model take the file first
+    if kwargs.get("features_only"):  # timm does not load these strictly: load the whole model first
         whole = load_model(name, checkpoint, **{k: v for k, v in kwargs.items() if k not in FEATURE_ARGS})
         return {**_NO_OTHER_SOURCE, "state_dict": whole.state_dict()}
     overlay = {**_NO_OTHER_SOURCE, "state_dict": read_model_weights(checkpoint, use_ema=prefers_averages(name))}
-    if "num_classes" in kwargs:  # else timm drops the file's classifier and keeps a random one
+    if "num_classes" in kwargs:  # otherwise timm skips the classifier of the file
         overlay |= {"num_classes": kwargs["num_classes"], "label_offset": None}
     return overlay
 
@@ -110,7 +110,7 @@ def _check_registered(name: str) -> None:
 
 def _check_arguments(name: str, kwargs: dict[str, Any]) -> None:
     try:
-        with without_remarks():
+        with without_warnings():
             timm.create_model(name, **kwargs)
     except Exception as error:
         raise ExportError(f"{name} cannot be built with {kwargs}: {first_line(error)}") from error

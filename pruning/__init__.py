@@ -1,5 +1,6 @@
-"""Prune timm models: honest data-free scores, masks that survive fine-tuning, and shapes that shrink."""
+"""Prune timm models: scores with and without data, masks that are kept in fine-tuning, and smaller layers."""
 
+from ..backbones._prunable import AttentionLayout, Projection, Prunable
 from .criteria import CRITERIA, share_of_larger
 from .errors import PruningError
 from .groups import GROUPS, declared, group_of_weights
@@ -11,8 +12,11 @@ from .sparse import compress
 __all__ = [
     "CRITERIA",
     "GROUPS",
+    "AttentionLayout",
     "HeadImportance",
     "Plan",
+    "Projection",
+    "Prunable",
     "PruningError",
     "compress",
     "declared",

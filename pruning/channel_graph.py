@@ -1,9 +1,9 @@
-"""Which channels belong together: found by following the model's torch.fx graph, layer by layer.
+"""Which channels depend on each other, found by following the model's torch.fx graph layer by layer.
 
-A channel that a layer writes is the same channel for every elementwise operation behind it, for the norms and depthwise
-convolutions that treat channels one by one, and for every layer that reads it. Whatever adds two maps makes their
-channels one. What the graph cannot see through (norms over channels, grouped convolutions, modules that only their own
-code understands, concatenation) fixes the channels that touch it, with the reason: nothing is cut there on a guess.
+A channel that a layer writes stays the same channel in elementwise operations, in norms and depthwise convolutions that
+treat channels separately, and in every layer that reads it. Adding two feature maps joins their channels. Norms over
+channels, grouped convolutions, concatenation and modules that cannot be traced fix their channels: these are never cut,
+and the reason is recorded.
 """
 
 import operator
@@ -22,7 +22,7 @@ from .errors import PruningError
 from .groups import declared
 
 _LAYERS = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
-# Functions and methods behind which a channel is still the same channel.
+# Functions and methods that keep the order and number of channels.
 _SAME_CHANNEL = {
     *(operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.mul, torch.flatten, torch.mean),
     *(F.relu, F.relu6, F.gelu, F.silu, F.sigmoid, F.hardtanh, F.hardswish, torch.relu, torch.sigmoid, torch.tanh),
@@ -30,7 +30,7 @@ _SAME_CHANNEL = {
     *("add", "add_", "mul", "mul_", "mean", "permute", "transpose", "contiguous", "to", "float", "flatten"),
     *("sigmoid", "relu", "clone"),
 }
-OUTPUT = "they are the output channels"
+OUTPUT = "these are the output channels of the model"
 _NO_TENSOR = {"size", "dim", "numel", "is_contiguous"}
 
 
@@ -44,17 +44,17 @@ class Place:
 
 @dataclass
 class Channels:
-    """Channels that live and die together: entry i of every place with entry i of every other."""
+    """Channels that are cut together: entry i of every place belongs to channel i."""
 
-    size: int | None = None  # None: not known from a layer
+    size: int | None = None  # None: no layer says it
     places: list[Place] = field(default_factory=list)
     writers: list[str] = field(default_factory=list)  # layers that produce the channels
-    attention: str | None = None  # the attention module that produces them, where it has no output projection
-    fixed: str | None = None  # why nothing can be cut here
+    attention: str | None = None  # attention module without output projection that produces the channels
+    fixed: str | None = None  # reason why the channels cannot be cut
 
     def absorb(self, other: "Channels") -> None:
         if self.size is not None and other.size is not None and self.size != other.size:
-            self.fixed = self.fixed or other.fixed or f"{self.size} channels meet {other.size}"
+            self.fixed = self.fixed or other.fixed or f"{self.size} channels are added to {other.size}"
         if self.attention and other.attention:
             self.fixed = self.fixed or "heads of two attention modules are added"
         self.size = other.size if self.size is None else self.size
@@ -65,7 +65,7 @@ class Channels:
 
 
 def layouts_of(model: nn.Module) -> dict[str, list[AttentionLayout]]:
-    """Return the attention modules of a model by name, with the layouts that its family declares for each."""
+    """Return the attention modules of a model by name, each with the layouts that its family declares."""
     found = {}
     for name, module in model.named_modules():
         fitting = [a for a in declared(model).attentions if re.fullmatch(a.modules, name)]
@@ -75,10 +75,10 @@ def layouts_of(model: nn.Module) -> dict[str, list[AttentionLayout]]:
 
 
 def channel_graph(model: nn.Module) -> list[Channels]:
-    """Return all sets of channels of a model, the fixed ones too. Cost: one symbolic trace.
+    """Return all sets of channels of a model, including fixed ones. Cost: one symbolic trace.
 
     Raises:
-        PruningError: the model's family declares nothing, or torch.fx cannot trace the model.
+        PruningError: the model's family has no pruning declaration, or torch.fx cannot trace the model.
     """
     square = declared(model).square
     names = [name for name, _ in model.named_modules()]
@@ -87,7 +87,7 @@ def channel_graph(model: nn.Module) -> list[Channels]:
     with evaluating(model):
         try:
             graph = _Tracer({*follower.attentions, *squares}).trace(model)
-        except Exception as error:  # a model's code may fail on proxies in any way
+        except Exception as error:  # model code raises many types on proxies
             raise PruningError(f"{type(model).__name__} cannot be traced by torch.fx: {error}") from error
     for node in graph.nodes:
         follower.step(node)
@@ -95,7 +95,7 @@ def channel_graph(model: nn.Module) -> list[Channels]:
 
 
 class _Tracer(fx.Tracer):
-    """Stop at layers, at attention modules, and at what timm's models declare untraceable."""
+    """Do not trace into layers, attention modules, and what timm's models declare untraceable."""
 
     def __init__(self, leaves: set[str]) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
@@ -109,7 +109,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Follower:
-    """Walks the graph once; `carried[node]` is the set of channels that the node's tensor carries."""
+    """Walks the graph once; `carried[node]` is the set of channels of the node's tensor."""
 
     def __init__(self, model: nn.Module, attentions: dict[str, list[AttentionLayout]], squares: set[str]) -> None:
         self.model = model
@@ -122,7 +122,7 @@ class _Follower:
     def step(self, node: fx.Node) -> None:
         sets = [self.find(self.carried[source]) for source in node.all_input_nodes if source in self.carried]
         if node.op == "placeholder":
-            self.carried[node] = self.new(fixed="they are the input channels")
+            self.carried[node] = self.new(fixed="these are the input channels of the model")
         elif node.op == "get_attr":
             self.attribute(node)
         elif node.op == "call_module" and sets:
@@ -155,7 +155,7 @@ class _Follower:
         return channels
 
     def place(self, channels: Channels, layer: str, *parts: tuple[str, int]) -> Channels:
-        """Add axes of a layer's tensors to the set; a layer without a bias has none."""
+        """Add axes of a layer's tensors to the set; missing biases are skipped."""
         module = self.model.get_submodule(layer)
         for name, axis in parts:
             tensor = getattr(module, name, None)
@@ -165,7 +165,7 @@ class _Follower:
         return channels
 
     def attribute(self, node: fx.Node) -> None:
-        """A parameter that the model's own code uses: one with one long axis has an entry for each channel."""
+        """Follow a parameter that the model uses directly: with one axis longer than 1, it has an entry per channel."""
         tensor = operator.attrgetter(str(node.target))(self.model)
         if not isinstance(tensor, torch.Tensor) or tensor.numel() == 1:
             return
@@ -240,6 +240,6 @@ class _Follower:
 
 
 def _takes_all(index: Any) -> bool:
-    """Say whether an index keeps every entry: full slices, new axes and ellipses only."""
+    """Whether an index keeps every entry: full slices, new axes and ellipses only."""
     parts = index if isinstance(index, tuple) else (index,)
     return all(part is None or part is Ellipsis or part == slice(None) for part in parts)

@@ -1,7 +1,7 @@
-"""Parameters and multiply-adds by non-zeros, as in DIMAP's tables: a weight that is zero is not there.
+"""Parameters and multiply-adds counted by non-zero weights, as in DIMAP's tables.
 
 A masked weight saves one multiply-add at every position where its layer is applied; attention's own products, norms and
-biases stay. Nothing runs faster by that: only shapes that shrink do.
+biases are not reduced. Only smaller layers make a model faster; zeroed weights do not.
 """
 
 import math
@@ -21,18 +21,18 @@ from .errors import PruningError
 
 @dataclass(frozen=True)
 class Counts:
-    """What a network holds and costs, before and after; multiply-adds of one image."""
+    """Parameters and multiply-adds of one image, before and after pruning."""
 
     params_before: int
     params_after: int
     macs_before: int
     macs_after: int
-    input_size: tuple[int, int, int]  # (C, H, W) of that image
+    input_size: tuple[int, int, int]  # (C, H, W) of the image
 
 
 @torch.no_grad()
 def count_masked(model: nn.Module, masks: Mapping[str, Tensor], images: Tensor) -> Counts:
-    """Count the model, and the model less what the masks (True: kept) take out."""
+    """Count the model with and without the weights that the masks (True: kept) remove."""
     with evaluating(model):
         macs = count_macs(model, images)
         positions = count_positions(model, set(masks), images)
@@ -43,7 +43,7 @@ def count_masked(model: nn.Module, masks: Mapping[str, Tensor], images: Tensor) 
 
 
 def count_positions(model: nn.Module, names: set[str], images: Tensor) -> dict[str, int]:
-    """Return for each weight how many times one image passes through it; 0 for what is no linear layer's weight.
+    """Return how many times each weight is applied to one image; 0 if it does not belong to a linear layer.
 
     A layer whose weight its parent uses directly (as channel attention does) is applied at each token of the parent.
     """
@@ -78,10 +78,10 @@ def count_positions(model: nn.Module, names: set[str], images: Tensor) -> dict[s
 
 
 def example_image(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> Tensor:
-    """Return one image of zeros as the model takes it, (1, C, H, W); its own size unless another is given.
+    """Return one image of zeros, (1, C, H, W), of the model's own size unless another is given.
 
     Raises:
-        PruningError: it does not fit into memory.
+        PruningError: the image does not fit into memory.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *own = config.get("input_size", (3, 224, 224))
@@ -101,13 +101,13 @@ def check_runs(model: nn.Module, image: Tensor) -> None:
     """Run the model once, in eval mode.
 
     Raises:
-        PruningError: it does not take the image, or there is not enough memory.
+        PruningError: the model does not support the size, or there is not enough memory.
     """
     height, width = image.shape[2:]
     try:
         with evaluating(model):
             model(image)
-    except Exception as error:  # a model may refuse a size in any way
+    except Exception as error:  # models raise many types
         raise PruningError(
             f"{type(model).__name__} does not run on an image of {height}x{width}: {first_line(error)}"
         ) from error

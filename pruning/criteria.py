@@ -1,9 +1,9 @@
-"""Scores of single weights: the smaller, the sooner a weight goes. float64, so that sums of millions keep order.
+"""Scores of single weights; the lowest are pruned first. float64, so that sums of millions of scores keep their order.
 
 DIMAP      arXiv:2404.13648, equation 10: a weight's square over the sum of the squares of all weights of its layer that
-           are not smaller, itself included. The largest weight of a layer scores 1.
+           are not smaller, including its own. The largest weight of a layer scores 1.
 LAMP       Lee et al. 2021, arXiv:2010.07611: the same score. The papers differ in what is ranked together: LAMP ranks
-           the whole model, DIMAP each module group (QKV, PRJ, MLP) alone.
+           the whole model, DIMAP each module group (QKV, PRJ, MLP).
 Taylor     Molchanov et al. 2019, arXiv:1906.10771: (weight * gradient)^2, averaged over batches.
 """
 
@@ -25,12 +25,12 @@ Scores = dict[str, Tensor]  # parameter name -> float64, of the parameter's shap
 
 
 def share_of_larger(weight: Tensor) -> Tensor:
-    """Return w^2 / sum of the squares of all entries not smaller than w: DIMAP's and LAMP's score of one layer.
+    """Return w^2 / sum of the squares of all entries not smaller than w: the score of DIMAP and LAMP, for one layer.
 
     Equal weights score the same; zeros score 0. Cost: one sort.
     """
     descending, order = weight.detach().to(torch.float64).square().flatten().sort(descending=True)
-    # entries not smaller than x end with the last of its equals, which count in full
+    # equal entries are all included in the sum
     _, run, lengths = descending.unique_consecutive(return_inverse=True, return_counts=True)
     larger_sum = descending.cumsum(0)[lengths.cumsum(0) - 1][run]
     scores = torch.empty_like(descending)
@@ -45,20 +45,20 @@ def magnitudes(weight: Tensor) -> Tensor:
 def taylor_scores(model: nn.Module, names: Iterable[str], batches: Batches) -> Scores:
     """Return the mean over batches of (weight * gradient of the cross-entropy)^2; the model runs in eval mode.
 
-    Frozen weights (requires_grad False) have no gradient and get no score: they stay as they are.
+    Frozen weights (requires_grad False) have no gradient and get no score: they are not pruned.
 
     Raises:
-        PruningError: there is no batch, no weight that is not frozen, or the model does not take the images.
+        PruningError: no batch, only frozen weights, or a model that does not run on the images.
     """
     weights = {name: weight for name in names if (weight := model.get_parameter(name)).requires_grad}
     if not weights:
-        raise PruningError("taylor: all of the weights are frozen (requires_grad is False), none has a gradient")
+        raise PruningError("taylor: all of the weights are frozen (requires_grad is False) and have no gradient")
     scores = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
     count = 0
     with evaluating(model):
         for images, targets in batches:
             for (name, weight), grad in zip(weights.items(), _gradients(model, weights, images, targets), strict=True):
-                if grad is not None:  # else the weight took no part: it scores 0
+                if grad is not None:  # otherwise the weight was not used and scores 0
                     scores[name] += (weight.detach().double() * grad.double()).square()
             count += 1
     if count == 0:
@@ -73,16 +73,16 @@ def _gradients(
         with torch.enable_grad():
             loss = F.cross_entropy(model(images), targets)
             return torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    except Exception as error:  # a model may refuse images in any way, or record no gradients
+    except Exception as error:  # models raise many types
         raise PruningError(f"taylor: no gradients of {type(model).__name__}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How weights are scored, and which of them are ranked together unless the caller says otherwise."""
+    """How weights are scored, and which weights are ranked together by default."""
 
     scope: Scope
-    score: Callable[[Tensor], Tensor] | None = None  # of one layer's weight; None: needs more than the weight
+    score: Callable[[Tensor], Tensor] | None = None  # of the weight of one layer; None: needs more than the weight
     needs_data: bool = False
 
 
@@ -112,12 +112,12 @@ def weight_scores(
     """Score the named weights of a model.
 
     Args:
-        method: a key of CRITERIA other than head_importance, which knows no weights.
-        batches: images and classes; taylor needs them, nothing else takes them.
-        seed: of the random baseline.
+        method: a key of CRITERIA other than head_importance, which does not score weights.
+        batches: images and classes, for taylor only.
+        seed: random seed of the method random.
 
     Raises:
-        PruningError: no such method, or batches missing.
+        PruningError: batches are missing.
     """
     names = list(names)
     check_has_data(method, batches)

@@ -1,4 +1,4 @@
-"""Which weights of a model form which module group, as its family declares."""
+"""The module group of each weight, as the model's family declares it."""
 
 import re
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from .errors import PruningError
 from .timm_groups import TIMM_GROUPS
 
 GROUPS = ("qkv", "prj", "mlp", "conv", "depthwise", "gate")
-USUAL = ("qkv", "prj", "mlp", "conv")  # what goes unless the caller names groups: matrices, as in DIMAP's paper
+USUAL = ("qkv", "prj", "mlp", "conv")  # the default groups: matrices, as in DIMAP's paper
 
 
 def declared(model: nn.Module) -> Prunable:
-    """Return what the model's family declares.
+    """Return the pruning declaration of the model's family.
 
     Raises:
-        PruningError: the family declares nothing.
+        PruningError: there is none.
     """
     own = getattr(type(model), "prunable", None)
     if isinstance(own, Prunable):
@@ -27,7 +27,7 @@ def declared(model: nn.Module) -> Prunable:
             return groups
     raise PruningError(
         f"{type(model).__name__} declares no module groups: give its class an attribute `prunable` "
-        "(foveate.backbones._pruning.Prunable)"
+        "(foveate.pruning.Prunable)"
     )
 
 
@@ -35,11 +35,11 @@ def group_of_weights(model: nn.Module, groups: Sequence[str] | None = None, *, s
     """Return parameter name -> module group, in the model's order.
 
     Args:
-        groups: names of groups; QKV, PRJ, MLP and convolutions, as far as the model has them, when None.
-        strict: refuse a group of which the model has no weights.
+        groups: names of groups; None: QKV, PRJ, MLP and convolutions, as far as the model has them.
+        strict: refuse a group without weights in this model.
 
     Raises:
-        PruningError: the model declares nothing, or not this group.
+        PruningError: no pruning declaration, an unknown group, or a group without weights.
     """
     family = declared(model)
     strict = strict and groups is not None

@@ -1,7 +1,7 @@
-"""What single heads are worth: silence one at a time and look at the answers.
+"""Importance of single heads: mask one head at a time and compare the predictions.
 
-The measures are those of visual analytics of vision transformers: change of the loss, divergence of the predictions,
-change of the confidence in the class that the full model names (from its class token or pooled output).
+The measures come from visual analytics of vision transformers: change of the loss, divergence of the predictions, and
+change of the confidence in the class that the full model predicts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,27 +20,27 @@ from .structures import Structures, find_structures
 
 @dataclass(frozen=True)
 class HeadImportance:
-    """What happens when one head falls silent; means over all images."""
+    """Effect of masking one head; means over all images."""
 
     module: str
     head: int
-    loss_change: float  # cross-entropy without the head less that with it
-    divergence: float  # KL divergence of the predictions without the head from those with it
-    confidence_change: float  # in the class that the full model names
+    loss_change: float  # cross-entropy without the head minus cross-entropy with it
+    divergence: float  # KL divergence between predictions with and without the head
+    confidence_change: float  # in the class that the full model predicts
 
 
 @torch.no_grad()
 def head_importance(
     model: nn.Module, batches: Batches, structures: Sequence[Structures] | None = None
 ) -> list[HeadImportance]:
-    """Measure every head that can be cut. Cost: one forward pass per head and batch, and one per batch.
+    """Measure every head that can be cut. Cost: one forward pass per batch, and one per head and batch.
 
     Args:
         batches: images and classes; kept in memory.
-        structures: of kind "heads"; all of the model's when None.
+        structures: of kind "heads"; None: all heads of the model.
 
     Raises:
-        PruningError: there is no batch, or the model has no heads.
+        PruningError: no batch, or no head that can be cut.
     """
     batches = list(batches)
     if not batches:
@@ -51,7 +51,7 @@ def head_importance(
         full = [model(images).log_softmax(-1) for images, _ in batches]
         for layer in structures:
             for head in range(layer.size):
-                with _silent(model, layer, head):
+                with _masked(model, layer, head):
                     measures = [
                         _compare(logs, model(images).log_softmax(-1), targets)
                         for logs, (images, targets) in zip(full, batches, strict=True)
@@ -62,24 +62,24 @@ def head_importance(
 
 
 def head_scores(model: nn.Module, structures: Sequence[Structures], batches: Batches | None) -> list[Tensor]:
-    """Return the divergence of every head, layer by layer."""
+    """Return the divergence of every head, one tensor per layer."""
     check_has_data("head_importance", batches)
     found = iter(head_importance(model, batches, structures))
     return [torch.tensor([next(found).divergence for _ in range(s.size)], dtype=torch.float64) for s in structures]
 
 
-def _compare(full: Tensor, silenced: Tensor, targets: Tensor) -> Tensor:
-    """(B, classes) log probabilities -> (B, 3): the measures of each image."""
-    loss = F.nll_loss(silenced, targets, reduction="none") - F.nll_loss(full, targets, reduction="none")
-    divergence = F.kl_div(silenced, full, log_target=True, reduction="none").sum(1)
+def _compare(full: Tensor, masked: Tensor, targets: Tensor) -> Tensor:
+    """(B, classes) log probabilities -> (B, 3): loss change, divergence and confidence change of each image."""
+    loss = F.nll_loss(masked, targets, reduction="none") - F.nll_loss(full, targets, reduction="none")
+    divergence = F.kl_div(masked, full, log_target=True, reduction="none").sum(1)
     named = full.argmax(1, keepdim=True)
-    confidence = (silenced.gather(1, named).exp() - full.gather(1, named).exp())[:, 0]
+    confidence = (masked.gather(1, named).exp() - full.gather(1, named).exp())[:, 0]
     return torch.stack([loss, divergence, confidence], 1)
 
 
 @contextmanager
-def _silent(model: nn.Module, layer: Structures, head: int) -> Iterator[None]:
-    """Zero the columns that read the head, for a while."""
+def _masked(model: nn.Module, layer: Structures, head: int) -> Iterator[None]:
+    """Zero the columns that read the head, and restore them afterwards."""
     readers = [part for part in layer.slices if part.axis == 1 and part.tensor.endswith(".weight")]
     before = [model.get_parameter(part.tensor).clone() for part in readers]
     try:

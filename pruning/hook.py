@@ -1,4 +1,4 @@
-"""Fine-tuning under a plan: what was zeroed stays zero. A recipe names the hook:
+"""Keep the pruned weights of a plan at zero in fine-tuning. A recipe names the hook:
 
 from foveate.pruning.hook import KeepMasks
 
@@ -19,26 +19,26 @@ from .plan import Plan
 
 @HOOKS.register_module()
 class KeepMasks(Hook):
-    """Zero a plan's weights before training and after every optimiser step.
+    """Zero the weights of a plan before training and after every optimizer step.
 
     Args:
-        plan: the file that `Plan.save` or `foveate prune` wrote.
+        plan: path of a file written by `Plan.save` or `foveate prune`.
 
     Raises:
-        PruningError: the file is no plan; at the start of training: it is of another model.
+        PruningError: the file is not a plan, or (at the start of training) it belongs to another model.
     """
 
-    priority = "ABOVE_NORMAL"  # after the optimiser, before weights are averaged and saved
+    priority = "ABOVE_NORMAL"  # after the optimizer, before weights are averaged and saved
 
     def __init__(self, plan: str) -> None:
         self.plan = Plan.load(plan)
-        self.gone: list[tuple[Tensor, Tensor]] = []  # parameters, and where they are zero
+        self.gone: list[tuple[Tensor, Tensor]] = []  # parameter, and mask of its zeros
 
     def before_run(self, runner: Runner) -> None:
-        self.plan.apply(_net(runner.model))  # averages of weights start from this
+        self.plan.apply(_net(runner.model))  # EMA starts from these weights
 
     def before_train(self, runner: Runner) -> None:
-        net = self.plan.apply(_net(runner.model))  # once more: weights may have been loaded
+        net = self.plan.apply(_net(runner.model))  # again: weights may have been loaded
         parameters = dict(net.named_parameters())
         self.gone = [(parameters[name], ~mask.to(parameters[name].device)) for name, mask in self.plan.masks.items()]
 
@@ -51,6 +51,6 @@ class KeepMasks(Hook):
 
 
 def _net(model: nn.Module) -> nn.Module:
-    """The timm model inside the wrappers of training."""
+    """Return the timm model inside the wrappers of training."""
     model = model.module if is_model_wrapper(model) else model
     return getattr(model, "net", model)

@@ -1,4 +1,4 @@
-"""A plan says what goes and why. It is data: print it, save it, apply it; whoever follows it decides nothing."""
+"""A plan: which weights or structures are removed, and why. It is data that can be printed, saved and applied."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,30 +15,30 @@ from .plan_file import read_fields, write_fields
 from .surgery import cut
 from .unstructured import stage_of
 
-Cuts = Mapping[str, Mapping[int, Tensor]]  # parameter or buffer name -> axis -> the indices that stay, ascending
+Cuts = Mapping[str, Mapping[int, Tensor]]  # parameter or buffer name -> axis -> indices that are kept, ascending
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to take out of one model.
+    """What to remove from one model.
 
-    `masks` holds what is zeroed. A structured plan holds `cuts` besides: whole slices, whose removal leaves smaller
-    tensors; its masks are the same slices in zeros.
+    `masks` says which weights are zeroed. A structured plan also has `cuts`: whole slices, whose removal gives smaller
+    tensors. Its masks zero the same slices.
     """
 
     architecture: str  # the class of the model
     method: str
-    ratio: float  # asked for, of each bucket
+    ratio: float  # as requested
     scope: Scope  # what was ranked together
     masks: Mapping[str, Tensor]  # parameter name -> bool, of the parameter's shape; True: kept
-    groups: Mapping[str, str]  # parameter name -> module group; of structured plans: the kinds that touch it
-    thresholds: Mapping[str, float]  # what was ranked together -> the lowest score that stays
-    counts: Counts  # by non-zeros
+    groups: Mapping[str, str]  # parameter name -> module group, or "dependent": cut along with a group
+    thresholds: Mapping[str, float]  # what was ranked together -> the lowest score that is kept
+    counts: Counts  # by non-zero weights
     structure: tuple[str, ...] = ()  # kinds of structures; empty: single weights
-    pattern: str | None = None  # "2:4": two of every four neighbours stay
+    pattern: str | None = None  # "2:4": two of every four neighbors are kept
     cuts: Cuts = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)  # attribute -> its value after the cut
-    removed: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # kind -> structures removed, of how many
+    removed: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # kind -> structures removed, all structures
 
     def __str__(self) -> str:
         c = self.counts
@@ -50,7 +50,7 @@ class Plan:
         )
 
     def table(self) -> Table:
-        """Lay out what stays, per stage and module group."""
+        """Return a table of the parameters that are kept, per stage and module group."""
         table = Table(title=str(self))
         for name in ("stage", "group"):
             table.add_column(name, no_wrap=True)
@@ -66,10 +66,10 @@ class Plan:
         return table
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Zero what goes, in place, and return the model.
+        """Zero the removed weights in place, and return the model.
 
         Raises:
-            PruningError: the model is another one; nothing was changed.
+            PruningError: the plan belongs to another model; nothing was changed.
         """
         parameters = dict(model.named_parameters())
         self.check_fits({name: parameter.shape for name, parameter in parameters.items()})
@@ -79,21 +79,21 @@ class Plan:
         return model
 
     def cut(self, model: nn.Module) -> nn.Module:
-        """Return a smaller copy of the model, without what goes; the model itself stays as it is.
+        """Return a smaller copy of the model, without the removed structures; `model` is left unchanged.
 
         Raises:
-            PruningError: the plan is of single weights, which leave no smaller shapes, or of another model.
+            PruningError: the plan removes single weights, or belongs to another model.
         """
         if not self.structure:
-            raise PruningError("a plan of single weights cannot be cut: its zeros are scattered; apply it")
+            raise PruningError("a plan of single weights cannot be cut; use apply, which zeroes them")
         self.check_fits({name: parameter.shape for name, parameter in model.named_parameters()})
         return cut(model, self.cuts, self.widths, example_image(model, self.counts.input_size[1:]))
 
     def masked(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a checkpoint's state dict with zeros where weights go; the tensors given stay as they are.
+        """Return a state dict with zeros for the removed weights; the tensors given are left unchanged.
 
         Raises:
-            PruningError: the state dict is of another model.
+            PruningError: the state dict belongs to another model.
         """
         self.check_fits({name: tensor.shape for name, tensor in state_dict.items()})
         masks = {name: ~mask for name, mask in self.masks.items()}
@@ -103,7 +103,7 @@ class Plan:
         }
 
     def check_fits(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Refuse shapes that are not of the planned model."""
+        """Refuse shapes of another model than the planned one."""
         for name, mask in self.masks.items():
             if name not in shapes:
                 raise PruningError(f"the plan is for {self.architecture}: the model has no {name}")
@@ -114,14 +114,14 @@ class Plan:
                 )
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as one JSON file, in one step; masks as packed bits."""
+        """Write the plan atomically as one JSON file, masks as packed bits."""
         return write_fields({f.name: getattr(self, f.name) for f in fields(self)}, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read what `save` wrote. The file is JSON, checked before memory is taken; it runs nothing.
+        """Read a file that `save` wrote. It is JSON, checked before memory is allocated; it runs nothing.
 
         Raises:
-            PruningError: the file is missing, damaged or no plan.
+            PruningError: the file is missing, damaged or not a plan.
         """
         return cls(**read_fields(Path(path)))

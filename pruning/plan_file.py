@@ -1,4 +1,4 @@
-"""A plan as a JSON file: masks as base64 of packed bits, cuts as indices; read back, it is equal bit for bit."""
+"""The JSON file of a plan: masks as base64 of packed bits, cuts as indices. Reading gives the same plan bit for bit."""
 
 import base64
 import json
@@ -80,13 +80,13 @@ def _decoded(data: dict[str, Any]) -> dict[str, Any]:
     data["thresholds"] = {label: _number(limit) for label, limit in data["thresholds"].items()}
     data["widths"] = {attribute: _whole(number) for attribute, number in data["widths"].items()}
     if not data["masks"].keys() <= data["groups"].keys():
-        raise ValueError("a mask belongs to no group")
+        raise ValueError("a mask has no group")
     return data
 
 
 def _axis(text: str) -> int:
     if text not in ("0", "1", "2", "3"):
-        raise ValueError("an axis is no small number")
+        raise ValueError("an axis is not 0, 1, 2 or 3")
     return int(text)
 
 
@@ -105,19 +105,19 @@ def _wholes(values: Any, count: int | None = None) -> tuple[int, ...]:
 
 def _whole(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**62:
-        raise TypeError("a count is no whole number")
+        raise TypeError("a count is not a whole number")
     return value
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float):
-        raise TypeError("a threshold is no number")
+        raise TypeError("a threshold is not a number")
     return float(value)
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError("a name is no text")
+        raise TypeError("a name is not text")
     return value
 
 
@@ -129,7 +129,7 @@ def _pack(mask: Tensor) -> dict[str, Any]:
 def _unpack(packed: Mapping[str, Any]) -> Tensor:
     shape = _wholes(packed["shape"])
     count, packed_bits = prod(shape), base64.b64decode(_text(packed["bits"]), validate=True)
-    if len(packed_bits) != -(-count // 8):  # before memory is taken
+    if len(packed_bits) != -(-count // 8):  # before memory is allocated
         raise ValueError(f"a mask of shape {shape} has {len(packed_bits)} bytes of bits")
     bits = np.unpackbits(np.frombuffer(packed_bits, dtype=np.uint8), count=count)
     return torch.from_numpy(bits.astype(bool)).view(shape)

@@ -1,4 +1,4 @@
-"""Make a plan: check the wish, score, choose, count."""
+"""Make a plan: check the request, score, select, count."""
 
 import math
 from collections.abc import Sequence
@@ -31,29 +31,29 @@ def plan(
     img_size: int | tuple[int, int] | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Decide what goes; the model stays as it is.
+    """Decide what is removed; the model is left unchanged.
 
-    Cost: a sort per layer and two forward passes (to check and to count); with data a backward pass per batch, or for
+    Cost: a sort per layer and two forward passes (to check and to count). taylor needs a backward pass per batch,
     head_importance a forward pass per head and batch.
 
     Args:
-        model: of a family that declares module groups: ours, and timm's swin, davit, vit, convnext, resnet.
+        model: of a family with a pruning declaration: ours, and timm's swin, davit, vit, convnext, resnet.
         method: "dimap", "lamp", "magnitude", "taylor", "random"; "head_importance" for structure ("heads",).
-        ratio: share to remove, 0 to below 1, of the weights (or structures) that are ranked together.
-        structure: whole structures in place of single weights: any of "heads", "channels", "mlp", "conv", "width".
-        groups: module groups to take single weights from; QKV, PRJ, MLP and convolutions when None.
-        scope: rank within each "layer", module "group" (or kind of structure), or the whole "model". When None: the
-            method's own for single weights, "group" for structures.
-        pattern: "2:4" keeps two of every four neighbouring weights; ratio must be 0.5.
+        ratio: share to remove, 0 to below 1, of the weights or structures that are ranked together.
+        structure: remove whole structures instead of single weights: "heads", "channels", "mlp", "conv", "width".
+        groups: module groups of the single weights; None: QKV, PRJ, MLP and convolutions.
+        scope: rank within each "layer", module "group" (or kind of structure), or the whole "model". None: the
+            method's own scope for single weights, "group" for structures.
+        pattern: "2:4" keeps two of every four neighboring weights; ratio must be 0.5.
         batches: images and classes, for taylor and head_importance.
-        img_size: height and width at which multiply-adds are counted; the model's own when None.
-        seed: of the random baseline.
+        img_size: height and width for the count of multiply-adds; None: the model's own size.
+        seed: random seed of the method random.
 
     Raises:
-        PruningError: the wish cannot be met; the message says what.
+        PruningError: invalid request.
     """
     _check(method, ratio, structure, scope, pattern, groups)
-    declared(model)  # refuses other families
+    declared(model)  # refuses families without a declaration
     check_runs(model, example_image(model, img_size))
     if structure:
         return plan_structures(
@@ -94,8 +94,8 @@ def _check(
     if scope not in (None, "layer", "group", "model"):
         raise PruningError(f"scope must be layer, group or model, got {scope!r}")
     if pattern is not None and (pattern not in PATTERNS or ratio != 0.5 or structure):
-        raise PruningError(f"pattern: 2:4 at ratio 0.5 without structures is known, got {pattern!r} at {ratio:g}")
+        raise PruningError(f"pattern: wanted 2:4 at ratio 0.5 without structures, got {pattern!r} at {ratio:g}")
     if structure and groups is not None:
-        raise PruningError(f"groups name single weights; structures {', '.join(structure)} bring their own")
+        raise PruningError(f"groups ({', '.join(groups)}) select single weights, not {', '.join(structure)}")
     if method == "head_importance" and tuple(structure) != ("heads",):
         raise PruningError("head_importance scores heads: structure must be ('heads',)")

@@ -1,4 +1,4 @@
-"""A 2:4 plan on the hardware it is meant for: weights stored compressed, products on sparse tensor cores."""
+"""Run a 2:4 plan on sparse tensor cores, with compressed weights."""
 
 import torch
 from torch import nn
@@ -6,13 +6,13 @@ from torch import nn
 from .errors import PruningError
 from .plan import Plan
 
-_ROWS, _COLUMNS = 32, 64  # torch's kernels take float16 and bfloat16 matrices in multiples of these
+_ROWS, _COLUMNS = 32, 64  # torch's kernels need float16 or bfloat16 matrices in multiples of these
 
 
 def compress(model: nn.Module, plan: Plan) -> list[str]:
     """Apply a 2:4 plan and compress its linear layers, in place, for inference; return their names.
 
-    Convolutions, and layers whose sides the kernels do not take, keep their zeros uncompressed.
+    Convolutions, and layers of sizes that the kernels do not support, are zeroed but not compressed.
 
     Raises:
         PruningError: the plan has another pattern, or the model is not in half precision on a CUDA device.
@@ -22,7 +22,7 @@ def compress(model: nn.Module, plan: Plan) -> list[str]:
     weight = next(model.parameters())
     if not weight.is_cuda or weight.dtype not in (torch.float16, torch.bfloat16):
         raise PruningError(
-            f"compress: sparse tensor cores take float16 or bfloat16 on CUDA, the model is {weight.dtype} on "
+            f"compress: sparse tensor cores need float16 or bfloat16 on CUDA, the model is {weight.dtype} on "
             f"{weight.device}"
         )
     plan.apply(model)

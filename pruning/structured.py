@@ -1,4 +1,4 @@
-"""Plan whole structures: score, rank within their kind, keep one of each layer alive."""
+"""Plan whole structures: score, rank, and keep at least one in each layer."""
 
 from collections.abc import Sequence
 from types import MappingProxyType
@@ -32,7 +32,7 @@ def plan_structures(
     img_size: int | tuple[int, int] | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Plan to remove `ratio` of the structures of each kind; arguments and errors as of `plan`."""
+    """Plan to remove `ratio` of the structures of each kind; see `plan` for arguments and errors."""
     group_of = group_of_weights(model)
     by_heads = method == "head_importance"
     scores = weight_scores(model, group_of, "magnitude" if by_heads else method, batches=batches, seed=seed)
@@ -68,12 +68,12 @@ def plan_structures(
 def remove_lowest(
     found: Sequence[Structures], totals: Sequence[Tensor], ratio: float, scope: Scope
 ) -> tuple[list[Tensor], Thresholds]:
-    """Return for every layer the indices of the structures that go, and the lowest score that stays of each bucket.
+    """Return the indices of the removed structures of every layer, and the lowest kept score of each ranking.
 
-    The best structure of a layer is never removed, so that no layer empties.
+    The best structure of a layer is never removed.
 
     Raises:
-        PruningError: the ratio asks for more than leaves one structure in every layer.
+        PruningError: the ratio would leave a layer without a structure.
     """
     buckets: dict[str, list[int]] = {}
     for i, s in enumerate(found):
@@ -113,7 +113,7 @@ def _others(gone: Tensor, size: int) -> Tensor:
 def _cuts(
     model: nn.Module, found: Sequence[Structures], removed: Sequence[Tensor]
 ) -> tuple[dict[str, dict[int, Tensor]], dict[str, int]]:
-    """Return what stays of every axis that loses entries, and the attributes that count them."""
+    """Return the kept indices of every axis that is cut, and the new values of the attributes that count them."""
     tensors = model.state_dict(keep_vars=True)
     kept: dict[tuple[str, int], Tensor] = {}
     numbers: dict[str, int] = {}
@@ -142,7 +142,7 @@ def _get(model: nn.Module, attribute: str) -> int:
 
 
 def masks_of(model: nn.Module, cuts: Cuts) -> dict[str, Tensor]:
-    """Return the cuts as masks of the parameters: an entry stays where all of its axes do."""
+    """Return the cuts as masks of the parameters; an entry is kept if it is kept on every axis."""
     masks = {}
     for name, parameter in model.named_parameters():
         if name not in cuts:

@@ -1,11 +1,11 @@
-"""What can be cut out whole: heads, channels of heads, hidden channels of MLPs and convolutional branches, widths.
+"""Structures that can be cut: heads, channels of heads, hidden channels of MLPs and convolutional branches, widths.
 
-heads      A head's rows of the projections, its columns of the output projection, and whatever is its alone.
-channels   One channel of q and k and one of v in every head of a module, so that heads stay equally wide; the weakest
-           of each head go together. Where a module keeps q/k and v apart (HaloNet), two sets.
+heads      A head's rows of the projections, its columns of the output projection, and its own parameters.
+channels   One channel of q and k and one of v in every head of a module, so that heads keep equal widths; the weakest
+           of each head form one structure. If a module projects q/k and v separately (HaloNet), two sets.
 mlp, conv  A hidden channel between two layers of the module group with this name.
-width      A channel of a residual stream, where nothing norms over its channels or reorders them: ResNets and
-           their kin.
+width      A channel of a residual stream whose channels are not normalized together or reordered: ResNet and similar
+           models.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,20 +36,20 @@ class Slices:
 
 @dataclass(frozen=True)
 class Structures:
-    """Interchangeable structures of one layer. At least one stays."""
+    """Interchangeable structures of one layer. At least one is kept."""
 
     kind: str
     name: str  # of the module or layer
     slices: tuple[Slices, ...]
-    numbers: dict[str, int] = field(default_factory=dict)  # attribute -> what one structure adds to it
-    lengths: dict[str, tuple[str, int]] = field(default_factory=dict)  # attribute -> the axis whose length it repeats
+    numbers: dict[str, int] = field(default_factory=dict)  # attribute -> its increase per structure
+    lengths: dict[str, tuple[str, int]] = field(default_factory=dict)  # attribute -> the axis whose length it holds
 
     @property
     def size(self) -> int:
         return len(self.slices[0].index)
 
     def scored(self, weights: Scores) -> bool:
-        """Whether any of the weights has a score; frozen ones may have none."""
+        """Whether any of the weights has a score; frozen weights may have none."""
         return any(part.tensor in weights for part in self.slices)
 
     def scores(self, weights: Scores) -> Tensor:
@@ -64,24 +64,24 @@ class Structures:
 
 
 def find_structures(model: nn.Module, kinds: Sequence[str], weights: Scores) -> list[Structures]:
-    """Return the structures of the wanted kinds, layer by layer.
+    """Return the structures of the given kinds, layer by layer.
 
     Args:
         kinds: of KINDS.
-        weights: scores of single weights, by which the channels of a head are paired.
+        weights: scores of single weights, which pair the channels of different heads.
 
     Raises:
-        PruningError: an unknown kind, or one of which the model has none that could be cut.
+        PruningError: an unknown kind, or a kind of which nothing can be cut; the message gives the reason.
     """
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise PruningError(f"unknown structure {unknown[0]!r}; known: {', '.join(KINDS)}")
     sets = channel_graph(model)
     found: list[Structures] = []
-    refused = {kind: [] for kind in kinds}  # reasons
+    refused: dict[str, list[str]] = {kind: [] for kind in kinds}  # reasons
     for name, layouts in layouts_of(model).items():
         after = next((channels for channels in sets if channels.attention == name), None)
         for heads in (_Heads(model, name, layout, after) for layout in layouts):
-            for kind in {"heads", "channels"} & refused.keys():
+            for kind in [kind for kind in ("heads", "channels") if kind in refused]:
                 if (why := heads.why_not(kind)) is not None:
                     refused[kind].append(f"{name}: {why}")
                 else:
@@ -126,7 +126,7 @@ def _why_none(model: nn.Module, sets: list[Channels], kind: str) -> str:
 
 
 class _Heads:
-    """Reads a declared layout off one attention module."""
+    """Applies a declared layout to one attention module."""
 
     def __init__(self, model: nn.Module, name: str, layout: AttentionLayout, after: Channels | None) -> None:
         self.name = name
@@ -141,13 +141,13 @@ class _Heads:
     def why_not(self, kind: str) -> str | None:
         """Return the reason why structures of this kind cannot be cut here, or None."""
         if not self.present:
-            return "this branch has no heads"
+            return "it has no heads in this branch"
         if self.layout.out is None and (self.after is None or self.after.fixed):
-            return "what reads the heads' outputs cannot be cut"
+            return "the layers that read its output cannot be cut"
         if (reason := self._unless()) is not None:
             return reason
         allowed = self.layout.cuts_heads if kind == "heads" else self.layout.cuts_channels
-        return None if allowed else f"the family declares that {kind} cannot be cut here"
+        return None if allowed else f"the family declares that its {kind} cannot be cut"
 
     def _unless(self) -> str | None:
         for attribute, reason in self.layout.unless:
@@ -216,7 +216,7 @@ class _Heads:
         return found
 
     def _after_values(self) -> list[tuple[str, int, Tensor]]:
-        """The same of everything that has an entry for each channel of the heads' outputs."""
+        """(tensor, axis, index) of everything that has an entry for each channel of the heads' outputs."""
         index = torch.arange(self.count * self.width["v"]).view(self.count, -1, 1)
         found = []
         for name in self.layout.per_value:
@@ -228,7 +228,7 @@ class _Heads:
         return [*found, *((f"/{place.tensor}", place.axis, index) for place in self.after.places)]
 
     def _slots(self, parts: list[tuple[str, int, Tensor]], weights: Scores, tied: bool) -> list[Slices]:
-        """Slot s takes the s-th weakest channel of every head, or of all heads together where a table ties them."""
+        """Slot s is the s-th weakest channel of every head; with `tied`, the same in all heads (shared table)."""
         total = torch.zeros(parts[0][2].shape[:2], dtype=torch.float64)
         for tensor, axis, index in parts:
             if (score := weights.get(self._full(tensor))) is not None:

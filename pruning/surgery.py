@@ -1,4 +1,4 @@
-"""Follow a plan's cuts: smaller tensors in a copy of the model. Decides nothing."""
+"""Apply the cuts of a plan: smaller tensors in a copy of the model."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -16,12 +16,12 @@ from .errors import PruningError
 def cut(
     model: nn.Module, cuts: Mapping[str, Mapping[int, Tensor]], numbers: Mapping[str, int], image: Tensor
 ) -> nn.Module:
-    """Return a smaller copy of the model; the model itself stays as it is.
+    """Return a smaller copy of the model; `model` is left unchanged.
 
-    The copy's `widths` hold what `timm.create_model(name, widths=...)` needs to build its like.
+    `widths` of the copy is the argument of `timm.create_model(name, widths=...)` that builds the same model.
 
     Raises:
-        PruningError: the cuts are of another model.
+        PruningError: the cuts belong to another model.
     """
     tensors = model.state_dict()
     for name, axes in cuts.items():
@@ -48,7 +48,7 @@ def cut(
 
 
 def _remember(model: nn.Module) -> None:
-    """Let timm save what it needs to build the model again: its own families do not take `widths`."""
+    """Record what timm needs to build the model again; timm's own families have no argument `widths`."""
     update_model_args(model, widths=model.widths)
     made_from = getattr(model, "pretrained_cfg", None)
     if made_from is None or isinstance(getattr(type(model), "prunable", None), Prunable):
@@ -60,7 +60,7 @@ def _remember(model: nn.Module) -> None:
 
 
 def _merged(before: Mapping[str, Any], name: str, shape: list[int | None]) -> list[int | None]:
-    """Keep what an earlier cut said about axes that this one left alone."""
+    """Keep the sizes of an earlier cut on axes that this cut does not change."""
     earlier = before.get("shapes", {}).get(name, [None] * len(shape))
     return [old if new is None else new for new, old in zip(shape, earlier, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Prune until a cost is met: bisect the ratio, and measure every candidate."""
+"""Search for the ratio that meets a cost: bisection with a measurement of every candidate."""
 
 import math
 import statistics
@@ -18,13 +18,13 @@ HIGHEST_RATIO = 0.99
 
 
 def macs_of(plan: Plan, model: nn.Module) -> float:
-    """Multiply-adds of one image, in 1e9, by non-zeros."""
+    """Return the multiply-adds of one image, in 1e9, by non-zero weights."""
     return plan.counts.macs_after / 1e9
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Median time of one batch on the model's device, in ms."""
+    """Measures the median time of one batch on the model's device, in ms."""
 
     batch: int = 1
     rounds: int = 9
@@ -58,12 +58,12 @@ def plan_until(
     unit: str,
     steps: int = 8,
 ) -> Plan:
-    """Return the plan of the least ratio whose cost is at most `target`, to 1 / 2^steps.
+    """Return the plan with the lowest ratio whose cost is at most `target`; precision of the ratio: 1 / 2^steps.
 
     Args:
-        make_plan: from a ratio to a plan; may refuse a ratio that is too high.
-        cost: of a plan; falls as the ratio grows.
-        unit: of the target, for messages.
+        make_plan: maps a ratio to a plan; may raise PruningError if the ratio is too high.
+        cost: cost of a plan; decreases with the ratio.
+        unit: unit of the target, for messages.
 
     Raises:
         PruningError: no ratio meets the target.
@@ -89,5 +89,5 @@ def plan_until(
         else:
             low = ratio
     if found is None:
-        raise PruningError(f"no ratio brings the model to {target:g} {unit}: the least was {least:.4g} {unit}")
+        raise PruningError(f"no ratio brings the model to {target:g} {unit}: the lowest cost was {least:.4g} {unit}")
     return found

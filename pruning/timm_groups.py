@@ -1,4 +1,4 @@
-"""Module groups of timm's own families, which cannot declare them beside their models as ours do."""
+"""Pruning declarations of timm's own families; ours declare them on the model class."""
 
 from timm.models.convnext import ConvNeXt
 from timm.models.davit import DaVit
@@ -22,11 +22,11 @@ TIMM_GROUPS: dict[type, Prunable] = {
                 r".+\.attn",
                 heads="num_heads",
                 per_head=(("relative_position_bias_table", 1),),
-                cuts_channels=False,  # its fused form takes the scale from the width
+                cuts_channels=False,  # fused attention computes the scale from the width
             ),
         ),
     ),
-    DaVit: Prunable(**TRANSFORMER, depthwise=r".+\.cpe[12]\.proj\.weight"),  # its heads follow from the width
+    DaVit: Prunable(**TRANSFORMER, depthwise=r".+\.cpe[12]\.proj\.weight"),  # the number of heads depends on the width
     VisionTransformer: Prunable(
         **TRANSFORMER,
         attentions=(

@@ -1,4 +1,4 @@
-"""Which single weights go: the lowest scores of whatever is ranked together."""
+"""Select single weights: the lowest scores of all weights that are ranked together."""
 
 import re
 from collections.abc import Mapping
@@ -10,16 +10,16 @@ from .criteria import Scope, Scores
 from .errors import PruningError
 
 Masks = dict[str, Tensor]  # parameter name -> bool, of the parameter's shape; True: kept
-Thresholds = dict[str, float]  # what is ranked together -> the lowest score that stays
+Thresholds = dict[str, float]  # what is ranked together -> the lowest score that is kept
 
 
 def bucket(name: str, group: str, scope: Scope) -> str:
-    """Name what a weight is ranked with."""
+    """Return the name of the ranking that a weight belongs to."""
     return {"layer": name, "group": group, "model": "model"}[scope]
 
 
 def keep_highest(scores: Scores, groups: Mapping[str, str], ratio: float, scope: Scope) -> tuple[Masks, Thresholds]:
-    """Drop the lowest `ratio` of each bucket's weights, exactly that many: among equals the first go.
+    """Drop exactly the lowest `ratio` of each ranking's weights; of equal scores the first are dropped.
 
     Raises:
         PruningError: a layer would be left without a weight.
@@ -41,7 +41,7 @@ def keep_highest(scores: Scores, groups: Mapping[str, str], ratio: float, scope:
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Return the indices of the `count` lowest of a flat tensor; among equals the first. Cost: linear."""
+    """Return the indices of the `count` lowest entries of a flat tensor; of equal entries the first. Cost: linear."""
     if count == 0:
         return torch.empty(0, dtype=torch.int64)
     limit = scores.kthvalue(count).values
@@ -51,9 +51,9 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def two_of_four(scores: Scores) -> Masks:
-    """Keep the two highest of every four weights that one output reads side by side: what sparse tensor cores take.
+    """Keep the two highest of every four neighboring weights in a row: the pattern of sparse tensor cores.
 
-    Only matrices and 1x1 convolutions whose inputs come in fours; others are left whole, and get no mask.
+    Only matrices and 1x1 convolutions with a multiple of four inputs; other weights get no mask.
     """
     masks = {}
     for name, score in scores.items():
@@ -66,6 +66,6 @@ def two_of_four(scores: Scores) -> Masks:
 
 
 def stage_of(name: str) -> str:
-    """The stage that a parameter belongs to, by its name."""
+    """Return the stage that a parameter belongs to, by its name."""
     found = re.match(r"((?:stages|layers|levels|blocks)\.\d+|layer\d+)(?=\.)", name)
     return found[1] if found else name.partition(".")[0]

@@ -1,4 +1,4 @@
-"""Train and fine-tune from recipes: timm's models, data and optimisers in MMEngine's loop."""
+"""Train and fine-tune from recipes: timm's models, data and optimizers in MMEngine's loop."""
 
 from .checkpoints import export_weights, load_net
 from .errors import MissingPackageError, TrainError

@@ -1,7 +1,7 @@
-"""What happens to a batch on its device: small turns and shifts, normalisation, random erasing, mixup and cutmix.
+"""Augmentation of a batch on its device: small rotations and shifts, normalization, random erasing, mixup and cutmix.
 
-One random draw an image (mixup and cutmix: one a batch, as timm's batch mode). Where a turned or shifted image leaves
-the frame, black comes in: meant for digits and other bright shapes on black.
+Parameters are drawn per image; mixup and cutmix draw once per batch, as in timm's batch mode. Pixels from outside the
+image are black, which suits digits and other bright shapes on black.
 """
 
 import math
@@ -43,7 +43,7 @@ class BatchTransform(BaseDataPreprocessor):
 
 
 def random_affine(images: Tensor, augment: AugmentRecipe) -> Tensor:
-    """Turn, zoom and shift each image of (B, C, H, W) by its own random amount about its centre."""
+    """Rotate, zoom and shift each image of (B, C, H, W) by its own random amount, around its center."""
     if not (augment.rotate or augment.zoom or augment.shift):
         return images
     B, _, H, W = images.shape
@@ -53,7 +53,7 @@ def random_affine(images: Tensor, augment: AugmentRecipe) -> Tensor:
 
     angle, zoom = draw(math.radians(augment.rotate)), 1 + draw(augment.zoom)
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
-    shift_x, shift_y = draw(2 * augment.shift), draw(2 * augment.shift)  # the side is 2 long in grid_sample's units
+    shift_x, shift_y = draw(2 * augment.shift), draw(2 * augment.shift)  # in grid_sample's units a side has length 2
     rows = [torch.stack([cos, -sin * H / W, shift_x], 1), torch.stack([sin * W / H, cos, shift_y], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -1,7 +1,7 @@
-"""Checkpoints that are complete or absent, hold nothing but tensors and plain data, and load without running code.
+"""Checkpoints: written atomically, made of tensors and plain data only, loaded without running code.
 
-A work_dir holds epoch_N.pth (the newest few, everything a resumed run needs), best.pth (weights alone) and
-last_checkpoint (the name of the newest). Keys: meta, state_dict (EMA weights where EMA is on), optimizer,
+A work_dir holds epoch_N.pth (the newest few, with everything a resumed run needs), best.pth (weights only) and
+last_checkpoint (name of the newest). Keys: meta, state_dict (EMA weights where EMA is on), optimizer,
 ema_state_dict (then the raw weights and the EMA's step count).
 """
 
@@ -35,7 +35,7 @@ _META = {
 
 
 def write_epoch(work_dir: Path, checkpoint: dict[str, Any], keep: int) -> Path:
-    """Write epoch_N.pth, point last_checkpoint at it, then remove all but the newest `keep`."""
+    """Write epoch_N.pth and its name to last_checkpoint, then remove all but the newest `keep` files."""
     path = work_dir / f"epoch_{checkpoint['meta']['epoch']}.pth"
     with atomic_path(path) as part:
         save_torch(checkpoint, part)
@@ -64,7 +64,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint on the CPU. Runs no code from the file.
 
     Raises:
-        TrainError: missing, truncated, or not a checkpoint of ours.
+        TrainError: missing, truncated, or not written by `foveate train`.
     """
     path = Path(path)
     try:
@@ -80,14 +80,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _check_kinds(path: Path, checkpoint: dict[str, Any]) -> None:
     meta, state = checkpoint["meta"], checkpoint["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise TrainError(f"checkpoint {path} was not written by foveate train: its state_dict is no names and tensors")
+        raise TrainError(
+            f"checkpoint {path} was not written by foveate train: its state_dict does not map names to tensors"
+        )
     wrong = [key for key, kind in _META.items() if isinstance(meta, dict) and not isinstance(meta.get(key), kind)]
     if not isinstance(meta, dict) or any(key in meta for key in wrong):
         raise TrainError(f"checkpoint {path} was not written by foveate train: its meta is malformed")
 
 
 def meta_of(checkpoint: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """Return what a checkpoint says about its run.
+    """Return the meta data of a checkpoint.
 
     Raises:
         TrainError: one of the keys is missing.
@@ -98,46 +100,46 @@ def meta_of(checkpoint: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def find_resumable(work_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest complete checkpoint, None where there is none; say which ones had to be passed over."""
-    for part in work_dir.glob(f".*{PART}"):  # what a killed process was writing
+    """Return the newest complete checkpoint, or None; pass a message about each damaged one to `say`."""
+    for part in work_dir.glob(f".*{PART}"):  # left by a killed process
         rmtree(part)
     candidates = list_epochs(work_dir)
     for path in candidates:
         try:
             read_checkpoint(path)
         except TrainError as error:
-            say(f"{error}; trying the one before")
+            say(f"{error}; trying the previous one")
             continue
         return path
     if candidates:
-        raise TrainError(f"{work_dir}: none of its {len(candidates)} checkpoints is complete; use another work_dir")
+        raise TrainError(f"{work_dir}: all of its {len(candidates)} checkpoints are damaged; use another work_dir")
     return None
 
 
 def recipe_of(checkpoint: dict[str, Any]) -> Recipe:
-    """Return the recipe that a checkpoint was trained with: data, checked as a recipe file is. Builds nothing."""
+    """Return the recipe that a checkpoint was trained with. It is plain data, checked like a recipe file."""
     return load_recipe(meta_of(checkpoint, "recipe")["recipe"])
 
 
 def net_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the timm model's own state dict: EMA weights where EMA was on."""
+    """Return the state dict of the timm model: EMA weights where EMA was on."""
     return {k.removeprefix(_NET): v for k, v in checkpoint["state_dict"].items() if k.startswith(_NET)}
 
 
 def load_net(path: str | Path) -> nn.Module:
     """Build the model that a checkpoint was trained with, in eval mode, with its weights (EMA where EMA was on).
 
-    Runs no code from the file; hooks that its recipe names are not built.
+    Runs no code from the file. Hooks that its recipe names are not built.
 
     Raises:
-        TrainError: not a checkpoint of ours, or its weights do not fit its own recipe.
+        TrainError: not written by `foveate train`, or its weights do not fit its recipe.
     """
     checkpoint = read_checkpoint(path)
     return build_with_weights(recipe_of(checkpoint), checkpoint).eval()
 
 
 def build_with_weights(recipe: Recipe, checkpoint: dict[str, Any]) -> nn.Module:
-    """Build the recipe's model with the checkpoint's weights, and with no others."""
+    """Build the recipe's model with the checkpoint's weights; other weights that the recipe names are not read."""
     net = build_net(from_scratch(recipe))
     try:
         net.load_state_dict(net_weights(checkpoint))
@@ -147,12 +149,16 @@ def build_with_weights(recipe: Recipe, checkpoint: dict[str, Any]) -> nn.Module:
 
 
 def from_scratch(recipe: Recipe) -> Recipe:
-    """Return the recipe without the weights it starts from: for a model that is about to be given others."""
+    """Return the recipe without its initial weights."""
     return replace(recipe, model=replace(recipe.model, pretrained=False, checkpoint=None))
 
 
 def export_weights(checkpoint: str | Path, out: str | Path) -> Path:
-    """Write the model's plain state dict, as timm loads it, to a .safetensors or .pth file."""
+    """Write the model's state dict, as timm loads it, to a .safetensors or .pth file.
+
+    Raises:
+        TrainError: not a checkpoint of `foveate train`, or `out` has another suffix or no folder.
+    """
     out = Path(out)
     if out.suffix not in (".safetensors", ".pth"):
         raise TrainError(f"{out}: wanted a name that ends in .safetensors or .pth")
@@ -172,5 +178,5 @@ def export_weights(checkpoint: str | Path, out: str | Path) -> Path:
 def _save_safetensors(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     try:
         save_file(weights, path, metadata=metadata)
-    except SafetensorError as error:  # how it reports a full disk
+    except SafetensorError as error:  # safetensors reports a full disk this way
         raise OSError(f"{path.name}: {first_line(error)}") from error

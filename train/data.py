@@ -1,7 +1,7 @@
-"""From a recipe to loaders of uint8 images (B, C, H, W) and class numbers (B,).
+"""Data loaders of a recipe: uint8 images (B, C, H, W) and class indices (B,).
 
-Decoding, cropping, flips, colour and RandAugment happen here, image by image, in worker processes where there are any;
-what can run on the device's whole batch happens there (augment.py).
+Decoding, cropping, flips, color jitter and RandAugment run here per image, in worker processes if there are any. What
+can run per batch on the device is in augment.py.
 """
 
 import signal
@@ -27,7 +27,7 @@ def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoad
     """Return the training loader, the validation loader, and the class names where the source has any.
 
     Raises:
-        TrainError: the data cannot be opened, or its classes are not model.num_classes.
+        TrainError: the data cannot be opened, or the number of classes is not model.num_classes.
     """
     train = open_split(recipe.data, recipe.data.train_split, train_transform(recipe), fixed=not _random(recipe))
     classes = class_names(train)
@@ -43,7 +43,7 @@ def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoad
 
 
 def build_val_loader(recipe: Recipe, classes: Sequence[str] | None, *, pin_memory: bool = False) -> DataLoader:
-    """Return the validation loader alone; `classes` are the names a checkpoint was trained with."""
+    """Return the validation loader alone; `classes` are the class names of the training split."""
     val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
     _check_classes(recipe.data, recipe.data.val_split, class_names(val), recipe.model.num_classes)
     return _val_loader(recipe, val, pin_memory)
@@ -52,16 +52,16 @@ def build_val_loader(recipe: Recipe, classes: Sequence[str] | None, *, pin_memor
 def draw_batches(
     data: DataRecipe, transform: Transform, num_classes: int, *, batches: int, batch_size: int, seed: int = 0
 ) -> list[tuple[Tensor, Tensor]]:
-    """Draw some labelled batches from the training split, none of its images twice: to look at a net, not to train it.
+    """Draw labeled batches from the training split, without repeated images: to measure a model, not to train it.
 
     Args:
-        data: only its source, root and train_split are looked at.
-        transform: PIL image -> (C, H, W), of any type.
-        num_classes: of the net.
-        seed: of the choice of images.
+        data: only its source, root and train_split are used.
+        transform: PIL image -> (C, H, W), any dtype.
+        num_classes: number of classes of the model.
+        seed: random seed of the selection.
 
     Raises:
-        TrainError: the data cannot be opened, its classes are not num_classes, or it has too few images.
+        TrainError: the data cannot be opened, it has another number of classes, or too few images.
     """
     split = open_split(data, data.train_split, transform, fixed=False)
     _check_classes(data, data.train_split, class_names(split), num_classes)
@@ -75,16 +75,16 @@ def draw_batches(
 
 
 def train_transform(recipe: Recipe) -> transforms.Compose:
-    """Return PIL image -> (C, H, W) uint8, with the augmentation that works image by image."""
+    """Return PIL image -> (C, H, W) uint8, with the augmentation that runs per image."""
     data, augment = recipe.data, recipe.augment
     options = {
-        "scale": augment.scale or (1.0, 1.0),  # all of it: the largest centred part of the input's shape
+        "scale": augment.scale or (1.0, 1.0),  # the largest center crop of the input's aspect ratio
         "ratio": (augment.ratio or (3 / 4, 4 / 3)) if augment.scale else _ratio(data),
         "hflip": augment.hflip,
         "color_jitter": augment.color_jitter or None,
         "auto_augment": augment.randaugment,
         "interpolation": data.train_interpolation or data.interpolation,
-        "mean": data.mean,  # RandAugment fills with it
+        "mean": data.mean,  # fill color of RandAugment
     }
     try:
         steps = create_transform(data.img_size, is_training=True, normalize=False, **options)
@@ -94,14 +94,14 @@ def train_transform(recipe: Recipe) -> transforms.Compose:
 
 
 def val_transform(recipe: Recipe) -> transforms.Compose:
-    """Return PIL image -> (C, H, W) uint8: resize the short side to img_size / crop_pct, crop the centre."""
+    """Return PIL image -> (C, H, W) uint8: resize the short side to img_size / crop_pct, then center crop."""
     data = recipe.data
     steps = create_transform(data.img_size, interpolation=data.interpolation, crop_pct=data.crop_pct, normalize=False)
     return transforms.Compose([ToMode(recipe.model.in_chans), *steps.transforms])
 
 
 class ToMode:
-    """Convert to grey (1 channel) or RGB (3); a class, so that worker processes can receive it."""
+    """Convert to gray (1 channel) or RGB (3). A class, so that it can be pickled for worker processes."""
 
     def __init__(self, channels: Literal[1, 3]) -> None:
         self.mode = "L" if channels == 1 else "RGB"
@@ -111,7 +111,7 @@ class ToMode:
 
 
 class Collate:
-    """Stack samples, and refuse a class number that the model has no output for."""
+    """Stack samples, and refuse a class index that the model has no output for."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -119,7 +119,7 @@ class Collate:
     def __call__(self, samples: list | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, targets = samples if isinstance(samples, tuple) else default_collate(samples)
         if len(wrong := targets[(targets < 0) | (targets >= self.num_classes)]):
-            raise TrainError(f"data: class number {int(wrong[0])}, but model.num_classes is {self.num_classes}")
+            raise TrainError(f"data: class index {int(wrong[0])}, but model.num_classes is {self.num_classes}")
         return images, targets
 
 

@@ -1,4 +1,4 @@
-"""MMEngine's Runner with our device, our checkpoints and a quiet terminal; its detailed log stays a file."""
+"""MMEngine's Runner with our device and checkpoints. Its detailed log goes to a file, not to the terminal."""
 
 import logging
 import uuid
@@ -23,24 +23,24 @@ _NO_HISTORY = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}  # a m
 class RecipeRunner(Runner):
     def __init__(self, *, device: torch.device, **kwargs: Any) -> None:
         self.device = device
-        super().__init__(experiment_name=uuid.uuid4().hex[:8], **kwargs)  # MMEngine keeps global objects by this name
+        super().__init__(experiment_name=uuid.uuid4().hex[:8], **kwargs)  # key of MMEngine's global objects
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
-        """Write to the log file as usual; only errors reach the terminal."""
+        """Write everything to the log file, and only errors to the terminal."""
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if isinstance(handler, logging.FileHandler):
-                handler.handleError = lambda record: None  # a full disk: checkpoints report it, in one line
+                handler.handleError = lambda record: None  # a full disk is reported when a checkpoint is written
             else:
                 handler.setLevel(logging.ERROR)
         return logger
 
     def build_visualizer(self, visualizer: Any = None) -> Visualizer:
-        """Draw nothing: scalars.jsonl is the record."""
+        """Return a visualizer that draws nothing: scalars.jsonl is the record."""
         return Visualizer(name=self.experiment_name)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Put the model on our device; share buffers from process 0, which is the one that saves them."""
+        """Move the model to our device. Buffers are broadcast from process 0, which saves them."""
         model = model.to(self.device)
         if not self.distributed:
             return model
@@ -48,7 +48,7 @@ class RecipeRunner(Runner):
         return MMDistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=True)
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load one of our checkpoints, every key of it."""
+        """Load a checkpoint of `foveate train`, strictly."""
         checkpoint = read_checkpoint(filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
@@ -56,23 +56,23 @@ class RecipeRunner(Runner):
         return checkpoint | {"message_hub": _NO_HISTORY}
 
     def load_or_resume(self) -> None:
-        """Refuse a checkpoint whose parts do not fit the run, in one line."""
+        """Raise a TrainError if the parts of a checkpoint do not fit the run."""
         try:
             super().load_or_resume()
         except TrainError:
             raise
-        except Exception as error:  # model and optimiser refuse foreign states in any way
+        except Exception as error:  # model and optimizer raise many types
             raise TrainError(f"checkpoint {self._load_from} cannot be resumed: {first_line(error)}") from error
 
     @master_only
     def dump_config(self) -> None:
-        """Leave the whole recipe, overrides included, in work_dir; it can be trained again as it is."""
+        """Write the whole recipe, overrides included, to work_dir, from where it can be trained again."""
         self.cfg.dump(Path(self.work_dir) / "recipe.py")
 
     def close(self) -> None:
-        """Close the log files, which MMEngine's global logger would keep open."""
+        """Close the log files, which MMEngine's global logger keeps open."""
         for handler in self.logger.handlers:
             handler.close()
 
     def _log_env(self, env_cfg: dict) -> None:
-        """Skip MMEngine's survey of compilers and drivers: it takes seconds; checkpoints carry the versions."""
+        """Skip MMEngine's report of compilers and drivers, which takes seconds. Checkpoints hold the versions."""

@@ -1,7 +1,7 @@
 """Hooks that make a run repeatable and resumable: seeds, learning rate, EMA, checkpoints.
 
-Every random draw of an epoch follows from (seed, epoch, process), so a run resumed at an epoch's end goes on bit for
-bit as the uninterrupted one: shuffling, augmentation in workers, mixup, drop path and dropout.
+All random numbers of an epoch depend on (seed, epoch, process) only, so a resumed run equals an uninterrupted one bit
+for bit: shuffling, augmentation in workers, mixup, drop path and dropout.
 """
 
 import random
@@ -26,11 +26,11 @@ from .errors import TrainError
 from .optim import lr_at
 from .recipe import Recipe, recipe_data
 
-OF_OUR_OWN = (KeepMasks,)  # importing the class registers it: recipes that are data can name it
+REGISTERED = (KeepMasks,)  # the import registers the class, so that JSON and YAML recipes can name it
 
 
 class SeedEpoch(Hook):
-    """Seed everything at the start of each epoch; let gradient accumulation start anew there, too."""
+    """Seed everything at the start of each epoch, and restart gradient accumulation."""
 
     priority = "VERY_HIGH"
 
@@ -39,23 +39,23 @@ class SeedEpoch(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         seed_everything(self.seed, runner.epoch, runner.rank)
-        # counts from 0 to the epoch's length: a last, partial group steps too, and no gradient crosses a checkpoint
+        # counts from 0 to the epoch's length: the last, partial group steps too, and no gradient crosses a checkpoint
         runner.optim_wrapper.initialize_count_status(runner.model, 0, len(runner.train_dataloader))
 
 
 class LearningRate(Hook):
-    """Set every group's learning rate before each optimiser step.
+    """Set every group's learning rate before each optimizer step.
 
-    A group's lr_mult acts on the rate that the schedule decays from, its lr_scale (timm's layer decay) on the outcome.
+    lr_mult of a group scales the rate that the schedule decays from; lr_scale (timm's layer decay) scales the result.
     """
 
-    priority = "HIGHEST"  # before MMEngine's own hook logs it
+    priority = "HIGHEST"  # before MMEngine's hook logs it
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        first = batch_idx - batch_idx % self.recipe.accumulate  # of the batches that share a step
+        first = batch_idx - batch_idx % self.recipe.accumulate  # first batch of this optimizer step
         epoch = runner.epoch + first / len(runner.train_dataloader)
         for group in runner.optim_wrapper.param_groups:
             top = self.recipe.optimizer.lr * group.get("lr_mult", 1.0)
@@ -63,7 +63,7 @@ class LearningRate(Hook):
 
 
 class Ema(EMAHook):
-    """Average weights and float buffers as timm does: no warm-up, one update an optimiser step."""
+    """Average weights and float buffers as timm does: no warm-up, one update per optimizer step."""
 
     def __init__(self, decay: float, accumulate: int) -> None:
         super().__init__(momentum=1 - decay, interval=accumulate, update_buffers=True, strict_load=True)
@@ -73,9 +73,9 @@ class Ema(EMAHook):
 
 
 class SaveCheckpoints(Hook):
-    """After an epoch's validation write the checkpoint, and the weights alone where top-1 is the best so far."""
+    """Write the checkpoint after an epoch's validation, and best.pth when top-1 is the best so far."""
 
-    priority = "VERY_LOW"  # EMA has swapped back, the log line is written
+    priority = "VERY_LOW"  # after EMA has swapped back and the log line is written
 
     def __init__(self, recipe: Recipe, work_dir: Path, classes: Sequence[str] | None) -> None:
         self.recipe = recipe
@@ -124,10 +124,10 @@ class SaveCheckpoints(Hook):
 
 
 def build_hooks(recipe: Recipe) -> list[Hook]:
-    """Build the hooks that the recipe names, each by a name in MMEngine's registry. Nothing is imported.
+    """Build the hooks that the recipe names, by their names in MMEngine's registry. Nothing is imported.
 
     Raises:
-        TrainError: no such hook, it refuses its arguments, or an argument names something to import.
+        TrainError: unknown hook, invalid arguments, or an argument that names something to import.
     """
     return [_build_hook(request) for request in recipe.hooks]
 
@@ -137,10 +137,10 @@ def _build_hook(request: Mapping[str, Any]) -> Hook:
     if not isinstance(kind, str) or kind not in HOOKS.module_dict:
         near = did_you_mean(str(kind).rpartition(".")[2], HOOKS.module_dict)
         raise TrainError(
-            f"hooks: no hook is registered as {kind!r}{near} (a Python recipe may import another hook's class)"
+            f"hooks: no hook is registered as {kind!r}{near} (a Python recipe can import the class of another hook)"
         )
     if (named := _unregistered(request)) is not None:
-        raise TrainError(f"hooks: {kind} would import {named!r}; only registered names are taken")
+        raise TrainError(f"hooks: {kind} would import {named!r}; only registered names are allowed")
     try:
         return HOOKS.build(dict(request))
     except Exception as error:  # a hook may refuse its arguments in any way
@@ -148,7 +148,7 @@ def _build_hook(request: Mapping[str, Any]) -> Hook:
 
 
 def _unregistered(value: Any) -> str | None:
-    """Return what MMEngine's registries would import: they follow `_scope_`, and `type`, `ema_type` and the like."""
+    """Return a name that MMEngine's registries would import: from `_scope_`, or `type`, `ema_type` and similar keys."""
     found: Iterable[Any] = ()
     if isinstance(value, Mapping):
         types = (v for k, v in value.items() if str(k).endswith("type") and isinstance(v, str) and not _registered(v))

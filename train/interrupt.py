@@ -1,8 +1,8 @@
-"""Ctrl-C, between two iterations.
+"""Handle Ctrl-C between two iterations.
 
-Python drops a KeyboardInterrupt that falls into a fork (loader workers start one an epoch), and one inside a collective
-call or a write leaves a mess. So the first Ctrl-C is remembered and raised after the iteration; a second one is raised
-at once.
+Python drops a KeyboardInterrupt during a fork (loader workers are forked in each epoch), and one inside a collective
+call or a write leaves an inconsistent state. So the first Ctrl-C is raised after the iteration, a second one
+immediately.
 """
 
 import signal
@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 
 
 class CtrlC(Hook):
-    """A hook that is also the context in which Ctrl-C is remembered; in a thread of its own it changes nothing."""
+    """A hook and context manager that delays Ctrl-C; outside the main thread it changes nothing."""
 
     priority = "VERY_LOW"
 

@@ -1,4 +1,4 @@
-"""Devices and processes: one process, or one per device under torchrun or SLURM."""
+"""Devices and processes: one process, or one per device with torchrun or SLURM."""
 
 import os
 from collections.abc import Iterator
@@ -19,15 +19,15 @@ _STARTED_BY = {"pytorch": ("RANK", "torchrun"), "slurm": ("SLURM_PROCID", "srun"
 
 @contextmanager
 def processes(launcher: Launcher, device: str | None) -> Iterator[torch.device]:
-    """Join the other processes, if any, and yield this one's device; leave the group at the end.
+    """Join the process group, if any, and yield the device of this process; leave the group at the end.
 
     Args:
         launcher: "none", "pytorch" (torchrun; gloo on CPU, NCCL on CUDA) or "slurm" (srun, CUDA).
-        device: "cpu", "cuda", "cuda:1", ...; None takes CUDA where there is one. Under a launcher each process takes
+        device: "cpu", "cuda", "cuda:1", ...; None: CUDA if available. With a launcher each process takes
             the device of its local rank.
 
     Raises:
-        TrainError: no such launcher or device, or not started by the launcher.
+        TrainError: unknown launcher, no such device, or not started by the launcher.
     """
     chosen = choose_device(device)
     if launcher == "none":
@@ -39,7 +39,7 @@ def processes(launcher: Launcher, device: str | None) -> Iterator[torch.device]:
     if variable not in os.environ:
         raise TrainError(f"launcher {launcher}: start the command with {program} ({variable} is not set)")
     if chosen.index is not None:
-        raise TrainError(f"device {device}: launcher {launcher} gives each process its own, use 'cuda' or 'cpu'")
+        raise TrainError(f"device {device}: launcher {launcher} sets the device of each process, use 'cuda' or 'cpu'")
     _join(launcher, chosen)
     try:
         yield torch.device("cuda", torch.cuda.current_device()) if chosen.type == "cuda" else chosen
@@ -48,7 +48,7 @@ def processes(launcher: Launcher, device: str | None) -> Iterator[torch.device]:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """Return the device asked for, after a look whether it is there."""
+    """Return the requested device; a TrainError if this machine does not have it."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -62,16 +62,18 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
-    """Refuse a precision that the device cannot train in."""
+    """Refuse a precision that the device does not support."""
     if precision == "fp16" and device.type != "cuda":
         raise TrainError(f"precision fp16: loss scaling needs a CUDA device, got {device}; use precision=bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise TrainError(f"precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use precision=fp16")
+        raise TrainError(
+            f"precision bf16: {torch.cuda.get_device_name(device)} does not support bfloat16; use precision=fp16"
+        )
 
 
 def _join(launcher: Launcher, device: torch.device) -> None:
     if device.type == "cuda":
-        init_dist(launcher, backend="nccl")  # also sets this process's device
+        init_dist(launcher, backend="nccl")  # also sets the device of this process
     elif launcher == "slurm":
         raise TrainError("launcher slurm: needs CUDA devices; on CPU nodes start torchrun and use launcher pytorch")
     else:

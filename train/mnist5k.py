@@ -1,6 +1,6 @@
 """The 5000 digits as a data set with a fixed split.
 
-Held out is every fifth image of a class in file order: 400 a class to train on, 100 to validate on, always the same.
+Every fifth image of a class, in file order, is held out: 400 images per class for training, 100 for validation.
 """
 
 from typing import Literal

@@ -1,6 +1,6 @@
-"""A timm model as MMEngine trains it: loss while training, hits and loss for each image while validating.
+"""A timm model for MMEngine: the loss in training, top-1 and top-5 hits and loss per image in validation.
 
-Autocast is entered here and not in the optimiser wrapper, so that validation runs at the precision of training.
+Autocast is entered here and not in the optimizer wrapper, so that validation runs at the precision of training.
 """
 
 import inspect
@@ -28,7 +28,7 @@ from .errors import TrainError
 from .recipe import AugmentRecipe, ModelRecipe, Precision, Recipe
 
 DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")  # of official files and of timm's
+_HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")  # in official files and in timm's
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
@@ -40,7 +40,7 @@ class Classifier(BaseModel):
         self.autocast_dtype = DTYPES[recipe.precision]
 
     def forward(self, images: Tensor, targets: Tensor, mode: Literal["tensor", "loss", "predict"] = "tensor") -> Any:
-        """Return logits, {"loss": scalar}, or for each image [top-1 hit, top-5 hit, cross-entropy]."""
+        """Return logits, {"loss": scalar}, or [top-1 hit, top-5 hit, cross-entropy] per image."""
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             logits = self.net(images)
         logits = logits.float()
@@ -49,11 +49,11 @@ class Classifier(BaseModel):
         return judge(logits, targets).tolist() if mode == "predict" else logits
 
     def init_weights(self) -> None:
-        """Keep the weights that timm gave: MMEngine's own walk would initialise pretrained ones anew."""
+        """Keep timm's weights: MMEngine's init_weights would initialize pretrained weights again."""
 
 
 class TopK(BaseMetric):
-    """Top-1 and top-5 in percent, and the cross-entropy, over the whole split and all processes."""
+    """Top-1 and top-5 in %, and the cross-entropy, over the whole split and all processes."""
 
     def process(self, data_batch: Any, data_samples: list[list[float]]) -> None:
         self.results.extend(data_samples)
@@ -77,15 +77,15 @@ def summarise(rows: list[list[float]]) -> dict[str, float]:
 
 def choose_loss(augment: AugmentRecipe) -> nn.Module:
     if augment.mixes:
-        return SoftTargetCrossEntropy()  # the mixer smooths the targets
+        return SoftTargetCrossEntropy()  # Mixup smooths the targets
     return LabelSmoothingCrossEntropy(augment.smoothing) if augment.smoothing else nn.CrossEntropyLoss()
 
 
 def build_net(recipe: Recipe) -> nn.Module:
-    """Create the timm model; its pretrained_cfg says how the recipe prepares images.
+    """Create the timm model. Its pretrained_cfg holds the recipe's preprocessing.
 
     Raises:
-        TrainError: unknown model or keyword, a value that the model refuses, or weights that do not fit.
+        TrainError: unknown model or keyword, invalid value, or weights that do not fit.
     """
     model = recipe.model
     if not is_model(model.name):
@@ -99,7 +99,7 @@ def build_net(recipe: Recipe) -> nn.Module:
         net = timm.create_model(
             model.name, model.pretrained or overlay is not None, pretrained_cfg_overlay=overlay, **own, **model.keywords
         )
-    except Exception as error:  # a model may refuse its arguments, or a file's weights, in any way
+    except Exception as error:  # models and checkpoint filters raise many types
         raise _why_not_built(model, error) from error
     kept = {key: value for key, value in (net.pretrained_cfg or {}).items() if key != "state_dict"}
     net.pretrained_cfg = {**kept, **_input_cfg(recipe)}
@@ -108,10 +108,10 @@ def build_net(recipe: Recipe) -> nn.Module:
 
 
 def check_runs(model: Classifier, recipe: Recipe) -> None:
-    """Run one training batch of two zero images at the recipe's size; parameters and statistics stay as they are.
+    """Run one training batch of two zero images at the recipe's size. Parameters and buffers are left unchanged.
 
     Raises:
-        TrainError: the model does not take the size, or returns something else than logits of its classes.
+        TrainError: the model does not support the size, or does not return logits of its classes.
     """
     size, classes = _input_cfg(recipe)["input_size"], recipe.model.num_classes
     device = next(model.parameters()).device
@@ -125,7 +125,7 @@ def check_runs(model: Classifier, recipe: Recipe) -> None:
     try:
         with keeping_modes(model), torch.no_grad(), torch.random.fork_rng():
             shape = tuple(model.train()(images, None).shape)
-    except Exception as error:  # a model may refuse a size in any way
+    except Exception as error:  # models raise many types
         raise TrainError(
             f"data.img_size: {recipe.model.name} does not run on images of {size[1]}x{size[2]}: {first_line(error)}"
         ) from error
@@ -150,7 +150,7 @@ def _input_cfg(recipe: Recipe) -> dict[str, Any]:
 
 
 def _from_file(model: ModelRecipe) -> dict[str, Any]:
-    """Hand a file's weights to timm's loader, with the file's class count: another head is then left at random."""
+    """Pass a file's weights and number of classes to timm's loader, which skips a head with other classes."""
     path = Path(model.checkpoint)
     try:
         weights = read_state_dict(path, use_ema=prefers_averages(model.name))
@@ -167,12 +167,12 @@ def _why_not_built(model: ModelRecipe, error: Exception) -> TrainError:
         name = unexpected[1]
         known = {f.name for f in fields(ModelRecipe)} - {"keywords"} | _keywords(model.name)
         near = did_you_mean(f"model.{name}", [f"model.{keyword}" for keyword in known])
-        return TrainError(f"unknown key model.{name}: {model.name} does not take it{near}")
+        return TrainError(f"unknown key model.{name}: {model.name} does not have this argument{near}")
     return TrainError(f"model: timm cannot build {model.name}: {first_line(error)}")
 
 
 def _keywords(name: str) -> set[str]:
-    """Return the keywords of a model's class, and the fields of its config where it takes one."""
+    """Return the keywords of a model's class, and the fields of its config if it has one."""
     with torch.device("meta"):
         cls = type(timm.create_model(name))
     names = set(inspect.signature(cls.__init__).parameters) - {"self", "args", "kwargs"}

@@ -1,4 +1,4 @@
-"""timm's optimisers and learning-rate schedule, as MMEngine's loop calls them."""
+"""timm's optimizers and learning-rate schedule for MMEngine's loop."""
 
 import math
 from collections.abc import Mapping
@@ -15,22 +15,22 @@ from .recipe import OptimizerRecipe, Recipe, ScheduleRecipe
 
 
 def build_optimizer(net: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
-    """Create timm's optimiser over a timm model's parameter groups.
+    """Create timm's optimizer with the parameter groups of a timm model.
 
     Raises:
-        TrainError: unknown optimiser, one that does not take an argument the recipe gives, or a pattern of lr_mult that
-            matches no parameter, or the same one as another pattern.
+        TrainError: unknown optimizer, an argument that it does not have, or a pattern of lr_mult that matches no
+            parameter, or a parameter that another pattern matches.
     """
     if recipe.opt not in list_optimizers():
         raise TrainError(
-            f"optimizer.opt: unknown optimiser {recipe.opt!r}" + did_you_mean(recipe.opt, list_optimizers())
+            f"optimizer.opt: unknown optimizer {recipe.opt!r}" + did_you_mean(recipe.opt, list_optimizers())
         )
     names = ("betas", "eps", "momentum", "layer_decay")
     given = {name: value for name in names if (value := getattr(recipe, name)) is not None}
     info = get_optimizer_info(recipe.opt)
     for name in ("betas", "eps", "momentum"):
         if name in given and not getattr(info, f"has_{name}"):  # timm would drop it
-            raise TrainError(f"optimizer.{name}: {recipe.opt} has none, got {given[name]}")
+            raise TrainError(f"optimizer.{name}: {recipe.opt} does not have this argument, got {given[name]}")
     try:
         optimizer = create_optimizer_v2(net, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **given)
     except TypeError as error:
@@ -40,7 +40,7 @@ def build_optimizer(net: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
 
 
 def _factors(net: nn.Module, lr_mult: Mapping[str, float]) -> dict[nn.Parameter, float]:
-    """Return the parameters that a pattern matches, each with the factor of its rate."""
+    """Return the parameters that a pattern matches, each with its factor of the learning rate."""
     factors: dict[nn.Parameter, float] = {}
     for pattern, factor in lr_mult.items():
         matched = {name: p for name, p in net.named_parameters() if fnmatchcase(name, pattern)}
@@ -53,7 +53,7 @@ def _factors(net: nn.Module, lr_mult: Mapping[str, float]) -> dict[nn.Parameter,
 
 
 def _split_groups(optimizer: Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
-    """Give parameters with a factor groups of their own, with the old group's options and the factor as `lr_mult`."""
+    """Move parameters with a factor to new groups, with the options of the old group and the factor as `lr_mult`."""
     for group in list(optimizer.param_groups):
         options = {key: value for key, value in group.items() if key != "params"}
         parts: dict[float, list[nn.Parameter]] = {}
@@ -66,7 +66,7 @@ def _split_groups(optimizer: Optimizer, factors: Mapping[nn.Parameter, float]) -
 
 
 def build_optim_wrapper(net: nn.Module, recipe: Recipe) -> OptimWrapper:
-    """Wrap the optimiser with clipping, accumulation and, for fp16, loss scaling."""
+    """Wrap the optimizer with clipping, accumulation and, for fp16, loss scaling."""
     clip, mode = recipe.optimizer.clip_grad, recipe.optimizer.clip_mode or "norm"
     limit = {"max_norm": clip} if mode == "norm" else {"clip_value": clip}
     kwargs = {
@@ -80,9 +80,9 @@ def build_optim_wrapper(net: nn.Module, recipe: Recipe) -> OptimWrapper:
 def lr_at(epoch: float, schedule: ScheduleRecipe, lr: float) -> float:
     """Return the learning rate after `epoch` epochs, fractions included.
 
-    timm's schedule: the decay runs from epoch 0 to `epochs`, the warm-up replaces its first part (and so ends with a
-    small step down), the cool-down stays at the last rate. Steps multiply the rate after every `step_epochs`, never
-    below min_lr.
+    As in timm, the decay runs from epoch 0 to `epochs`, the warm-up replaces its first part (and so ends with a small
+    step down), and the cool-down keeps the last rate. Steps multiply the rate after every `step_epochs`, never below
+    min_lr.
     """
     if epoch < schedule.warmup_epochs:
         start = schedule.warmup_lr or 0.0

@@ -1,6 +1,6 @@
-"""What a recipe may say, and what every value means. This file is its whole vocabulary.
+"""All keys of a recipe, with their meaning, unit and default.
 
-A key that would change nothing (a switch probability without a switch) is refused like a key that does not exist.
+A key that has no effect (a switch probability without both mixes) is refused like an unknown key.
 """
 
 import math
@@ -24,7 +24,7 @@ class ModelRecipe:
     in_chans: Literal[1, 3] = 3
     drop_path_rate: float | None = limited(None, at_least=0, below=1)
     pretrained: bool = False  # the weights that timm knows for the name
-    checkpoint: str | None = None  # a local file to start from instead: official layout or ours
+    checkpoint: str | None = None  # a local file to start from: official layout or ours
     keywords: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -33,48 +33,48 @@ class ModelRecipe:
         except ValueError as error:
             raise TrainError(str(error)) from error
         if features := sorted(FEATURE_ARGS & set(self.keywords)):
-            raise TrainError(f"model.{features[0]}: a recipe trains a whole classifier, not a feature extractor")
+            raise TrainError(f"model.{features[0]}: a recipe trains a classifier, not a feature extractor")
         if self.pretrained and self.checkpoint:
             raise TrainError("model.checkpoint: starts from a file, but model.pretrained is True; give one of the two")
 
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Where images come from, and how they reach the network's input size without augmentation."""
+    """The data set, and the preprocessing without augmentation."""
 
-    source: str = "folder"  # "folder" (class folders or one tar a split), "mnist5k", or a timm scheme: torch/, hfds/
+    source: str = "folder"  # "folder" (class folders or one tar per split), "mnist5k", or timm's torch/NAME, hfds/NAME
     root: str | None = None
     train_split: str = "train"
     val_split: str = "validation"
-    img_size: int | tuple[int, int] = limited(224, at_least=1, at_most=8192)  # px; (rows, columns) where not square
+    img_size: int | tuple[int, int] = limited(224, at_least=1, at_most=8192)  # px; (rows, columns) if not square
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = limited((0.229, 0.224, 0.225), above=0)
     interpolation: Interpolation = "bicubic"
     train_interpolation: Interpolation | Literal["random"] | None = None  # None: as for validation
-    crop_pct: float = limited(0.875, at_least=0.1, at_most=1)  # share of the resized side that validation keeps
-    workers: int = limited(4, at_least=0, at_most=1024)  # loader processes, for each training process
+    crop_pct: float = limited(0.875, at_least=0.1, at_most=1)  # share of the resized side that the center crop keeps
+    workers: int = limited(4, at_least=0, at_most=1024)  # loader processes per training process
 
 
 @dataclass(frozen=True)
 class AugmentRecipe:
-    """What happens to training images. Everything is off unless said; probabilities are per image."""
+    """Augmentation of training images. Everything is off by default; probabilities are per image."""
 
     randaugment: str | None = None  # timm's string, such as rand-m9-mstd0.5-mmax9-inc1
     color_jitter: float = limited(0.0, at_least=0)
     hflip: float = limited(0.0, at_least=0, at_most=1)
     scale: tuple[float, float] | None = limited(None, above=0, at_most=1)  # random resized crop: share of the area
     ratio: tuple[float, float] | None = limited(None, above=0)  # of the random crop; None: 3/4 to 4/3
-    rotate: float = limited(0.0, at_least=0, at_most=180)  # degrees, either way
-    shift: float = limited(0.0, at_least=0, below=1)  # share of the side, either way, rows and columns
+    rotate: float = limited(0.0, at_least=0, at_most=180)  # degrees, in both directions
+    shift: float = limited(0.0, at_least=0, below=1)  # share of the side, in both directions, rows and columns
     zoom: float = limited(0.0, at_least=0, below=1)  # 0.1: 0.9 to 1.1 times the size
     erasing: float = limited(0.0, at_least=0, at_most=1)
     erasing_mode: Literal["pixel", "rand", "const"] | None = None  # None: pixel
     mixup: float = limited(0.0, at_least=0)  # alpha of the beta distribution
     cutmix: float = limited(0.0, at_least=0)
-    mix_prob: float | None = limited(None, above=0, at_most=1)  # of mixing a batch; None: 1
-    switch_prob: float | None = limited(None, above=0, below=1)  # of cutmix where both are on; None: 0.5
+    mix_prob: float | None = limited(None, above=0, at_most=1)  # probability to mix a batch; None: 1
+    switch_prob: float | None = limited(None, above=0, below=1)  # probability of cutmix if both are on; None: 0.5
     smoothing: float = limited(0.0, at_least=0, below=1)
-    repeats: int = limited(1, at_least=1)  # views of one image in an epoch of as many views (repeated augmentation)
+    repeats: int = limited(1, at_least=1)  # repeated augmentation: views per image; the epoch keeps its length
 
     @property
     def mixes(self) -> bool:
@@ -89,22 +89,22 @@ class AugmentRecipe:
             if (pair := getattr(self, name)) and pair[0] > pair[1]:
                 raise TrainError(f"augment.{name}: wanted (low, high), got {pair}")
         if self.color_jitter and self.randaugment:
-            raise TrainError("augment.color_jitter: timm leaves it out under augment.randaugment; give one of the two")
+            raise TrainError("augment.color_jitter: timm skips it with augment.randaugment; give one of the two")
 
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """Arguments of timm.optim.create_optimizer_v2; biases, norms and no_weight_decay() names are never decayed."""
+    """Arguments of timm.optim.create_optimizer_v2. Biases, norms and no_weight_decay() names have no weight decay."""
 
-    lr: float = limited(above=0)  # for the recipe's global batch, as published; nothing rescales it
+    lr: float = limited(above=0)  # for the global batch; it is not rescaled
     opt: str = "adamw"
     weight_decay: float = limited(0.0, at_least=0)
     betas: tuple[float, float] | None = limited(None, at_least=0, below=1)
     eps: float | None = limited(None, above=0)
     momentum: float | None = limited(None, at_least=0, below=1)
     layer_decay: float | None = limited(None, above=0, at_most=1)
-    # Shell patterns of whole parameter names to factors of lr, such as {"*.conv_offset.weight": 0.01}. A factor acts on
-    # the rate that the schedule decays from; warm-up rate and floor are the schedule's own for every parameter.
+    # Shell patterns of whole parameter names to factors of lr, such as {"*.conv_offset.weight": 0.01}. A factor scales
+    # the rate that the schedule decays from; warmup_lr and min_lr are the same for every parameter.
     lr_mult: dict[str, Any] = field(default_factory=dict)
     clip_grad: float | None = limited(None, above=0)
     clip_mode: Literal["norm", "value"] | None = None  # None: norm
@@ -118,14 +118,14 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
-    """Learning rate per iteration, as timm counts: the decay starts at epoch 0, the warm-up covers its first part."""
+    """Learning rate per iteration, as in timm: the decay starts at epoch 0, the warm-up replaces its first part."""
 
     epochs: int = limited(at_least=1)  # of the decay, warm-up included
     kind: Literal["cosine", "linear", "step"] = "cosine"
-    step_epochs: int | None = limited(None, at_least=1)  # of a step: after as many, the rate is multiplied
-    step_rate: float | None = limited(None, above=0, below=1)  # of a step: by this
+    step_epochs: int | None = limited(None, at_least=1)  # kind "step": epochs between two steps
+    step_rate: float | None = limited(None, above=0, below=1)  # kind "step": factor of the rate at each step
     warmup_epochs: int = limited(0, at_least=0)
-    warmup_lr: float | None = limited(None, at_least=0)  # where the warm-up starts; None: 0
+    warmup_lr: float | None = limited(None, at_least=0)  # rate at the start of the warm-up; None: 0
     min_lr: float = limited(0.0, at_least=0)
     cooldown_epochs: int = limited(0, at_least=0)  # at the last rate (min_lr but for steps), after the decay
 
@@ -148,7 +148,7 @@ class ScheduleRecipe:
 @dataclass(frozen=True)
 class CheckpointRecipe:
     interval: int = limited(1, at_least=1)  # epochs; the last epoch is always saved
-    keep: int = limited(2, at_least=1)  # newest files that stay; the best one stays besides
+    keep: int = limited(2, at_least=1)  # newest files that are kept; best.pth is kept too
 
 
 @dataclass(frozen=True)
@@ -169,22 +169,22 @@ class Recipe:
     accumulate: int = limited(1, at_least=1)
     precision: Precision = "fp32"
     ema: float | None = limited(None, above=0, below=1)  # decay per optimizer step
-    seed: int = limited(0, at_least=0, at_most=2**32 - 1)  # what NumPy takes
+    seed: int = limited(0, at_least=0, at_most=2**32 - 1)  # NumPy's limit
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
-    hooks: tuple[dict[str, Any], ...] = ()  # more MMEngine hooks: {"type": registered name, arguments}
+    hooks: tuple[dict[str, Any], ...] = ()  # additional MMEngine hooks: {"type": registered name, arguments}
 
     def __post_init__(self) -> None:
         for key in ("mean", "std"):
             if len(values := getattr(self.data, key)) != self.model.in_chans:
-                raise TrainError(f"data.{key}: wanted {self.model.in_chans} value(s), one a channel, got {values}")
+                raise TrainError(f"data.{key}: wanted {self.model.in_chans} value(s), one per channel, got {values}")
         if self.schedule.min_lr > self.optimizer.lr:
             raise TrainError(
                 f"schedule.min_lr: wanted at most optimizer.lr {self.optimizer.lr:g}, got {self.schedule.min_lr:g}"
             )
         for pattern, factor in self.optimizer.lr_mult.items():
             top = self.optimizer.lr * factor
-            if top < 0.999 * self.schedule.min_lr:  # products of decimals may fall a hair below
+            if top < 0.999 * self.schedule.min_lr:  # rounding of products of decimals
                 raise TrainError(
                     f"optimizer.lr_mult: {pattern!r} decays from {top:g}, wanted at least schedule.min_lr "
                     f"{self.schedule.min_lr:g}"
@@ -194,7 +194,7 @@ class Recipe:
 
 
 def read_recipe(data: dict[str, Any]) -> Recipe:
-    """Check plain data, as a recipe file holds it, and return the recipe."""
+    """Check plain data, the content of a recipe file, and return the recipe."""
     model = data.get("model") if isinstance(data, dict) else None
     if isinstance(model, dict):
         own = set(ModelRecipe.__dataclass_fields__)
@@ -205,7 +205,7 @@ def read_recipe(data: dict[str, Any]) -> Recipe:
 
 
 def recipe_data(recipe: Recipe) -> dict[str, Any]:
-    """Return the plain data that `read_recipe` reads back to an equal recipe."""
+    """Return plain data from which `read_recipe` makes an equal recipe."""
     data = asdict(recipe)
     return data | {"model": {**data["model"].pop("keywords"), **data["model"]}}
 

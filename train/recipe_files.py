@@ -17,7 +17,7 @@ from .recipe import Recipe, read_recipe, recipe_data
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
-_LARGEST_BYTES = 2**20  # of a recipe that is data; of a config.json 16 times as much
+_LARGEST_BYTES = 2**20  # limit of a JSON or YAML recipe; 16 times as much for a config.json
 _VALUES = 100_000  # in a recipe
 
 
@@ -27,7 +27,7 @@ def list_recipes() -> list[str]:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the file of a recipe, given its path or the bare name of one that comes with the package."""
+    """Return the file of a recipe, given its path or the name of a recipe of the package."""
     path = Path(name)
     if os.path.isfile(path):  # unlike Path.is_file, False for any name
         return path
@@ -43,14 +43,14 @@ def load_recipe(
 ) -> Recipe:
     """Load, override and check a recipe.
 
-    A .py file is Python and runs as such: load only your own. A .json or .yaml file is data, and runs nothing.
+    A .py file runs as Python: load only files that you trust. A .json or .yaml file is data and runs nothing.
 
     Args:
-        source: a name or path as `find_recipe` takes it, a loaded MMEngine config, plain data, or a recipe.
+        source: a name or path for `find_recipe`, a loaded MMEngine config, plain data, or a recipe.
         cfg_options: dotted keys to values, such as {"schedule.epochs": 3}; checked like the file itself.
 
     Raises:
-        TrainError: the file cannot be read, or says something that a recipe cannot say.
+        TrainError: the file cannot be read, or holds unknown keys or invalid values.
     """
     if isinstance(source, str | Path):
         data = _load_file(find_recipe(source))
@@ -65,9 +65,9 @@ def load_recipe(
 
 
 def _with_widths(data: dict[str, Any]) -> dict[str, Any]:
-    """Put the widths of a pruned model where the recipe names the config.json of its folder.
+    """Replace the path of a pruned model's config.json in `model.widths` by the widths in that file.
 
-    A family of timm's takes none: the name in that file builds it, and is told `of` which model.
+    Models of timm have no argument `widths`: the name in that file builds them, and `of` names the original model.
     """
     model = data.get("model")
     if not (isinstance(model, Mapping) and isinstance(path := model.get("widths"), str)):
@@ -78,7 +78,8 @@ def _with_widths(data: dict[str, Any]) -> dict[str, Any]:
         if "of" in config["model_args"]:
             found |= {"of": config["model_args"]["of"], "name": config["architecture"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise TrainError(f"model.widths {path} is no config.json of a pruned model: {first_line(error)}") from error
+        why = first_line(error)
+        raise TrainError(f"model.widths {path} is not the config.json of a pruned model: {why}") from error
     whole, name = found.get("of"), str(model.get("name")).partition(".")[0]
     if whole is not None and name not in (whole, found["name"]):
         raise TrainError(f"model.widths {path} was cut from {whole}, not {name}")
@@ -95,7 +96,7 @@ def _load_file(path: Path) -> dict[str, Any]:
     except UnreadableFileError as error:
         raise TrainError(f"recipe {path} {error}") from error
     if not isinstance(data, dict):
-        raise TrainError(f"recipe {path} holds no sections of keys")
+        raise TrainError(f"recipe {path} does not hold sections of keys")
     return data
 
 
@@ -112,12 +113,12 @@ def _run_python(path: Path) -> dict[str, Any]:
         return _config_data(Config.fromfile(path))
     except TrainError:
         raise
-    except Exception as error:  # a recipe is Python: anything can go wrong in it
+    except Exception as error:  # a Python recipe can raise anything
         raise TrainError(f"recipe {path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _config_data(config: Config) -> dict[str, Any]:
-    """Return a config as plain data; hooks whose classes a Python recipe imports get their registered names."""
+    """Return a config as plain data. Classes of hooks that a Python recipe imports become registered names."""
     data = config.to_dict()
     if isinstance(data.get("hooks"), list | tuple):
         pairs = zip(config.hooks, data["hooks"], strict=True)
@@ -130,18 +131,18 @@ def _with_name(live: Any, plain: Any) -> Any:
     if not isinstance(kind, type):
         return plain
     if not issubclass(kind, Hook):
-        raise TrainError(f"hooks: {kind.__name__} is no MMEngine hook")
+        raise TrainError(f"hooks: {kind.__name__} is not an MMEngine hook")
     if HOOKS.module_dict.setdefault(kind.__name__, kind) is not kind:
         raise TrainError(f"hooks: another hook is registered as {kind.__name__}")
     return plain | {"type": kind.__name__}
 
 
 def _check_plain(data: Any) -> None:
-    """Refuse data that is nested too deep, or that a few shared parts (YAML's aliases) blow up."""
+    """Refuse data that is nested too deep, or too large because of shared parts (YAML aliases)."""
     try:
         check_plain(data, _VALUES)
     except ValueError as error:
-        raise TrainError(f"the recipe is no plain data: {error}") from error
+        raise TrainError(f"the recipe is not plain data: {error}") from error
 
 
 def _override(data: Any, key: str, path: list[str], value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run says while it runs: one line an epoch, a progress bar on a terminal, and scalars.jsonl for plots."""
+"""Output of a run: one line per epoch, a progress bar on a terminal, and scalars.jsonl for plots."""
 
 import json
 import math
@@ -24,9 +24,9 @@ class DivergedError(ResultError, RuntimeError):
 
 
 class EpochLog(Hook):
-    """Append one JSON line an epoch to scalars.jsonl, and print it in words.
+    """Append one JSON line per epoch to scalars.jsonl, and print its values.
 
-    Keys: epoch (from 1), iter, lr (of the last step), train_loss, val_loss, val_top1, val_top5 (percent),
+    Keys: epoch (from 1), iter, lr (of the last step), train_loss, val_loss, val_top1, val_top5 (%),
     images_per_s (training, all processes), seconds (training and validation).
     """
 
@@ -38,7 +38,7 @@ class EpochLog(Hook):
 
     @master_only
     def before_train(self, runner: Runner) -> None:
-        """Keep the lines of the epochs that a resumed run builds on; later ones will be written again."""
+        """Keep the lines of the epochs before a resumed run; later ones will be written again."""
         lines = [json.dumps(record) for record in read_scalars(self.path) if record["epoch"] <= runner.epoch]
         with atomic_path(self.path) as part:
             part.write_text("".join(f"{line}\n" for line in lines))
@@ -75,11 +75,11 @@ class EpochLog(Hook):
         }
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        self.console.print(_in_words(record, runner.max_epochs), highlight=False)
+        self.console.print(_line(record, runner.max_epochs), highlight=False)
 
 
 class ProgressBar(Hook):
-    """Show the whole run as a bar with speed, time left, loss and learning rate; nothing where there is no terminal."""
+    """Show a bar of the whole run with speed, time left, loss and learning rate, if the output is a terminal."""
 
     priority = "LOWEST"
 
@@ -112,7 +112,7 @@ class ProgressBar(Hook):
 
 
 def read_scalars(path: Path) -> list[dict[str, float]]:
-    """Return the records of a scalars.jsonl, up to a line that a killed process left unfinished. Runs nothing."""
+    """Return the records of a scalars.jsonl, up to the first incomplete line (of a killed process). Runs nothing."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
@@ -130,7 +130,7 @@ def _is_record(record: Any) -> bool:
     return numbers and {"epoch", "val_top1"} <= record.keys()
 
 
-def _in_words(record: dict[str, float], epochs: int) -> str:
+def _line(record: dict[str, float], epochs: int) -> str:
     return (
         f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}  top1 {record['val_top1']:.2f}  "
         f"top5 {record['val_top5']:.2f}  lr {record['lr']:.2e}  {record['images_per_s']:,.0f} img/s  "

@@ -1,4 +1,4 @@
-"""Train a recipe, or evaluate a checkpoint: check everything first, then work."""
+"""Train a recipe, or evaluate a checkpoint. Everything is checked before the work starts."""
 
 import os
 import time
@@ -32,7 +32,7 @@ _MAY_CHANGE = ("data.root", "data.workers", "checkpoint.interval", "checkpoint.k
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Top-1 in percent; None where the run had nothing left to train and its log is gone."""
+    """Result of a run. Top-1 in %; None if there was nothing left to train and the log is missing."""
 
     best_top1: float | None
     last_top1: float | None
@@ -46,7 +46,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    top1: float  # percent
+    top1: float  # %
     top5: float
     loss: float
     images: int
@@ -66,18 +66,18 @@ def train(
     """Train a recipe.
 
     Args:
-        recipe: the name of a recipe that comes with the package, a file, or what such a file holds. A .py file is
-            Python and runs as such; .json and .yaml files are data and run nothing.
-        work_dir: where checkpoints and logs go; made if need be. One that holds a run is only touched by `resume`.
-        data: the folder of the data set, in place of the recipe's data.root.
-        resume: go on from the newest complete checkpoint in work_dir; from scratch where there is none.
-        cfg_options: dotted keys to values, over the recipe's own.
+        recipe: the name of a recipe of the package, a file, or the content of a file. A .py file runs as Python; .json
+            and .yaml files are data and run nothing.
+        work_dir: folder of checkpoints and logs; created if missing. A folder that holds a run needs `resume`.
+        data: folder of the data set; replaces the recipe's data.root.
+        resume: continue from the newest complete checkpoint in work_dir; from scratch if there is none.
+        cfg_options: dotted keys to values; they override the recipe.
         launcher, device: see `launch.processes`.
 
     Raises:
         TrainError: invalid request; before anything is written.
-        OSError: the disk is full, or work_dir cannot be written any more.
-        DivergedError: the training loss is not finite; checkpoints of earlier epochs stay.
+        OSError: the disk is full, or work_dir is not writable.
+        DivergedError: the training loss is not finite; checkpoints of earlier epochs are kept.
     """
     start = time.perf_counter()
     loaded = _with_data(load_recipe(recipe, cfg_options), data)
@@ -99,12 +99,12 @@ def evaluate(
     cfg_options: Mapping[str, Any] | None = None,
     device: str | None = None,
 ) -> EvalResult:
-    """Measure a checkpoint (EMA weights where EMA was on) on the validation split of its own recipe.
+    """Measure a checkpoint (EMA weights where EMA was on) on the validation split of its recipe.
 
-    Runs no code from the file; hooks that its recipe names are not built.
+    Runs no code from the file. Hooks that its recipe names are not built.
 
     Raises:
-        TrainError: not a checkpoint of ours, or its data or device cannot be used.
+        TrainError: not written by `foveate train`, or its data or the device cannot be used.
     """
     start = time.perf_counter()
     loaded = read_checkpoint(checkpoint)
@@ -138,7 +138,7 @@ def _run(
             val_dataloader=val_loader,
             train_cfg={"by_epoch": True, "max_epochs": recipe.schedule.total_epochs},
             val_cfg={},
-            val_evaluator={"type": TopK},  # built by the runner, whose log then takes MMEngine's remarks
+            val_evaluator={"type": TopK},  # built by the runner, so that MMEngine's messages go to its log
             optim_wrapper=optim_wrapper,
             default_hooks={"checkpoint": None, "param_scheduler": None, "logger": _iteration_log(recipe)},
             custom_hooks=[*_training_hooks(recipe, launcher), *named_hooks, log, save, bar, ctrl_c],
@@ -167,10 +167,12 @@ def _with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
 
 
 def _starting_point(work_dir: Path, resume: bool, recipe: Recipe, say: Callable[[str], None]) -> Path | None:
-    """Check that work_dir can hold the run, and return the checkpoint to go on from, if any."""
+    """Check that work_dir can hold the run, and return the checkpoint to resume, if any."""
     there = next(path for path in (work_dir, *work_dir.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise TrainError(f"work_dir {work_dir} cannot be written: {there} is not a folder open to us")
+    if not there.is_dir():
+        raise TrainError(f"work_dir {work_dir} cannot be written: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise TrainError(f"work_dir {work_dir} cannot be written: no write permission for {there}")
     if not resume:
         if runs := list_epochs(work_dir):
             raise TrainError(f"work_dir {work_dir} holds a run ({runs[0].name}): resume it, or use another work_dir")
@@ -207,7 +209,7 @@ def _flat(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def _shared(decide: Callable[[], Path | None]) -> Path | None:
-    """Let process 0 decide, and give its answer, or its refusal, to all."""
+    """Let process 0 decide, and broadcast its result or its error."""
     answer: list[Any] = [None, None]
     if get_dist_info()[0] == 0:
         try:

@@ -1,7 +1,7 @@
 """Read plain data into frozen dataclasses, strictly.
 
-Unknown names, missing names, wrong types and values out of range are refused with the dotted key, the wish and the
-value. An int is taken where a float is wanted and a list where a tuple is; nothing else is converted.
+Unknown names, missing names, wrong types and values out of range are refused; the message names the dotted key, what
+was expected and what was found. An int is accepted for a float and a list for a tuple; nothing else is converted.
 """
 
 import math
@@ -26,12 +26,12 @@ _HOLDS = {
 
 
 def limited(default: Any = MISSING, **limits: float) -> Any:
-    """Declare a field whose number, or each of whose numbers, keeps to at_least, above, at_most, below."""
+    """Declare a field with limits (at_least, above, at_most, below) for its number, or for each of its numbers."""
     return field(default=default, metadata=limits)
 
 
 def read(cls: type[T], data: object, where: str = "") -> T:
-    """Make a `cls` of a mapping whose keys are its field names; `where` is the dotted key of the mapping."""
+    """Make a `cls` from a mapping with its field names as keys; `where` is the dotted key of the mapping."""
     if not isinstance(data, Mapping):
         raise _wrong(where or "recipe", "a section of keys", data)
     known = {f.name: f for f in fields(cls)}
@@ -85,8 +85,8 @@ def _check_limits(value: Any, limits: Mapping[str, float], key: str) -> None:
     for number in value if isinstance(value, tuple) else (value,):
         for name, limit in limits.items():
             if number is not None and not _HOLDS[name](number, limit):
-                wish = " and ".join(f"{_WORDS[n]} {v:g}" for n, v in limits.items())
-                raise _wrong(key, f"a number {wish}", value)
+                limits_text = " and ".join(f"{_WORDS[n]} {v:g}" for n, v in limits.items())
+                raise _wrong(key, f"a number {limits_text}", value)
 
 
 def _describe(hint: Any) -> str:

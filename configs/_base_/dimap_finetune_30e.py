@@ -1,7 +1,7 @@
-"""Fine-tune after one-shot DIMAP pruning (arXiv:2404.13648): 30 epochs, half of them warm-up, at tiny rates.
+"""Fine-tune after one-shot DIMAP pruning (arXiv:2404.13648): 30 epochs, 15 of them warm-up, at a low learning rate.
 
-Augmentation is Swin's, as in the paper. The batch is not published for fine-tuning; that of the base training is taken,
-1024. Before the run: `foveate prune MODEL --pretrained --method dimap --ratio 0.5 -o pruned`.
+Augmentation is Swin's, as in the paper. The batch size of fine-tuning is not published; 1024 as in the base training.
+Before the run: `foveate prune MODEL --pretrained --method dimap --ratio 0.5 -o pruned`.
 """
 
 from mmengine.config import read_base

@@ -1,7 +1,7 @@
-"""ECA-Net on MobileNetV2: 400 epochs of SGD, the rate times 0.98 after each, batch 96, float32, crop and flip.
+"""ECA-Net on MobileNetV2: 400 epochs of SGD, rate times 0.98 after each epoch, batch 96, float32, crop and flip.
 
-Differs from the official script: it decays every parameter; here biases and norms are not. Momentum is
-taken from the ResNets' script.
+Differs from the official script, which applies weight decay to every parameter: here biases and norms have none.
+Momentum is that of the ResNets' script.
 """
 
 from mmengine.config import read_base

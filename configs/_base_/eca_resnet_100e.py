@@ -1,7 +1,7 @@
-"""ECA-Net on ResNets: 100 epochs of SGD, a tenth of the rate every 30, global batch 256, float32, crop and flip.
+"""ECA-Net on ResNets: 100 epochs of SGD, rate times 0.1 every 30, global batch 256, float32, crop and flip.
 
-Differs from the official script: it decays every parameter; here biases and norms are not. How many
-devices shared the batch, and so a BatchNorm's statistics, is not published.
+Differs from the official script, which applies weight decay to every parameter: here biases and norms have none. The
+number of devices, which determines the batch of BatchNorm's statistics, is not published.
 """
 
 from mmengine.config import read_base

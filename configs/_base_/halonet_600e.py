@@ -1,11 +1,11 @@
 """timm's HaloNets (its tag a1h): 600 epochs of LAMB at 256 px, global batch 2048, after "ResNet strikes back" A1.
 
-Published of a1h: that it is based on A1 (Wightman, Touvron, Jegou 2021, arXiv:2110.00476), with LAMB, a cosine and
-warm-up, and with stronger dropout, stochastic depth and RandAugment, whose numbers are not published. Here are A1's
-own, compared with a public second implementation of A1 (OpenMMLab's): rate, decay, warm-up, RandAugment 7 with a
-deviation of 0.5, mixup, cutmix, smoothing, repeated augmentation of 3, stochastic depth 0.05. The rate that warm-up
-starts from is assumed. The paper's H0 to H7 were trained otherwise and have no recipe here.
-Differs from A1: cross-entropy in the place of the binary one, which recipes do not have; 256 pixels.
+Published for a1h: it is based on A1 (Wightman, Touvron, Jegou 2021, arXiv:2110.00476), with LAMB, a cosine schedule and
+warm-up, and with stronger dropout, stochastic depth and RandAugment, whose values are not published. The values here
+are those of A1, checked against OpenMMLab's implementation of A1: rate, decay, warm-up, RandAugment 7 with deviation
+0.5, mixup, cutmix, smoothing, repeated augmentation of 3, stochastic depth 0.05. The initial rate of the warm-up is
+assumed. The paper's H0 to H7 were trained differently and have no recipe here.
+Differs from A1: cross-entropy instead of binary cross-entropy, which recipes do not have; 256 pixels.
 """
 
 from mmengine.config import read_base

@@ -1,8 +1,8 @@
-"""ImageNet-1k at 224 with the augmentation that DeiT made usual: RandAugment, erasing, mixup and cutmix.
+"""ImageNet-1k at 224 with the augmentation of DeiT: RandAugment, erasing, mixup and cutmix.
 
-Differs from the published commands: they pass rand-m9-mstd0.5-inc1; its magnitude is capped at 9 here (mmax9), because
-the rare draw above asks Pillow 13 for a posterisation to 0 bits. They also pass color jitter 0.4, which timm leaves
-out under RandAugment.
+Differs from the published commands, which pass rand-m9-mstd0.5-inc1: here the magnitude is at most 9 (mmax9), because
+a larger one can request a posterization to 0 bits, which Pillow 13 refuses. The commands also pass color jitter 0.4,
+which timm skips with RandAugment.
 """
 
 data = dict(

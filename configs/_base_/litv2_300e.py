@@ -1,7 +1,7 @@
 """LITv2: 300 epochs with 20 of warm-up, global batch 1024, float16 (the authors used apex O1).
 
-The published rates are for 512 images (5e-4, floor 5e-6, warm-up from 5e-7) and scaled by the batch. The weights of the
-convolutions that compute deformable offsets learn at a hundredth of the rate, which at this batch is the floor.
+The published rates are for 512 images (5e-4, minimum 5e-6, warm-up from 5e-7) and are scaled by the batch. The
+convolutions that compute deformable offsets have 1 % of the rate, which equals the minimum at this batch.
 """
 
 from mmengine.config import read_base

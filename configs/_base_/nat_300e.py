@@ -1,4 +1,4 @@
-"""NAT, DiNAT and their kin: 300 epochs and 10 at the lowest rate, global batch 1024, float16 (the scripts' --amp)."""
+"""NAT, DiNAT and isotropic models: 300 epochs and 10 at the lowest rate, global batch 1024, float16 (--amp)."""
 
 from mmengine.config import read_base
 

@@ -1,7 +1,8 @@
 """Fine-tune a Large model from ImageNet-22k weights: 30 epochs, linear decay, global batch 512, float32.
 
-Published: rate, epochs, batch, weight decay, "linear", no mixing. Not published: the final rate (the script's default
-floor is taken), and how that script reads "linear", for which it has no branch. The 22k weights are not ours to give.
+Published: rate, epochs, batch, weight decay, "linear", no mixing. Not published: the final rate (here the minimum of
+the script's defaults), and the meaning of "linear", which the script does not implement. The 22k weights are not part
+of this package.
 """
 
 from mmengine.config import read_base

@@ -45,7 +45,7 @@ def test_every_op_has_a_row():
 def test_a_wrong_result_is_not_timed(monkeypatch):
     monkeypatch.setattr(channel_and_gates, "channel_gate", lambda x, weight: x)
     monkeypatch.setattr(channel_and_gates, "CASES", {"ECA": lambda batch, **like: SMALL["ECA"](**like)})
-    with pytest.raises(RuntimeError, match="the two forms differ by"):
+    with pytest.raises(RuntimeError, match="the two implementations differ by"):
         measure_ops(1, 1, "cpu")
 
 

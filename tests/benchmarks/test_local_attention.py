@@ -70,5 +70,5 @@ def test_a_report_says_command_machine_and_ratios(monkeypatch, tmp_path, capsys)
 
 
 def test_a_filter_that_matches_nothing_is_refused():
-    with pytest.raises(ValueError, match="no layer's name holds one of"):
+    with pytest.raises(ValueError, match="no layer has a name with one of"):
         measure("cpu", [1], torch.float32, 1, ["nothing"])

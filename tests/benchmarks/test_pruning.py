@@ -67,7 +67,7 @@ def test_every_method_takes_the_same_number_of_weights():
 
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
-    """The recipes that were trained, which here cost nothing: every net stays at random."""
+    """Names of trained recipes; training is replaced, so that models keep random weights."""
     started = []
 
     def train(recipe, *, work_dir, **kwargs):
@@ -98,8 +98,8 @@ def test_recipes_with_a_fine_tuning_recipe_are_tuned_and_others_are_not(trained,
 
 def test_nets_may_be_trained_longer(trained, tmp_path):
     recipe, out = "swin_micro_1xb64_mnist5k", tmp_path / "table.txt"
-    wish = ["--recipes", recipe, "--seeds", "4", "--epochs", "7", "--work-dir", str(tmp_path), "--out", str(out)]
-    digits.main(wish)
+    arguments = ["--recipes", recipe, "--seeds", "4", "--epochs", "7", "--work-dir", str(tmp_path), "--out", str(out)]
+    digits.main(arguments)
     assert f"{recipe}, 7 epochs: top-1" in " ".join(out.read_text().split())
     meta = torch.load(tmp_path / recipe / "4" / "dense" / "net.pth")["meta"]
     assert meta["recipe"]["schedule"]["epochs"] == 7 and meta["recipe"]["seed"] == 4

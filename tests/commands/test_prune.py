@@ -81,7 +81,7 @@ def test_a_latency_is_measured_on_the_cut_net():
     assert done.exit_code == 0, done.output
     assert Plan.load("out/plan.json").ratio == 0
     done = prune(*NET, "-o", "other", "--target-latency", "1e-6", "--structure", "mlp")
-    assert done.exit_code == 2 and "no ratio brings the model to 1e-06 ms: the least was" in done.stderr
+    assert done.exit_code == 2 and "no ratio brings the model to 1e-06 ms: the lowest cost was" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_latency_is_measured_on_the_cut_net():
         (["--ratio", "0.5", "--target-macs", "1"], "give one of --ratio, --target-macs and --target-latency"),
         (["--target-latency", "5"], "zeroed weights do not reduce latency"),
         (["--target-macs", "0.0001"], "no ratio brings the model to 0.0001 GMACs"),
-        (["--pattern", "2:4", "--ratio", "0.3"], "pattern: 2:4 at ratio 0.5"),
+        (["--pattern", "2:4", "--ratio", "0.3"], "pattern: wanted 2:4 at ratio 0.5"),
     ],
 )
 def test_a_mistake_prints_one_line_and_writes_nothing(arguments, message):

@@ -30,7 +30,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 @pytest.fixture
 def net():
-    """A saved net of three classes with means of its own; its folder is `net`."""
+    """A saved model with three classes and its own mean and std; its folder is `net`."""
     torch.manual_seed(0)
     net = timm.create_model("nat_mini", num_classes=3, **SHAPE).eval()
     net.pretrained_cfg |= {"input_size": (3, PX, PX), "mean": (0.1, 0.5, 0.2), "std": (0.2, 0.3, 0.4), "crop_pct": 1.0}
@@ -40,7 +40,7 @@ def net():
 
 @pytest.fixture
 def pictures(tmp_path) -> list[tuple[torch.Tensor, int]]:
-    """Four pictures a class in data/train, as the net wants them and with their class numbers."""
+    """Four images per class in data/train, preprocessed, with their class indices."""
     rng, found = np.random.default_rng(0), []
     for number, name in enumerate(CLASSES):
         folder = tmp_path / "data" / "train" / name

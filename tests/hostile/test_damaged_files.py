@@ -1,4 +1,4 @@
-"""Every loader answers a damaged or hostile file with one error of ours: no other type, no hang, no memory taken."""
+"""Every loader raises one of our errors for a damaged or hostile file: no other type, no hang, no large allocation."""
 
 import base64
 import json
@@ -363,7 +363,7 @@ def test_a_work_dir_of_damaged_checkpoints_is_said_to_be_one(tmp_path):
         (tmp_path / f"epoch_{epoch}.pth").write_bytes(content)
     os.mkfifo(tmp_path / "epoch_4.pth")
     said = []
-    with pytest.raises(TrainError, match="none of its 4 checkpoints is complete"):
+    with pytest.raises(TrainError, match="all of its 4 checkpoints are damaged"):
         find_resumable(tmp_path, said.append)
     assert len(said) == 4 and "is not a regular file" in said[0]
 

@@ -165,7 +165,7 @@ def test_what_a_hub_folder_holds_runs_nothing_either(tmp_path):
         ({"model_args": {"checkpoint_path": "other.pth"}}, "checkpoint_path is an argument of timm's loader"),
         ({"model_args": {"pretrained_strict": False}}, "pretrained_strict is an argument of timm's loader"),
         ({"model_args": {"pretrained_cfg": {"file": "other.pth"}}}, "pretrained_cfg is an argument of timm's loader"),
-        ({"model_args": ["x"]}, "no section of keys"),
+        ({"model_args": ["x"]}, "not a section of keys"),
         ({"architecture": 3}, "names no architecture"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Small nets of every family, with weights that leave nothing near zero."""
+"""Small models of every family, with weights that are not near zero."""
 
 import pytest
 import timm
@@ -93,7 +93,7 @@ def few_threads(one_thread):
 
 @pytest.fixture(scope="session")
 def small():
-    """A function from a name of SMALL to a net."""
+    """A function from a name of SMALL to a model."""
 
     def make(name: str, **kwargs) -> nn.Module:
         torch.manual_seed(0)
@@ -105,7 +105,7 @@ def small():
 
 @pytest.fixture(scope="session")
 def images():
-    """A function from a name of SMALL to two images that its net takes."""
+    """A function from a name of SMALL to two images for its model."""
 
     def make(name: str) -> torch.Tensor:
         px, dtype = SMALL[name].get("img_size", PX), torch.float64 if name in DOUBLE else torch.float32

@@ -38,7 +38,7 @@ def test_silencing_a_head_is_what_cutting_it_does(name, small, images):
 
 
 def without_head(net, module, head):
-    """The net with every slice of one head zeroed."""
+    """The model with every slice of one head zeroed."""
     layer = next(s for s in find_structures(net, ["heads"], {}) if s.name == module)
     tensors = net.state_dict()
     cuts = {}

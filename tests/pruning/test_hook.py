@@ -97,13 +97,13 @@ def test_a_cut_net_is_tuned_from_its_folder_and_stays_narrow(tmp_path):
     smaller = plan(net, "dimap", 0.5, structure=["heads", "mlp"], img_size=28).cut(net)
     folder = save_hub(smaller, tmp_path / "cut")
     model = recipe(tmp_path)["model"] | {"checkpoint": str(folder / "model.safetensors")}
-    wish = recipe(tmp_path, model=model | {"widths": str(folder / "config.json")})
-    done = train(wish, work_dir=tmp_path / "run")
+    changed = recipe(tmp_path, model=model | {"widths": str(folder / "config.json")})
+    done = train(changed, work_dir=tmp_path / "run")
     (folder / "config.json").unlink()  # the checkpoint knows the widths by itself
     back = load_net(done.last_checkpoint)
     assert str(back) == str(smaller.eval())
-    with pytest.raises(TrainError, match=r"model\.widths .* is no config\.json of a pruned model"):
-        train(wish, work_dir=tmp_path / "other")
+    with pytest.raises(TrainError, match=r"model\.widths .* is not the config\.json of a pruned model"):
+        train(changed, work_dir=tmp_path / "other")
 
 
 SWIN = {"embed_dim": 32, "depths": (1, 1), "num_heads": (2, 4), "in_chans": 1, "num_classes": 10, "img_size": 28}
@@ -111,7 +111,7 @@ SWIN = {"embed_dim": 32, "depths": (1, 1), "num_heads": (2, 4), "in_chans": 1, "
 
 @pytest.fixture
 def cut_swin(tmp_path):
-    """A cut net of a family of timm's, which takes no widths= itself, and a recipe's model that names its folder."""
+    """A pruned timm model (timm's families have no widths=), and a recipe's model section that names its folder."""
     torch.manual_seed(0)
     net = timm.create_model("swin_tiny_patch4_window7_224", **SWIN)
     smaller = plan(net, "dimap", 0.5, structure=["heads", "mlp"], img_size=28).cut(net)
@@ -127,7 +127,7 @@ def test_a_cut_net_of_timm_is_tuned_from_its_folder_too(cut_swin, tmp_path):
 
 
 def test_a_cut_net_of_another_model_is_refused(cut_swin, tmp_path):
-    wish = recipe(tmp_path, model=cut_swin[1] | {"name": "swin_small_patch4_window7_224"})
+    changed = recipe(tmp_path, model=cut_swin[1] | {"name": "swin_small_patch4_window7_224"})
     with pytest.raises(TrainError, match=r"model\.widths .* was cut from swin_tiny_\S+, not swin_small_"):
-        train(wish, work_dir=tmp_path / "run")
+        train(changed, work_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -17,13 +17,13 @@ every_net = pytest.mark.parametrize("name", SMALL)
 
 
 def but_heavy_ones_slowly(names):
-    """Every net, the heavy ones outside the default run."""
+    """Every model; the heavy ones are slow tests."""
     marked = [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in names]
     return pytest.mark.parametrize("name", marked)
 
 
 def cut_and_masked(net, structure, images, **kwargs):
-    """(logits of the smaller net, logits of the full net with zeros, the smaller net, the plan)."""
+    """(logits of the pruned model, logits of the masked model, the pruned model, the plan)."""
     px = images.shape[-1]
     p = plan(net, kwargs.pop("method", "random"), structure=structure, img_size=px, **{"ratio": 0.5} | kwargs)
     smaller, masked = p.cut(net), p.apply(copy.deepcopy(net))
@@ -59,7 +59,7 @@ def test_what_a_family_cannot_lose_is_refused_with_a_reason(name, small):
         ("nat_mini", "conv", "it has no hidden channels in the module group conv"),
         ("nat_mini", "width", r"stem\.proj\.1: stem\.norm normalizes over these channels"),
         ("van_b0", "heads", "it declares no attention heads"),
-        ("litv2_small", "channels", r"stages\.1\.blocks\.0\.attn: .* declares that channels cannot be cut here"),
+        ("litv2_small", "channels", r"stages\.1\.blocks\.0\.attn: .* declares that its channels cannot be cut"),
         ("swin_tiny_patch4_window7_224", "conv", "it has no hidden channels in the module group conv"),
         ("eca_mobilenet_v2", "width", r"\S+: \S+ is not traceable"),
     ],

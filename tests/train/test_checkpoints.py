@@ -84,12 +84,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, damage):
     newest.write_bytes(newest.read_bytes()[: -len(newest.read_bytes()) // 2] if damage == "truncated" else b"")
     said = []
     assert find_resumable(tmp_path, said.append) == tmp_path / "epoch_1.pth"
-    assert len(said) == 1 and "epoch_2.pth is truncated or damaged" in said[0] and "the one before" in said[0]
+    assert len(said) == 1 and "epoch_2.pth is truncated or damaged" in said[0] and "the previous one" in said[0]
 
 
 def test_a_work_dir_with_only_damaged_checkpoints_is_refused(tmp_path):
     (tmp_path / "epoch_1.pth").write_bytes(b"PK")
-    with pytest.raises(TrainError, match="none of its 1 checkpoints is complete"):
+    with pytest.raises(TrainError, match="all of its 1 checkpoints are damaged"):
         find_resumable(tmp_path, print)
     assert find_resumable(tmp_path / "nothing", print) is None
 

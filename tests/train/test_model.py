@@ -22,7 +22,7 @@ def test_an_unknown_model_is_refused_with_close_names(make_recipe):
     ("name", "typo", "meant"), [("nat_mini", "depth", "depths"), ("test_resnet", "stemtype", "stem_type")]
 )
 def test_an_unknown_model_keyword_is_refused_with_the_close_name(make_recipe, name, typo, meant):
-    with pytest.raises(TrainError, match=rf"unknown key model.{typo}: {name} does not take it; did you mean .*{meant}"):
+    with pytest.raises(TrainError, match=rf"unknown key model.{typo}: {name} does not have .*; did you mean .*{meant}"):
         build(make_recipe(), **{"model.name": name, f"model.{typo}": (1, 1)})
 
 

@@ -86,9 +86,9 @@ def test_every_optimizer_argument_reaches_the_optimizer():
 
 def test_an_optimizer_that_does_not_exist_or_does_not_take_the_argument_is_refused():
     net = timm.create_model("test_resnet")
-    with pytest.raises(TrainError, match=r"unknown optimiser 'adamv'; did you mean .*adam"):
+    with pytest.raises(TrainError, match=r"unknown optimizer 'adamv'; did you mean .*adam"):
         build_optimizer(net, OptimizerRecipe(lr=1e-3, opt="adamv"))
-    with pytest.raises(TrainError, match=r"optimizer.betas: sgd has none, got \(0.9, 0.9\)"):
+    with pytest.raises(TrainError, match=r"optimizer.betas: sgd does not have this argument, got \(0.9, 0.9\)"):
         build_optimizer(net, OptimizerRecipe(lr=1e-3, opt="sgd", betas=(0.9, 0.9)))
 
 

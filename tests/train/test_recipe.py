@@ -1,4 +1,4 @@
-"""A recipe says what it means, or is refused with the key, the wish and the value."""
+"""A recipe is read strictly: an error names the key, what was expected and what was found."""
 
 import pytest
 
@@ -20,7 +20,7 @@ WRONG = [
     ("optimizer.betas", (0.9,), r"optimizer.betas: wanted 2 values \(a number\) or None, got \(0.9,\)"),
     ("precision", "fp8", "precision: wanted one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
     ("schedule", 3, "schedule: wanted a section of keys, got 3"),
-    ("data.mean", (0.5,), r"data.mean: wanted 3 value\(s\), one a channel"),
+    ("data.mean", (0.5,), r"data.mean: wanted 3 value\(s\), one per channel"),
     ("schedule.min_lr", 1.0, "schedule.min_lr: wanted at most optimizer.lr 0.001, got 1"),
     ("schedule.warmup_epochs", 2, "schedule.warmup_epochs: wanted fewer than 2 epochs, got 2"),
     ("schedule.kind", "step", 'missing key schedule.step_epochs: schedule.kind "step" wants it'),
@@ -52,7 +52,7 @@ def test_an_unknown_key_in_a_recipe_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value", "message"), WRONG)
-def test_a_wrong_value_is_refused_with_the_wish(make_recipe, key, value, message):
+def test_a_wrong_value_is_refused_with_what_was_expected(make_recipe, key, value, message):
     with pytest.raises(TrainError, match=message):
         load_recipe(make_recipe(), {key: value})
 
@@ -71,7 +71,7 @@ def test_a_key_without_effect_is_refused(make_recipe, key, value, switch):
 
 
 def test_color_jitter_is_refused_where_timm_would_drop_it(make_recipe):
-    with pytest.raises(TrainError, match=r"augment.color_jitter: timm leaves it out under augment.randaugment"):
+    with pytest.raises(TrainError, match=r"augment.color_jitter: timm skips it with augment.randaugment"):
         load_recipe(make_recipe(augment={"color_jitter": 0.4, "randaugment": "rand-m9"}))
 
 

@@ -212,7 +212,7 @@ def test_a_work_dir_that_holds_a_run_is_not_overwritten(make_recipe, tmp_path):
 def test_a_work_dir_that_cannot_be_made_is_refused_before_any_work(make_recipe, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr("foveate.train.runner.build_net", lambda recipe: pytest.fail("worked"))
-    with pytest.raises(TrainError, match=r"cannot be written: .*file is not a folder open to us"):
+    with pytest.raises(TrainError, match=r"cannot be written: .*file is not a folder"):
         train(make_recipe(), work_dir=tmp_path / "file" / "run")
 
 
