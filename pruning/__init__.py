@@ -1,6 +1,6 @@
 """Prune timm models: scores with and without data, masks that are kept in fine-tuning, and smaller layers."""
 
-from ..backbones._prunable import AttentionLayout, Projection, Prunable
+from ..backbones._pruning import AttentionLayout, Projection, Prunable
 from .criteria import CRITERIA, share_of_larger
 from .errors import PruningError
 from .groups import GROUPS, declared, group_of_weights
