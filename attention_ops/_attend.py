@@ -1,4 +1,4 @@
-"""Attention in eager torch: a backward pass of our own, and products that are exact where numbers are not finite."""
+"""Attention in eager torch: a custom backward pass, and products that are exact where numbers are not finite."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 class EagerBody:
-    """A forward pass with a backward pass of its own; an instance holds all that is no tensor.
+    """A forward pass with a custom backward pass; an instance holds all arguments that are not tensors.
 
     Tensors are given in one order everywhere; some may be None.
     """
@@ -87,7 +87,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 class _FlashOnCpu(torch.autograd.Function):
-    """torch's kernel for CPUs, whose own backward pass cannot be differentiated."""
+    """torch's kernel for CPUs; its backward pass in torch cannot be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

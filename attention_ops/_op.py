@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..kernels._launch import MOST_HEAD_DIM, why_no_triton
 
 Size = Annotated[int | Sequence[int], "int[2]"]  # tokens, one number or (rows, columns); a constant under tracers
-SymSize = Annotated[int | Sequence[int], "SymInt[2]"]  # likewise, and may depend on a traced size
+SymSize = Annotated[int | Sequence[int], "SymInt[2]"]  # tokens; may depend on a traced size
 Flags = Annotated[bool | Sequence[bool], "bool[2]"]
 Count = Annotated[int, "SymInt"]
 Tensors = Annotated[Sequence[Tensor], "Tensor[]"]
@@ -41,7 +41,7 @@ Pair = tuple[int, int]  # (rows, columns), as bodies receive sizes
 
 
 class Impl(str, Enum):
-    """Which body runs. Asked for by name, a body runs or raises."""
+    """The body to run. A body requested by name runs or raises."""
 
     AUTO = "auto"  # fused where it can run, else tiled
     FUSED = "fused"
@@ -63,7 +63,7 @@ Bundles = Mapping[str, Callable[..., Any]]  # by name, NamedTuples whose fields 
 
 @dataclass(frozen=True)
 class Op:
-    """What `declare` was told about one op, and the order in which it is used."""
+    """An op as `declare` received it, and the steps of a call."""
 
     name: str
     defaults: Mapping[str, Any]  # of all arguments of the public signature; `Parameter.empty` where there is none
@@ -91,7 +91,7 @@ class Op:
             arguments["scale"] = first.shape[-1] ** -0.5
         transformed = under_transform(tensors)
         body = self._choose(impl, arguments, tensors, transformed)
-        if not (autocast or transformed):  # two contexts that do nothing would take longer than a check
+        if not (autocast or transformed):  # entering two empty contexts takes 1 us
             return _call(body, arguments)
         place = sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext()  # the other kernels differentiate once
         with place, no_autocast(first):
@@ -112,7 +112,7 @@ class Op:
         return _call(self.macs, self._bundle(self.bind(*args, **kwargs)))
 
     def calling(self, body: Body) -> Body:
-        """Let a body of this op be called as the public function is, with its defaults: for ops that consist of it."""
+        """Return a body with the signature and defaults of the public function, for ops composed of this one."""
         return lambda *args, **kwargs: _call(body, self._bundle(self.bind(*args, **kwargs)))
 
     def _bundle(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -193,14 +193,14 @@ def declare(
     Args:
         promise: the public function; the schema is that of its signature, with the same names, order and defaults.
         check: raises ValueError for arguments that do not fit; takes those that it names.
-        reference, tiled, graph, fused: the bodies, as the module's docstring has them; each takes all arguments.
+        reference, tiled, graph, fused: the bodies, described in the module's docstring; each takes all arguments.
         why_not_fused: returns the reason why the kernel cannot run, or None; takes those that it names.
         cast: arguments that autocast casts together.
         macs: returns the multiply-adds that the definition needs, where a body computes others; takes what it names.
         bundles: NamedTuples whose fields are arguments, by the parameter name that stands for those arguments.
 
     Raises:
-        TypeError: a body does not take all arguments of the public signature, or a bundle has a field that is none.
+        TypeError: a body does not take exactly the arguments of the public signature.
     """
     hints, bundles = get_type_hints(promise, include_extras=True), bundles or {}
     parameters = dict(inspect.signature(promise).parameters)
@@ -311,7 +311,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def under_transform(tensors: Sequence[Tensor]) -> bool:
-    """Say whether torch.func transforms these tensors, or one of them carries a tangent."""
+    """Say whether torch.func transforms these tensors, or one of them has a tangent."""
     if torch._C._are_functorch_transforms_active():
         return True
     in_dual_level = forward_ad._current_level >= 0
@@ -331,14 +331,14 @@ def is_traced(tensors: Sequence[Tensor]) -> bool:
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
 
 
-# Checks with one wording
+# Checks that all ops share
 
 T = TypeVar("T", int, bool)
 _NUMBERS = (int, torch.SymInt)  # bool is an int
 
 
 def pair(op: str, name: str, value: T | Sequence[T]) -> list[T]:
-    """Spell an int (or bool) out as [rows, columns]; a pair passes through."""
+    """Return an int or bool as [value, value], and a pair as a list."""
     both = [value, value] if isinstance(value, _NUMBERS) else list(value) if isinstance(value, Sequence) else []
     if len(both) == 2 and isinstance(both[0], _NUMBERS) and isinstance(both[1], _NUMBERS):
         return both
@@ -384,7 +384,7 @@ def check_device(op: str, name: str, t: Tensor | None, first: str, x: Tensor) ->
         raise ValueError(f"{op}: {name} must be on the device of {first} {x.device}, got {t.device}")
 
 
-# Reasons that keep every op from its kernel
+# Reasons why no kernel can run, for all ops
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_ELEMENTS = 2**31 - 1  # of one image: kernels count them in int32

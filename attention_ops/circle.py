@@ -98,7 +98,7 @@ def circle_attention_tiled(q: Tensor, k: Tensor, v: Tensor, circle: Circle, scal
 
 
 def circle_attention_graph(q: Tensor, k: Tensor, v: Tensor, circle: Circle, scale: float) -> Tensor:
-    """The same by differentiable operations, whose tables become part of a traced graph."""
+    """Attend by differentiable operations; the mask becomes part of a traced graph."""
     size = (q.shape[1], q.shape[2])
     plan = tile_plan(circle, size)
     return TiledAttention(plan, tile_mask(circle, size, plan, q.device), scale).graph(q, k, v, None)

@@ -7,7 +7,7 @@ Semantics  those of timm's layer, whose weights load: keys and values outside th
 We differ  a map need not be a multiple of the block: the last blocks overhang, and what they see outside is zeros.
            timm's layer refuses such maps; where the block divides the map, results agree. Where an odd block divides an
            odd map under stride 2 (21 by 7), we return ceil(21 / 2) rows, as a shortcut's strided convolution does, and
-           timm the first floor(21 / 2) of them; no whole net of timm's gets there.
+           timm the first floor(21 / 2) of them; no complete model of timm reaches this case.
 """
 
 import torch
@@ -180,8 +180,8 @@ class HaloAttention2d(nn.Module):
         head_dim: of queries and keys; from dim_out * qk_ratio, rounded to a multiple of 8, when None.
         block_size, halo: in tokens.
         qk_ratio: channels of queries and keys over dim_out.
-        qkv_bias: give the projections a bias. Keys outside the map are zeros all the same.
-        avg_down: down-sample after attention.
+        qkv_bias: give the projections a bias. Keys outside the map are zeros, with and without it.
+        avg_down: pool after attention instead of striding the queries.
         scale_rel: scale the relative logits too (other code bases do; timm's default and ours is not to).
     """
 
@@ -255,6 +255,6 @@ class HaloAttention2d(nn.Module):
 
 
 def _round_to_8(channels: float) -> int:
-    """The nearest multiple of 8, not more than a tenth below (how timm rounds channels)."""
+    """Return the nearest multiple of 8, at most 10 % below, as timm rounds channels."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded

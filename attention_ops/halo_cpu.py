@@ -87,7 +87,7 @@ def _logits(plan: HaloPlan) -> int:
 def halo_attention_graph(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
 ) -> Tensor:
-    """The same by differentiable operations."""
+    """Attend by differentiable operations."""
     return HaloTiles(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w)
 
 

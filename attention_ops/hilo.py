@@ -2,7 +2,7 @@
 
 Paper      Pan, Cai, Zhuang 2022, arXiv:2205.13213 (LITv2), section 3.3.
 Semantics  those of the authors' code: int(heads * alpha) heads are low-frequency; tokens are pooled BEFORE they are
-           projected to keys and values; windows of one token leave nothing to the high branch, so all heads are low.
+           projected to keys and values; with windows of one token all heads are low-frequency.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,7 +104,7 @@ def hilo_attention_tiled(
 def hilo_attention_graph(
     high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int], scale: float
 ) -> Tensor:
-    """The same by differentiable operations."""
+    """Attend by differentiable operations."""
     return _both(window_attention_graph, F.scaled_dot_product_attention, high, low, window_size, scale)
 
 
@@ -120,7 +120,7 @@ def _both(
     window_size: tuple[int, int],
     scale: float,
 ) -> Tensor:
-    """Give every branch that has heads to its function; heads of the high one first."""
+    """Run each branch that has heads by its function; return the heads of the high branch first."""
     outs = []
     if high[0].shape[3]:
         outs.append(OPS["window_attention"].calling(attend_windows)(*high, window_size, scale=scale))

@@ -1,7 +1,7 @@
-"""Put a gate into every residual block of a network that somebody else built.
+"""Put a gate into every residual block of an existing model.
 
-The blocks of timm's ResNets, RegNets, MobileNets and EfficientNets share one habit: an attribute `se` where channel
-attention sits, None or an identity where there is none. The gate goes there.
+The blocks of timm's ResNets, RegNets, MobileNets and EfficientNets have an attribute `se` for channel attention. It is
+None or an identity where a block has no attention. The gate replaces it.
 """
 
 from typing import Literal
@@ -15,13 +15,13 @@ GATES = {"eca": EfficientChannelAttention, "ela": EfficientLocalAttention}
 
 
 def insert_attention(model: nn.Module, kind: Literal["eca", "ela"], **kwargs) -> nn.Module:
-    """Put one gate into the `se` slot of every residual block of `model`, in place; attention that is there goes.
+    """Put one gate into the `se` slot of every residual block of `model`, in place; it replaces what is there.
 
-    In timm's ResNets the slot is after the last norm of the branch, before the shortcut is added; in RegNets,
-    MobileNets and EfficientNets it is before the last 1x1 convolution.
+    In timm's ResNets `se` is called after the last norm of the branch, before the shortcut is added; in RegNets,
+    MobileNets and EfficientNets before the last 1x1 convolution.
 
     Args:
-        model: any network whose blocks have a slot `se`.
+        model: any model whose blocks have an attribute `se`.
         kind: "eca" or "ela".
         kwargs: of the gate's module: `kernel_size`; `variant`, `residual`.
 
@@ -44,7 +44,7 @@ def insert_attention(model: nn.Module, kind: Literal["eca", "ela"], **kwargs) ->
 
 
 def _channels(block: nn.Module) -> int | None:
-    """Channels where the block's slot is: what goes into its last 1x1 convolution, or comes out of its last norm."""
+    """Return the channels at the `se` slot: the inputs of the last 1x1 convolution, or the outputs of the last norm."""
     if hasattr(block, "conv_pwl"):  # MobileNet, EfficientNet: inverted residual, edge residual
         return block.conv_pwl.in_channels
     if hasattr(block, "conv_pw"):  # their depthwise separable block

@@ -40,8 +40,8 @@ def large_kernel_attention(
     Args:
         x: (B, C, H, W).
         local_weight: (C, 1, k, k), k odd; local_bias: (C,) or None. Depthwise, zero padding keeps the size.
-        dilated_weight: (C, 1, k, k), k odd; dilated_bias likewise. Depthwise with `dilation`.
-        point_weight: (C, C, 1, 1); point_bias likewise.
+        dilated_weight: (C, 1, k, k), k odd; dilated_bias: (C,) or None. Depthwise with `dilation`.
+        point_weight: (C, C, 1, 1); point_bias: (C,) or None.
         dilation: step between the taps of the second convolution, in tokens.
         impl: "auto", "fused", "tiled" or "reference".
 
@@ -88,12 +88,12 @@ def _check(x: Tensor, convolutions: Convolutions) -> None:
 
 
 def large_kernel_attention_reference(x: Tensor, convolutions: Convolutions) -> Tensor:
-    """The definition: three convolutions in the order of the paper. Tracers and GPUs take it for the tiled body too."""
+    """The definition: three convolutions in the order of the paper. It is the tiled body too, for tracers and GPUs."""
     return _gate(x, convolutions, depthwise)
 
 
 def large_kernel_attention_tiled(x: Tensor, convolutions: Convolutions) -> Tensor:
-    """The same; on a CPU the dilated convolution runs on dilation groups."""
+    """Run the three convolutions; on a CPU the dilated one runs on dilation groups."""
     return _gate(x, convolutions, depthwise if x.is_cuda else depthwise_by_groups)
 
 
@@ -111,7 +111,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1)
 
 
 def depthwise_by_groups(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """The same as `depthwise`: every dilation group is an image of its own. Two copies of the map."""
+    """Compute what `depthwise` does, with every dilation group as one more image. Copies the map twice."""
     height, width = x.shape[2:]
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -width % dilation, 0, -height % dilation))
     groups = cut_regions(x, [dilation, dilation]).permute(0, 3, 4, 1, 2, 5)  # (B, dy, dx, Y, X, C)

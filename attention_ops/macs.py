@@ -1,10 +1,10 @@
-"""Count the multiply-adds that a model needs, not those that a body happens to do.
+"""Count the multiply-adds that a model needs, not those that a body computes.
 
-torch's FlopCounterMode counts convolutions, matrix products and scaled_dot_product_attention as they are executed; half
-of its figure is multiply-adds. Neighborhood attention's tiled body computes 2.5 to 3.5 times the logits that a query
-sees, and masks the rest; a fused kernel does work that torch cannot see. For our ops, what the body did is taken out
-of the count and the definition's cost, `macs` of the op's declaration, put in. Elementwise work (norms, gates, softmax)
-is not counted, as in papers.
+torch's FlopCounterMode counts convolutions, matrix products and scaled_dot_product_attention as they are executed; 50 %
+of its figure are multiply-adds. Neighborhood attention's tiled body computes 2.5 to 3.5 times the logits that a query
+sees, and masks the rest; a fused kernel does work that torch cannot see. For our ops, the count of the body is replaced
+by the cost of the definition, `macs` of the op's declaration. Elementwise work (norms, gates, softmax) is not counted,
+as in papers.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 
 class _UsefulWork(TorchFunctionMode):
-    """Watch our ops: what their bodies did beyond the definition (below zero where torch could not see it)."""
+    """Sum what the bodies of our ops computed beyond the definition; negative where torch could not see it."""
 
     def __init__(self) -> None:
         super().__init__()

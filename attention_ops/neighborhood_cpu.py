@@ -76,7 +76,7 @@ def neighborhood_attention_tiled(
 def neighborhood_attention_graph(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> Tensor:
-    """The same by differentiable operations, whose tables become part of a traced graph."""
+    """Attend by differentiable operations; the mask becomes part of a traced graph."""
     size = (q.shape[1], q.shape[2])
     plan = tile_plan(neighborhood, size)
     mask = tile_mask(neighborhood, size, plan, q.device)
@@ -85,12 +85,12 @@ def neighborhood_attention_graph(
 
 
 def _tile_bias(rpb: Tensor, cells: Tensor) -> Tensor:
-    """(heads, query tokens, key tokens): the table laid out over a tile. The same for every tile: only ranks count."""
+    """(heads, query tokens, key tokens): the bias of every pair of a tile, the same for all tiles."""
     return rpb.flatten(1)[:, cells]
 
 
 def _cells(neighborhood: Neighborhood, plan: TilePlan, device: torch.device) -> Tensor:
-    """(query tokens, key tokens): the cell of the flattened table that a pair uses; that of a masked pair is any."""
+    """(query tokens, key tokens): the cell of the flattened table that a pair uses; arbitrary for masked pairs."""
     of_axis = []
     for tiling, kernel in zip(plan[:2], neighborhood.kernel_size, strict=True):
         query = torch.arange(tiling.tile, device=device)[:, None]

@@ -4,7 +4,7 @@ Paper      Zhu et al. 2023, arXiv:2303.08810 (BiFormer), section 3.2.
 Semantics  those of the authors' released models: routes come from region means of q and k over all heads at once, with
            no gradient; heads share the routes. The scale of the paper's models is dim ** -0.5, of the whole width.
 We differ  soft routing and the authors' ways of pooling keys are not here (no released model uses them);
-           `kv_region_size` serves callers who pool keys themselves.
+           `kv_region_size` is for callers that pool keys.
 """
 
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def region_means(x: Tensor, region_size: Sequence[int]) -> Tensor:
     tokens = _tokens if is_traced([x]) or under_transform([x]) else _cached_tokens
     counts = tokens(tuple(x.shape[1:3]), tuple(region_size), x.device)
     x = pad_to_windows(x, list(region_size))
-    # One axis after the other: a third of the time of both at once, and no copy where x is a slice of a packed qkv.
+    # One axis after the other: 33 % of the time of both at once, and no copy where x is a slice of a packed qkv.
     sums = x.unflatten(2, (-1, region_size[1])).sum(3, dtype=accumulator(x.dtype))
     sums = sums.unflatten(1, (-1, region_size[0])).sum(2)
     return (sums / counts).flatten(1, 2)
@@ -118,7 +118,7 @@ def routed_attention(
     Args:
         q: (B, H, W, heads, head_dim); strided views are fine.
         k: (B, Hk, Wk, heads, head_dim), as q's dtype and device.
-        v: (B, Hk, Wk, heads, any width), likewise.
+        v: (B, Hk, Wk, heads, any width), q's dtype and device.
         routes: (B, regions, topk) int64, for every region of queries the regions of keys it sees; row-major, no
             repetitions in a row (`bi_level_routes` makes them).
         region_size: tokens of a query region, an int or (rows, columns); must divide (H, W).
@@ -132,7 +132,7 @@ def routed_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, a region size does not divide its map, or routes are out of
-            range. Routes on a GPU are not waited for: there an assertion on the device stops the stream.
+            range. On a GPU, routes are checked by an assertion on the device, which stops the stream.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
     return run(OP, locals())

@@ -44,7 +44,7 @@ def routed_attention_tiled(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regi
 
 
 def routed_attention_graph(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, scale: float) -> Tensor:
-    """The same by differentiable operations."""
+    """Attend by differentiable operations."""
     return RoutedAttention(routes, RegionPlan(regions.region_size, regions.of_keys, scale)).graph(q, k, v)
 
 
@@ -89,7 +89,7 @@ def masking_is_cheaper(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -
 
 
 def _masking_is_cheaper_in_a_graph(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -> bool:
-    """The same where keys are copied token by token."""
+    """Say what `masking_is_cheaper` says, for bodies that copy keys token by token."""
     queries, keys = plan.region[0] * plan.region[1], plan.kv_region[0] * plan.kv_region[1]
     return queries * k.shape[1] * k.shape[2] <= routes.shape[2] * keys * (queries + KEY_COPY_COST)
 
@@ -252,7 +252,7 @@ def _backward_gathered(
 
 
 def _regions_at_once(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> int:
-    """Those whose logits and copies, of keys or of values, stay near the second-level caches."""
+    """Regions whose logits and copies, of keys or of values, fit about 1.5 times the second-level caches."""
     per_key = max(k.shape[4], v.shape[4]) + plan.region[0] * plan.region[1]
     return 3 * torch.get_num_threads() * tiles.CHUNK_LOGITS // (2 * _keys(routes, plan) * k.shape[3] * per_key)
 
@@ -262,7 +262,7 @@ def _keys(routes: Tensor, plan: RegionPlan) -> int:
 
 
 def _blocks(q: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Images and heads: some images, or some heads of one, so that the six maps that are copied are a share of all."""
+    """Yield slices: some images with all heads, or some heads of one image, so that six copied maps fit a cache."""
     heads = q.shape[3]
     planes = max(1, _budget(q) // (4 * q.shape[1] * q.shape[2] * q.shape[4]))
     images = max(1, planes // heads)
@@ -272,7 +272,7 @@ def _blocks(q: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _budget(q: Tensor) -> int:
-    """Numbers that fit the second-level caches; of small maps no more than half of one."""
+    """Numbers that fit the second-level caches, at most 50 % of a small map."""
     return min(torch.get_num_threads() * tiles.CHUNK_LOGITS, q.numel() // 2)
 
 
@@ -282,7 +282,7 @@ def _by_head(x: Tensor, region: tuple[int, int]) -> Tensor:
 
 
 def _tiles(cut: Tensor) -> Tensor:
-    """As `_by_head` has it, contiguous -> (B * regions * heads, tokens, d)."""
+    """A contiguous result of `_by_head` -> (B * regions * heads, tokens, d)."""
     return cut.view(cut.shape[:4].numel(), cut.shape[4] * cut.shape[5], cut.shape[6])
 
 
@@ -294,7 +294,7 @@ def _rows(routes: Tensor, images: int, heads: int = 1) -> Tensor:
 
 
 def _attend_rows(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float, buffers: Buffers) -> Tensor:
-    """(n, T, d), to the rows by `index` (n, topk) of (m, Tk, d) and (m, Tk, w) -> (n, T, w). May write over q."""
+    """(n, T, d), to the rows by `index` (n, topk) of (m, Tk, d) and (m, Tk, w) -> (n, T, w). Overwrites q."""
     if q.dtype in (torch.float16, torch.bfloat16):
         parts = q, buffers.gather("keys", k, index), buffers.gather("values", v, index)
         return F.scaled_dot_product_attention(*(x[:, None] for x in parts), scale=scale)[:, 0]
@@ -307,12 +307,12 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float, b
 
 
 def _to_gradients(q: Tensor, grad: Tensor, k: Tensor, v: Tensor, scale: float, buffers: Buffers) -> None:
-    """Write the gradients over q (n, T, d), k (n, K, d) and v (n, K, w); that of k lacks the scale. Spoils grad."""
+    """Overwrite q (n, T, d), k (n, K, d) and v (n, K, w) with gradients, dk without scale. Overwrites grad too."""
     logits, dlogits = (buffers.take(n, torch.Size((*q.shape[:2], k.shape[1]))) for n in ("logits", "dlogits"))
     torch.baddbmm(logits, q, k.mT, beta=0, alpha=scale, out=logits)
     weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     sums = weights.sum(-1, keepdim=True)
-    grad.div_(sums)  # so that nobody divides the weights
+    grad.div_(sums)  # cheaper than dividing the weights
     torch.bmm(grad, v.mT, out=dlogits)
     torch.bmm(weights.mT, grad, out=v)
     dlogits.mul_(weights)

@@ -1,4 +1,4 @@
-"""How a local pattern is cut into tiles, and which keys of its tile a query sees: decided once a pattern and size.
+"""How a local pattern is cut into tiles, and which keys of its tile a query sees: decided once per pattern and size.
 
 All caches are bounded and hold plain numbers and tables that depend on the size of a map, never on its values.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .tiling import AxisTiling, cut_axis, pieces
 
-TILES = (4, 7, 8)  # queries an axis, besides the whole axis
+TILES = (4, 7, 8)  # queries of a tile on one axis; the whole axis is tried too
 # What copying a key costs, in logits (head_dim 32, float32, 2 threads of a Xeon with AVX-512: 4x4, 4x7, 7x7, 14x14
 # tiles and the whole 56x56 map took 13.8, 14.0, 18.3, 23.3 and 139 ms at batch 8, 2 heads, kernel 7).
 KEY_COPY_COST = 45
@@ -22,9 +22,9 @@ SMALL_MASK = 1 << 18
 
 
 class LocalPattern(Protocol):
-    """Which keys a query sees, told axis by axis: 0 rows, 1 columns. Hashable: it is a key of the caches.
+    """Which keys a query sees, one axis at a time: 0 is rows, 1 columns. Hashable: plans and masks are cached by it.
 
-    Tokens with the same remainder modulo `dilation` form a group, a map apart; positions are counted inside a group.
+    Tokens with the same remainder modulo `dilation` form a group, a separate map; positions are counted inside a group.
     """
 
     @property

@@ -108,7 +108,7 @@ def window_attention_tiled(
 def window_attention_graph(
     q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """The same by differentiable operations."""
+    """Attend by differentiable operations."""
     if bias is None and mask is None:
         return _on_windows(F.scaled_dot_product_attention, q, k, v, window_size, scale)
     return _tiles(q, window_size, mask, scale).graph(q, k, v, bias)

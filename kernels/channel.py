@@ -1,7 +1,7 @@
 """Channel attention (Triton): a head's channels attend to each other, over all tokens of the map.
 
 Paper      Ding et al. 2022, arXiv:2204.03645 (DaViT), figure 3b.
-Tensors    q, k, v, out: (B, H, W, heads, D) of any strides; logits and their like: (B * heads, D, D) fp32.
+Tensors    q, k, v, out: (B, H, W, heads, D) of any strides; logits, probabilities, gradients: (B * heads, D, D) fp32.
 Grid       products over tokens: B * heads * splits of the tokens; their softmax: B * heads * tiles of rows; mixtures of
            channels: B * heads * tiles of tokens.
 Numerics   sums over tokens in fp32, in two stages of fixed order; softmax in fp32; one rounding on store.
@@ -222,7 +222,7 @@ def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
 def channel_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, probs: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv, laid out as q, k and v where these are dense."""
+    """Return dq, dk and dv, with the strides of q, k and v where these are dense."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if not q.numel():
         return dq, dk, dv

@@ -2,7 +2,7 @@
 
 Paper      Wang et al. 2020, arXiv:1910.03151 (ECA-Net), figure 2.
 Tensors    x, out: (B, C, H, W) of any strides; weight: (1, 1, k). Sums over a map: (B, C) fp32.
-Grid       B * tiles of channels * chunks (sums) or tiles (gating) of pixels; every program makes its own gates.
+Grid       B * tiles of channels * chunks (sums) or tiles (gating) of pixels; a program computes the gates it needs.
 Numerics   sums and gates in fp32, sums in two stages of fixed order; one rounding on store.
 Memory     forward reads x twice and writes once; backward reads x once and grad twice, and writes once.
 """
@@ -71,7 +71,7 @@ def gate_kernel(
     X_WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, K: tl.constexpr, BACK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """out = x * gate. Where BACK, x is the gradient of that, and what the means pass on is added."""
+    """out = x * gate. Where BACK, x is the output's gradient, and the gradient through the means is added."""
     tiles = tl.cdiv(channels, BLOCK_C)
     parts = tl.cdiv(pixels, BLOCK_P)
     part, tile = tl.program_id(0) % parts, tl.program_id(0) // parts % tiles
@@ -161,7 +161,7 @@ def launch_logits_grad(x: Tensor, sums: Tensor, products: Tensor, weight: Tensor
 
 @torch.library.custom_op("foveate::channel_gate_forward", mutates_args=())
 def channel_gate_forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gated map, laid out as x where that is dense, and its sums over pixels (B, C) fp32."""
+    """Return the gated map, with the strides of x where x is dense, and its sums over pixels (B, C) fp32."""
     if not x.numel():
         return _empty_results(x)
     out = torch.empty_like(x)
@@ -183,7 +183,7 @@ def _empty_results(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("foveate::channel_gate_backward", mutates_args=())
 def channel_gate_backward(x: Tensor, weight: Tensor, sums: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x, laid out as x where that is dense, and of the weight."""
+    """Return the gradients of x, with the strides of x where x is dense, and of the weight."""
     dx, weight = torch.empty_like(x), weight.contiguous()
     if not x.numel():
         return dx, torch.zeros_like(weight)

@@ -43,7 +43,7 @@ def strip_gate_tiles(channels: int, height: int, width: int, channels_last: bool
 
 
 def large_kernel_tiles(channels: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(pixels, channels of a step, channels, warps) of a tile; at most 64 accumulators a thread, in fp32 half of it."""
+    """(pixels, channels of a step, channels, warps) of a tile; at most 64 accumulators a thread, 32 in fp32."""
     block_n, wide = padded(channels), itemsize == 4
     block_p = max(16, min(64, 2 ** (13 if wide else 14) // block_n))
     warps = 4 if block_n <= 64 else 16 if wide and block_n > 512 else 8

@@ -20,7 +20,7 @@ from .._launch import on_device, refuse_second_derivative
 from .norm import StripNorm
 from .plan import strip_gate_tiles
 
-TURNS = 4  # tiles of rows that one program sums, so that it writes a quarter of the sums of columns
+TURNS = 4  # tiles of rows that one program sums, so that it writes 25 % of the sums of columns
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def gate_kernel(
     channels, height, width_units,
     ALIGN: tl.constexpr, BACK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """out = x * gate of the row * gate of the column. Where BACK, x is the gradient of that; the strips add theirs."""
+    """out = x * gate of the row * gate of the column. Where BACK, x is the gradient of out; those of strips are added."""
     width = width_units * ALIGN
     image, c, down, across, _, _ = _tile(1, channels, height, width, BLOCK_C, BLOCK_H, BLOCK_W)
     c += tl.arange(0, BLOCK_C)
@@ -156,7 +156,7 @@ def launch_gate(x: Tensor, gates: Strips, grads: Strips | None, out: Tensor) -> 
 def strip_gate_forward(
     x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gated map, laid out as x where that is dense, and the means of its rows and of its columns, fp32."""
+    """Return the gated map, with the strides of x where x is dense, and the means of rows and of columns, fp32."""
     out, rows, cols = _empty_results(x)
     if x.numel():
         norm = StripNorm(weight, norm_weight, norm_bias, norm_groups, eps)
@@ -188,7 +188,7 @@ def strip_gate_backward(
     norm_groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, laid out as x where that is dense, of the weight, the norm's weight and its bias."""
+    """Return the gradients of x (with its strides where dense), of the weight, the norm's weight and its bias."""
     dx = torch.empty_like(x)
     if not x.numel():
         return dx, *(

@@ -1,4 +1,4 @@
-"""Biases of local attention (Triton and host): laid out as dense tiles, and their gradient without atomics.
+"""Biases of local attention (Triton and host): as dense tiles, and their gradient without atomics.
 
 Paper      Hassani et al. 2023, arXiv:2204.07143 (relative bias); Liu et al. 2021, arXiv:2103.14030 (window bias).
 Tensors    table: (heads, cells); tiles: (heads, variants, steps, owners, walked), in logits before scaling; the others
@@ -20,10 +20,10 @@ from torch import Tensor
 from .intervals import hidden, load_tokens, map_offsets, own, walk
 from .plan import Axis, Pattern, Plan
 
-PROGRAMS = 1024  # of one launch: a few waves on a large GPU, and few enough partial sums (EST)
+PROGRAMS = 1024  # of one launch: a few waves on a large GPU, and few enough partial sums (estimated)
 
 
-@dataclass(frozen=True, eq=False)  # one of a kind: caches know it by identity
+@dataclass(frozen=True, eq=False)  # compared by identity, also by caches
 class BiasLayout:
     """How one plan reads a table; tensors on the device of the maps."""
 
@@ -35,7 +35,7 @@ class BiasLayout:
 
 
 def _variants(axis: Axis, owners: int, walked: int, dilation: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Number the ways in which tiles lie to what they walk; (start, first walked token) of one tile of each."""
+    """Number the positions of tiles relative to what they walk; (start, first walked token) of one tile of each."""
     ids, known, places = [], {}, []
     for group, tile in product(range(dilation), range(axis.tiles(-(-owners // dilation)))):
         in_group, seen = ((n - group + dilation - 1) // dilation for n in (owners, walked))
@@ -185,7 +185,7 @@ def local_bias_kernel(
 
 
 def share_out(tiles: list[int], images: int, programs: int) -> list[tuple[int, int, int, int, int]]:
-    """Cut the (image, tile) pairs of every variant into works of about equal length, at most `programs` of them or so.
+    """Cut the (image, tile) pairs of every variant into works of about equal length, about `programs` of them at most.
 
     Returns:
         (variant, its first tile in the list of all, its tiles, first pair, past the last pair) per work.

@@ -4,7 +4,7 @@ Paper      Vaswani et al. 2021, arXiv:2103.12731; tables by row and column as in
 Tensors    q: (B, H, W, heads, DIM), head_dim contiguous; table: (2 * window - 1, DIM), contiguous;
            logits: (B, H, W, heads, 2 * PLACES) = [rows | columns], before scaling, zero past the window.
 Grid       B * lines * strips * heads: one program owns a strip of queries of one row (or column) of the map. They have
-           one place in their blocks, so what they use of a table is one piece. For the table: lines' places * SHARES.
+           one place in their blocks, so they use one piece of a table. For the table: lines' places * SHARES.
 Numerics   products and sums in fp32, one rounding on store; every sum has a fixed order, no atomics.
 Memory     q is read once for rows and once for columns; logits are 2 * PLACES numbers a query and head.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from .._launch import padded
 
 STRIP = 64  # queries
-SHARES = 64  # programs that sum one place's part of a table's gradient (EST)
+SHARES = 64  # programs that sum one place's part of a table's gradient (estimated)
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def halo_logits_backward(
 
 
 def _shift_and_add(pieces: Tensor, window: int) -> Tensor:
-    """(places of a block, window, D) -> (2 * window - 1, D): every place's piece to where it lies in the table."""
+    """(places of a block, window, D) -> (2 * window - 1, D): add the piece of every place at its cells."""
     table = pieces.new_zeros(2 * window - 1, pieces.shape[-1])
     for place, piece in enumerate(pieces):
         table[window - 1 - place : 2 * window - 1 - place] += piece

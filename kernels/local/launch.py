@@ -1,7 +1,7 @@
-"""Local attention: launch shapes, launchers, and the op with its gradient around the kernels of the local_* files.
+"""Local attention: launch shapes, launchers, and the op with its gradient.
 
 Shapes, dtypes and devices were checked by the caller. A tensor whose head_dim is not contiguous is copied; other
-strides are taken as they are. No double backward: the backward op has no gradient of its own.
+strides are taken as they are. There is no double backward: the backward op has no gradient.
 """
 
 import math
@@ -83,7 +83,7 @@ def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
 
 
 def _bias_arguments(launch: Launch, plan: Plan, bias: Tensor | None, q: Tensor) -> tuple[BiasLayout | None, tuple]:
-    """The layout and (tiles, row variants, column variants); q stands in for pointers that are not followed."""
+    """The layout and (tiles, row variants, column variants); q replaces pointers that are not read."""
     if bias is None:
         return None, (q, q, q)
     layout = launch.layout(plan)
@@ -185,7 +185,7 @@ def _backward(
     out: Tensor, lse: Tensor, grad: Tensor, bias_grad: bool,
     kind: str, keys: list[int], reach: list[int], stride: int, dilation: list[int], causal: list[bool], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return gradients of q, k, v, bias, rel_h, rel_w; an empty tensor for what is not given or not asked for."""
+    """Return gradients of q, k, v, bias, rel_h, rel_w; an empty tensor for what is not given or not needed."""
     dq, dk, dv, dbias, drel_h, drel_w = _empty_gradients(q, k, v, bias if bias_grad else None, rel_h, rel_w)
     if out.numel() == 0:
         return dq, dk, dv, dbias.zero_(), drel_h.zero_(), drel_w.zero_()
@@ -229,7 +229,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad, _):
-    saved = ctx.saved_tensors  # once: checkpointing refuses a second look
+    saved = ctx.saved_tensors  # read once: checkpointing refuses a second read
     grads = _backward(*saved, grad, ctx.needs_input_grad[3], *ctx.pattern)
     wanted = [t is not None and needed for t, needed in zip(saved[:6], ctx.needs_input_grad, strict=False)]
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None for _ in ctx.pattern)

@@ -1,7 +1,7 @@
 """How local attention is cut into tiles: pure Python, no Triton, so that every choice can be tested and printed.
 
 A kernel owns a tile of tokens (queries in forward and dq, keys in dkv) and walks over tiles of the other kind. On each
-axis an owner sees one interval of walked tokens; `interval` says which, and intervals.py says it again for the GPU.
+axis an owner sees one interval of walked tokens; `interval` returns it; intervals.py computes the same on the GPU.
 Coordinates are ranks inside a dilation group.
 """
 
@@ -32,7 +32,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of one kernel: what an owner sees, how owners and walked tokens are cut. A constant of the kernel."""
+    """One axis of one kernel: what an owner sees, how owners and walked tokens are cut. A kernel's constant."""
 
     kind: str
     keys: int  # kernel size, or keys of a block
@@ -42,7 +42,7 @@ class Axis:
     inverse: bool  # owners are keys
     tile: int  # owners a tile, a power of two
     split: int = 1  # tiles a step
-    step: int = 0  # owners from the first tile of a step to that of the next; those past it belong to the next
+    step: int = 0  # owners from the first tile of a step to the first of the next step
     first: int = 0  # where step 0 begins; negative where key tiles straddle two blocks
     walk: int = 0  # walked tokens a tile, a power of two
     walk_split: int = 1  # the same for the walked side
@@ -113,7 +113,7 @@ class Plan:
 def launch_shape(kernel: str, head_dim: int, itemsize: int, extra: bool) -> tuple[int, int]:
     """Return (tokens of a walked tile, pipeline stages): the most that 64 owners and 4 warps hold without spills.
 
-    Looked up in sm_80 and sm_90 code; nothing was timed.
+    Read from sm_80 and sm_90 machine code, not timed.
 
     Args:
         kernel: "forward", "dq", "dkv" or "dbias".
@@ -132,8 +132,8 @@ def launch_shape(kernel: str, head_dim: int, itemsize: int, extra: bool) -> tupl
 
 OWNER_TILES = ((8, 8), (4, 16), (16, 4), (4, 8), (8, 4), (2, 16), (16, 2), (4, 4), (2, 8), (8, 2))
 WALK_COLS = (16, 8, 4)
-TILE_OVERHEAD = 2048  # in logits: what a program costs besides its products (EST, no GPU could be timed)
-LOAD_OVERHEAD = 16  # in owners: what loading a walked tile costs (EST)
+TILE_OVERHEAD = 2048  # in logits: what a program costs without its products (estimated, not timed)
+LOAD_OVERHEAD = 16  # in owners: what loading a walked tile costs (estimated)
 
 
 @lru_cache(maxsize=1024)
@@ -147,7 +147,7 @@ def make_plan(
         queries, keys: sizes of the two maps, (rows, columns).
         walked: tokens of a walked tile.
         inverse: owners are keys.
-        by_block: no tile of queries may hold tokens of two blocks (relative logits are told by block).
+        by_block: no tile of queries may hold tokens of two blocks (relative logits are indexed by block).
     """
     owners, others = (keys, queries) if inverse else (queries, keys)
     best, least = None, float("inf")

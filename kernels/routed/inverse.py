@@ -15,14 +15,14 @@ PIECE_TOKENS = 2048  # query tokens that one program of the backward pass walks,
 class InverseRoutes:
     """For every region of keys of every image, the regions of queries that see it, cut into pieces.
 
-    A popular region's list is long. Beyond its first `piece` regions it is cut into extra pieces, which other programs
-    sum first; the program of the first piece begins with their sums.
+    The list of a region that many regions see is long. Beyond its first `piece` regions it is cut into extra pieces.
+    Other programs sum the extra pieces first; the program of the first piece begins with their sums.
     """
 
     queries: Tensor  # (B * regions * topk,) int32: regions of queries, list after list
     starts: Tensor  # (B * regions + 1,) int32: where a list begins in `queries`
     extra_starts: Tensor  # (B * regions + 1,) int32: how many extra pieces the lists before have
-    extra_owners: Tensor  # (extras,) int32: whose extra piece it is; B * regions: nobody's
+    extra_owners: Tensor  # (extras,) int32: the list that an extra piece belongs to; B * regions: none
     piece: int  # regions of queries in one piece
 
     @property
@@ -32,12 +32,12 @@ class InverseRoutes:
 
 
 def piece_size(regions: int, topk: int, tokens: int) -> int:
-    """How many regions of queries one program walks: four times the mean, so that sums apart stay the exception."""
+    """How many regions of queries one program walks: four times the mean, so that few lists are cut."""
     return min(max(4 * topk, -(-PIECE_TOKENS // tokens)), regions * topk)
 
 
 def invert_routes(routes: Tensor, tokens: int) -> InverseRoutes:
-    """Turn (B, regions, topk) routes around, in the order of the regions of queries. Nothing waits for the device.
+    """Invert (B, regions, topk) routes, in the order of the regions of queries. Nothing waits for the device.
 
     Args:
         routes: (B, regions, topk) int64, in 0 ... regions - 1.

@@ -16,6 +16,7 @@ from foveate.attention_ops import (
     HiLoAttention,
     LargeKernelAttention,
 )
+from foveate.attention_ops._op import OPS
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
@@ -29,6 +30,15 @@ LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch
     "strip gate": (lambda: by_op(EfficientLocalAttention(32)), "strip_gate_forward", "sigmoid"),
 }
 NCHW = ("routed nchw", "large kernel", "channel gate", "strip gate")
+
+
+def test_every_kernels_op_that_starts_a_forward_pass_is_exported():
+    from foveate.kernels import register  # noqa: F401  registers the ops
+
+    registered = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    ops = {name.partition(".")[0] for space, _, name in registered if space == "foveate"} - {*OPS, "bi_level_routes"}
+    shown = {op for _, op, _ in LAYERS.values()}
+    assert shown == {op for op in ops if not op.endswith("_backward")}, "add a layer to LAYERS"
 
 
 def exported_targets(layer, x, dynamic_shapes=None):

@@ -15,6 +15,15 @@ import pytest
 if os.environ.get("FOVEATE_COMPILE_GATE") != "1":
     collect_ignore_glob = ["test_*.py"]
 
+COMPILED: set[str] = set()  # every kernel that a test has compiled, as module.name
+
+
+def pytest_sessionfinish():
+    """Tell the process that started this one which kernels were compiled."""
+    if path := os.environ.get("FOVEATE_COMPILED_NAMES"):
+        Path(path).write_text("\n".join(sorted(COMPILED)))
+
+
 SHARED_LIMIT_BYTES = {80: 166912, 86: 101376, 90: 232448}  # a block's, by compute capability
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]*)([^;]*);")
 
@@ -96,6 +105,7 @@ def compile_for(monkeypatch) -> Callable[..., list[Compiled]]:
     def run(self, *args, grid, warmup, **kwargs):
         kernel = plain_run(self, *args, grid=grid, warmup=True, **kwargs)
         kernels.append(kernel)
+        COMPILED.add(f"{self.__module__}.{self.__name__}")
         return kernel
 
     def compile_(capability: int, launch: Callable, *args, **kwargs) -> list[Compiled]:
