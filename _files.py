@@ -100,6 +100,14 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
+def why_not_writable(path: Path) -> str | None:
+    """Return why nothing can be written at `path`, which need not exist, or None."""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        return f"{there} is not a folder"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"no write permission for {there}"
+
+
 @contextmanager
 def atomic_path(out: Path) -> Iterator[Path]:
     """Yield a temporary path; what the body writes there is flushed to disk and then renamed to `out`.

@@ -4,7 +4,6 @@ The shortest example of how train/ and export/ work together.
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from enum import Enum
@@ -20,7 +19,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from .._errors import RequestError
-from .._files import atomic_path
+from .._files import atomic_path, why_not_writable
 from .._version import __version__
 from ..export import Agreement, export_onnx, save_hub, verify
 from ..export.files import check_empty_folder
@@ -110,9 +109,8 @@ def _check_ready(out: Path) -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise RequestError(f'needs {", ".join(missing)}: pip install "foveate[demo]"')
     check_empty_folder(out)
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RequestError(f"{out} cannot be written: no write permission for {there}")
+    if (why := why_not_writable(out)) is not None:
+        raise RequestError(f"{out} cannot be written: {why}")
 
 
 def _held_out(model: nn.Module) -> tuple[Tensor, Tensor]:

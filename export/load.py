@@ -1,7 +1,6 @@
 """Create a model from a name and a checkpoint, or explain in one line why this fails."""
 
 import os
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs, is_model, parse_model_name, split_model_name_tag
 from torch import nn
 
-from .._errors import first_line
+from .._errors import did_you_mean, first_line
 from .._model_args import FEATURE_ARGS, check_model_args
 from .._weights import prefers_averages
 from .errors import ExportError
@@ -99,10 +98,8 @@ def _check_factory_arguments(kwargs: dict[str, Any]) -> None:
 def _check_registered(name: str) -> None:
     arch, tag = split_model_name_tag(name)
     if not is_model(arch):
-        near = get_close_matches(arch, timm.list_models(), n=3)
-        raise ExportError(
-            f"unknown model {arch}; " + (f"close: {', '.join(near)}" if near else "see timm.list_models()")
-        )
+        near = did_you_mean(arch, timm.list_models()) or "; see timm.list_models()"
+        raise ExportError(f"unknown model {arch}{near}")
     known = [split_model_name_tag(entry)[1] for entry in get_arch_pretrained_cfgs(arch)]
     if tag and tag not in known:
         raise ExportError(f"unknown weights {tag} of {arch}; known: {', '.join(known) or 'none'}")

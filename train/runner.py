@@ -1,6 +1,5 @@
 """Train a recipe, or evaluate a checkpoint. Everything is checked before the work starts."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -14,6 +13,7 @@ from mmengine.dist import barrier, broadcast_object_list, get_dist_info
 from mmengine.hooks import Hook, SyncBuffersHook
 from rich.console import Console
 
+from .._files import why_not_writable
 from .checkpoints import BEST, build_with_weights, find_resumable, list_epochs, meta_of, read_checkpoint, recipe_of
 from .data import build_loaders, build_val_loader
 from .engine import RecipeRunner
@@ -168,11 +168,8 @@ def _with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
 
 def _starting_point(work_dir: Path, resume: bool, recipe: Recipe, say: Callable[[str], None]) -> Path | None:
     """Check that work_dir can hold the run, and return the checkpoint to resume, if any."""
-    there = next(path for path in (work_dir, *work_dir.parents) if path.exists())
-    if not there.is_dir():
-        raise TrainError(f"work_dir {work_dir} cannot be written: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise TrainError(f"work_dir {work_dir} cannot be written: no write permission for {there}")
+    if (why := why_not_writable(work_dir)) is not None:
+        raise TrainError(f"work_dir {work_dir} cannot be written: {why}")
     if not resume:
         if runs := list_epochs(work_dir):
             raise TrainError(f"work_dir {work_dir} holds a run ({runs[0].name}): resume it, or use another work_dir")

@@ -79,7 +79,7 @@ def test_a_file_that_differs_is_not_put_in_place():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet5O", "-o", "net.onnx"], "unknown model resnet5O; close:"),
+        (["resnet5O", "-o", "net.onnx"], "unknown model resnet5O; did you mean"),
         (["test_resnet", "-o", "net.pt"], "wanted a file name that ends in .onnx"),
         (["test_resnet", "-o", "net.onnx", "--checkpoint", "none.pth"], "checkpoint none.pth does not exist"),
         (["test_resnet", "-o", "net.onnx", "--images", "none"], "no image in none"),

@@ -163,7 +163,7 @@ def test_code_beside_mmengines_log_is_refused_too(net, tmp_path):
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("resnet5O", {}, "unknown model resnet5O; close: resnet50"),
+        ("resnet5O", {}, "unknown model resnet5O; did you mean resnet50"),
         ("qqqqqqqqq", {}, r"unknown model qqqqqqqqq; see timm\.list_models"),
         ("resnet50.a1_in1q", {}, r"unknown weights a1_in1q of resnet50; known: .*a1_in1k"),
         ("./net", {}, "has no source prefix but looks like"),
