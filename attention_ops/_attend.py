@@ -21,19 +21,22 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 class EagerBody:
     """A forward pass with a custom backward pass; an instance holds all arguments that are not tensors.
 
-    Tensors are given in one order everywhere; some may be None.
+    Tensors are given in one order everywhere; some may be None. Subclasses name them.
     """
 
     keeps_output: ClassVar[bool] = False  # whether `backward` reads the output of the forward pass
 
-    def forward(self, *tensors: Tensor | None) -> Tensor:
+    def forward(self, *tensors: Any, **_: Any) -> Tensor:
         raise NotImplementedError
 
-    def backward(self, out: Tensor | None, grad: Tensor, *tensors: Tensor | None) -> Sequence[Tensor | None]:
-        """Return the gradient of every tensor, None for one that is None or has no gradient."""
+    def backward(self, *tensors: Any, **_: Any) -> Sequence[Tensor | None]:
+        """Return the gradient of every tensor, None for one that is None or has no gradient.
+
+        Called with the output (None unless `keeps_output`), the gradient of the output, and the tensors.
+        """
         raise NotImplementedError
 
-    def graph(self, *tensors: Tensor | None) -> Tensor:
+    def graph(self, *tensors: Any, **_: Any) -> Tensor:
         """The forward pass by differentiable operations, for gradients of gradients."""
         raise NotImplementedError
 
@@ -69,7 +72,7 @@ def _differentiable(
     graph: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     apart = [None if t is None else t.view_as(t) for t in tensors]  # one tensor may be given as q, k and v
-    wanted = [t for t, need in zip(apart, needed, strict=True) if need]
+    wanted = [t for t, need in zip(apart, needed, strict=True) if need and t is not None]
     with sdpa_kernel(SDPBackend.MATH):
         out = graph(*apart)
     grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))

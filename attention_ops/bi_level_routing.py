@@ -61,9 +61,9 @@ class RegionPool(nn.Module):
         regions = cut_regions(x, region_size)
         batch, rows, cols = regions.shape[0], regions.shape[1], regions.shape[2]
         tiles = regions.flatten(0, 2).permute(0, 3, 1, 2)
-        size = self.pooled_size(region_size)
+        side = self.pooled_size(region_size)[0]
         if self.size > 0:
-            tiles = F.adaptive_avg_pool2d(tiles, size) if self.average else F.adaptive_max_pool2d(tiles, size)
+            tiles = F.adaptive_avg_pool2d(tiles, side) if self.average else F.adaptive_max_pool2d(tiles, side)
         else:
             tiles = F.avg_pool2d(tiles, self.stride) if self.average else F.max_pool2d(tiles, self.stride)
         return join_regions(tiles.permute(0, 2, 3, 1).unflatten(0, (batch, rows, cols)))

@@ -51,9 +51,13 @@ def halo_plan(q: Tensor, k: Tensor, blocks: Blocks) -> HaloPlan:
 
 
 def _make_plan(queries: tuple[int, int], keys: tuple[int, int], blocks: Blocks) -> HaloPlan:
-    (block, halo, stride), axes = blocks, (0, 1)
-    of_keys = tuple(cut_axis(keys[i], block[i], halo[i], halo[i]) for i in axes)
-    return HaloPlan(tuple(cut_axis(queries[i], block[i] // stride, tiles=of_keys[i].tiles) for i in axes), of_keys)
+    def cut(axis: int) -> tuple[AxisTiling, AxisTiling]:
+        block, halo = blocks.block_size[axis], blocks.halo[axis]
+        of_keys = cut_axis(keys[axis], block, halo, halo)
+        return cut_axis(queries[axis], block // blocks.stride, tiles=of_keys.tiles), of_keys
+
+    (query_rows, key_rows), (query_cols, key_cols) = cut(0), cut(1)
+    return HaloPlan((query_rows, query_cols), (key_rows, key_cols))
 
 
 _cached_plan = lru_cache(maxsize=256)(_make_plan)
@@ -107,14 +111,15 @@ class HaloTiles(EagerBody):
         self, _: None, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-        tables = [None if t is None else torch.zeros_like(t, dtype=accumulator(t.dtype)) for t in (rel_h, rel_w)]
+        tables = [t for t in (rel_h, rel_w) if t is not None]
+        totals = [torch.zeros_like(t, dtype=accumulator(t.dtype)) for t in tables]
         for part in _chunks(q, self.plan):
             *of_maps, of_tables = _backward(q[part], k[part], v[part], grad[part], rel_h, rel_w, self.plan, self.scale)
             for whole, value in zip(grads, of_maps, strict=True):
                 whole[part] = value.permute(0, 2, 3, 1, 4)
-            for total, value in zip(tables, of_tables, strict=False):
+            for total, value in zip(totals, of_tables, strict=True):
                 total += value
-        return *grads, *(None if g is None else g.to(t.dtype) for g, t in zip(tables, (rel_h, rel_w), strict=True))
+        return *grads, *([t.to(table.dtype) for t, table in zip(totals, tables, strict=True)] or (None, None))
 
     def graph(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
         q_tiles, k_tiles, v_tiles = _tiles(q, k, v, self.plan)
@@ -122,8 +127,8 @@ class HaloTiles(EagerBody):
         if rel_h is not None and rel_w is not None:
             by_row, by_col = _relative_logits(q_tiles, rel_h, rel_w, self.plan)
             mask = (by_row[..., :, None] + by_col[..., None, :]).flatten(-2).flatten(0, 1)
-        tiles = (t.flatten(0, 1) for t in (q_tiles, k_tiles, v_tiles))
-        out = F.scaled_dot_product_attention(*tiles, attn_mask=mask, scale=self.scale)
+        few_q, few_k, few_v = (t.flatten(0, 1) for t in (q_tiles, k_tiles, v_tiles))
+        out = F.scaled_dot_product_attention(few_q, few_k, few_v, attn_mask=mask, scale=self.scale)
         return merge_queries(out.unflatten(0, q_tiles.shape[:2]), *self.plan.queries).permute(0, 2, 3, 1, 4)
 
 
@@ -172,7 +177,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, plan: HaloPlan, scale: float
 ) -> Tensor:
     wide = accumulator(q.dtype)
-    q, k, v = _tiles(*(t.to(wide) for t in (q, k, v)), plan)
+    q, k, v = _tiles(q.to(wide), k.to(wide), v.to(wide), plan)
     relative = None
     if rel_h is not None and rel_w is not None:
         relative = _relative_logits(q, rel_h, rel_w, plan)
@@ -192,20 +197,22 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Return dq, dk, dv as (B, heads, Y, X, d), and the gradients of the tables, for one chunk."""
     wide = accumulator(q.dtype)
-    q, k, v = _tiles(*(t.to(wide) for t in (q, k, v)), plan)
+    q, k, v = _tiles(q.to(wide), k.to(wide), v.to(wide), plan)
     grad = split_queries(grad.to(wide).permute(0, 3, 1, 2, 4), *plan.queries)
-    leaves, relative = [], None
+    leaves: tuple[Tensor, ...] = ()
+    relative = detached = None
     if rel_h is not None and rel_w is not None:
-        leaves = [t.detach().to(wide).requires_grad_() for t in (q, rel_h, rel_w)]
+        leaf, leaf_h, leaf_w = leaves = tuple(t.detach().to(wide).requires_grad_() for t in (q, rel_h, rel_w))
         with torch.enable_grad():
-            relative = _relative_logits(*leaves, plan)
-    probs = _probs(q, k, None if relative is None else tuple(t.detach() for t in relative), scale)
+            relative = _relative_logits(leaf, leaf_h, leaf_w, plan)
+        detached = relative[0].detach(), relative[1].detach()
+    probs = _probs(q, k, detached, scale)
     dv = torch.matmul(probs.mT, grad)
     dprobs = torch.matmul(grad, v.mT)
     dlogits = dprobs.sub_((dprobs * probs).sum(-1, keepdim=True)).mul_(probs)
     dq = torch.matmul(dlogits, k).mul_(scale)
     dk = torch.matmul(dlogits.mT, q).mul_(scale)
-    of_tables = []
+    of_tables: list[Tensor] = []
     if relative is not None:
         by_place = dlogits.unflatten(-1, (plan.keys[0].keys, plan.keys[1].keys))
         dq_relative, *of_tables = torch.autograd.grad(relative, leaves, (by_place.sum(-1), by_place.sum(-2)))
@@ -253,8 +260,8 @@ def attend_by_boxes(
             loaded = (buffers.load(n, x[box]) for n, x in (("q", q_tiles[images]), ("k", k_tiles), ("v", v_tiles)))
             few_q, few_k, few_v = (x.flatten(3, 4).flatten(0, 2) for x in loaded)  # (tiles, tokens, heads, dim)
             bias = None if relative is None else _bias(few_q, relative, buffers)
-            few = (x.transpose(1, 2) for x in (few_q, few_k, few_v))
-            attended = F.scaled_dot_product_attention(*few, attn_mask=bias, scale=scale).transpose(1, 2)
+            few_q, few_k, few_v = (x.transpose(1, 2) for x in (few_q, few_k, few_v))
+            attended = F.scaled_dot_product_attention(few_q, few_k, few_v, attn_mask=bias, scale=scale).transpose(1, 2)
             place = out_tiles[images][box]
             place.copy_(attended[..., : v.shape[-1]].reshape(place.shape))
     return out[:, : rows.length, : cols.length].contiguous()

@@ -58,8 +58,8 @@ def hilo_attention(
 def _check(high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int]) -> None:
     for name, branch in (("high", high), ("low", low)):
         if len(branch) != 3 or any(t.dim() != 5 for t in branch):
-            shapes = [tuple(t.shape) for t in branch]
-            raise ValueError(f"{OP}: {name} must hold q, k, v (B, H, W, heads, head_dim), got shapes {shapes}")
+            found = [tuple(t.shape) for t in branch]
+            raise ValueError(f"{OP}: {name} must hold q, k, v (B, H, W, heads, head_dim), got shapes {found}")
     (high_q, high_k, high_v), (low_q, low_k, low_v) = high, low
     named = {"high q": high_q, "high k": high_k, "high v": high_v, "low q": low_q, "low k": low_k, "low v": low_v}
     check_alike(OP, **named)
@@ -135,7 +135,8 @@ def why_not_fused(high: Sequence[Tensor], scale: float) -> str | None:
     """Return the reason why no fused kernel can run on these tensors, or None."""
     if high[0].shape[3] == 0:
         return "only the high branch has a kernel, and it has no heads"
-    return why_no_window_kernel(*high, None, scale)
+    q, k, v = high
+    return why_no_window_kernel(q, k, v, None, scale)
 
 
 def _macs(high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int]) -> int:

@@ -4,7 +4,7 @@ The blocks of timm's ResNets, RegNets, MobileNets and EfficientNets have an attr
 None or an identity where a block has no attention. The gate replaces it.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -43,7 +43,7 @@ def insert_attention(model: nn.Module, kind: Literal["eca", "ela"], **kwargs) ->
     return model
 
 
-def _channels(block: nn.Module) -> int | None:
+def _channels(block: Any) -> int | None:
     """Return the channels at the `se` slot: the inputs of the last 1x1 convolution, or the outputs of the last norm."""
     if hasattr(block, "conv_pwl"):  # MobileNet, EfficientNet: inverted residual, edge residual
         return block.conv_pwl.in_channels

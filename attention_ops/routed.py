@@ -76,7 +76,7 @@ register(bi_level_routes, _bi_level_routes)
 def region_means(x: Tensor, region_size: Sequence[int]) -> Tensor:
     """(B, H, W, C) -> (B, regions, C): means over the tokens that exist, float32 at least; differentiable."""
     tokens = _tokens if is_traced([x]) or under_transform([x]) else _cached_tokens
-    counts = tokens(tuple(x.shape[1:3]), tuple(region_size), x.device)
+    counts = tokens((x.shape[1], x.shape[2]), (region_size[0], region_size[1]), x.device)
     x = pad_to_windows(x, list(region_size))
     # One axis after the other: 33 % of the time of both at once, and no copy where x is a slice of a packed qkv.
     sums = x.unflatten(2, (-1, region_size[1])).sum(3, dtype=accumulator(x.dtype))

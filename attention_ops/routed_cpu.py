@@ -110,8 +110,8 @@ def _copies(x: Tensor, tokens: Tensor) -> Tensor:
 def _attend_copies(q: Tensor, keys: Tensor, values: Tensor, plan: RegionPlan) -> Tensor:
     cut = cut_regions(q, list(plan.region))
     queries = cut.flatten(3, 4).flatten(0, 2)  # (B * regions, T, heads, d)
-    parts = (x.transpose(1, 2) for x in (queries, keys, values))
-    out = F.scaled_dot_product_attention(*parts, scale=plan.scale).transpose(1, 2)
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    out = F.scaled_dot_product_attention(queries, keys, values, scale=plan.scale).transpose(1, 2)
     return join_regions(out.unflatten(1, plan.region).unflatten(0, cut.shape[:3]))
 
 
@@ -126,9 +126,10 @@ def _routed_tokens(k: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
 
 def _attend_masked(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
     mask = _token_mask(q, k, routes, plan)
-    maps = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, d), views
-    out = F.scaled_dot_product_attention(*maps, attn_mask=mask, scale=plan.scale)
-    return out.transpose(1, 2).unflatten(1, q.shape[1:3])
+    size = q.shape[1:3]
+    q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, d), views
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=plan.scale)
+    return out.transpose(1, 2).unflatten(1, size)
 
 
 def _token_mask(q: Tensor, k: Tensor, routes: Tensor, plan: RegionPlan) -> Tensor:
@@ -194,9 +195,9 @@ def _backward_masked(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, grad: Tens
     for part in _masked_parts(q, k, plan, torch.get_num_threads() * tiles.CHUNK_LOGITS // 2):
         inputs = join_regions(cut_q[part]), k[part.images], v[part.images]
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in inputs]
-            out = _attend_masked(*leaves, part.routes(routes, q, plan), plan)
-        of_q, of_k, of_v = torch.autograd.grad(out, leaves, join_regions(cut_grad[part]))
+            few_q, few_k, few_v = (x.detach().requires_grad_() for x in inputs)
+            out = _attend_masked(few_q, few_k, few_v, part.routes(routes, q, plan), plan)
+        of_q, of_k, of_v = torch.autograd.grad(out, (few_q, few_k, few_v), join_regions(cut_grad[part]))
         cut_dq[part].copy_(cut_regions(of_q, list(plan.region)))
         dk[part.images] += of_k  # several parts share the keys
         dv[part.images] += of_v
@@ -240,15 +241,16 @@ def _backward_gathered(
         totals = [buffers.take(n, x.shape).zero_() for n, x in (("dk", keys), ("dv", values))]
         routed = routes[images]
         rows = _rows(routed, len(routed), len(keys) // routed[:, :, 0].numel())
-        for index, *tiles_of_queries in zip(*(x.split(step) for x in (rows, queries, grad)), strict=True):
+        for index, few, few_grad in zip(*(x.split(step) for x in (rows, queries, grad)), strict=True):
             seen = [buffers.gather(n, x, index) for n, x in (("keys", keys), ("values", values))]
-            _to_gradients(*tiles_of_queries, *seen, plan.scale, buffers)
+            _to_gradients(few, few_grad, seen[0], seen[1], plan.scale, buffers)
             for total, copies, factor in zip(totals, seen, (plan.scale, 1), strict=True):
                 total.flatten(1).index_add_(0, index.flatten(), copies.view(index.numel(), -1), alpha=factor)
         for place, total in zip(places, (queries, *totals), strict=True):
             place = place[images, :, :, heads]
             place.copy_(total.view(place.shape))
-    return tuple(grads)
+    dq, dk, dv = grads
+    return dq, dk, dv
 
 
 def _regions_at_once(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: RegionPlan) -> int:
@@ -296,8 +298,8 @@ def _rows(routes: Tensor, images: int, heads: int = 1) -> Tensor:
 def _attend_rows(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float, buffers: Buffers) -> Tensor:
     """(n, T, d), to the rows by `index` (n, topk) of (m, Tk, d) and (m, Tk, w) -> (n, T, w). Overwrites q."""
     if q.dtype in (torch.float16, torch.bfloat16):
-        parts = q, buffers.gather("keys", k, index), buffers.gather("values", v, index)
-        return F.scaled_dot_product_attention(*(x[:, None] for x in parts), scale=scale)[:, 0]
+        keys, values = buffers.gather("keys", k, index), buffers.gather("values", v, index)
+        return F.scaled_dot_product_attention(q[:, None], keys[:, None], values[:, None], scale=scale)[:, 0]
     keys = buffers.gather("copies", k, index)
     weights = buffers.take("weights", torch.Size((*q.shape[:2], keys.shape[1])))
     torch.baddbmm(weights, q, keys.mT, beta=0, alpha=scale, out=weights)

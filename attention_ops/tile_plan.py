@@ -27,6 +27,8 @@ class LocalPattern(Protocol):
     Tokens with the same remainder modulo `dilation` form a group, a separate map; positions are counted inside a group.
     """
 
+    def __hash__(self) -> int: ...
+
     @property
     def dilation(self) -> tuple[int, int]: ...
 
@@ -82,7 +84,8 @@ def tile_plan(pattern: LocalPattern, size: tuple[int, int]) -> TilePlan:
     """Return the tiles of least estimated work; a size that is a symbol gets tiles that are right for every length."""
     if isinstance(size[0], int) and isinstance(size[1], int):
         return _cheapest_plan(pattern, size)
-    return plan_tiles(*(_cut(pattern, axis, length, TILES[-1]) for axis, length in enumerate(size)), pattern.dilation)
+    rows, cols = (_cut(pattern, axis, length, TILES[-1]) for axis, length in enumerate(size))
+    return plan_tiles(rows, cols, pattern.dilation)
 
 
 @lru_cache(maxsize=256, typed=True)
@@ -91,8 +94,8 @@ def _cheapest_plan(pattern: LocalPattern, size: tuple[int, int]) -> TilePlan:
         queries = plan.rows.tile * plan.cols.tile
         return plan.logits // queries * (queries + KEY_COPY_COST), plan.rows.tile, plan.cols.tile
 
-    options = [{_cut(pattern, axis, length, tile) for tile in (*TILES, length)} for axis, length in enumerate(size)]
-    return min((plan_tiles(*axes, pattern.dilation) for axes in product(*options)), key=work)
+    rows, cols = ({_cut(pattern, axis, length, tile) for tile in (*TILES, length)} for axis, length in enumerate(size))
+    return min((plan_tiles(*pair, pattern.dilation) for pair in product(rows, cols)), key=work)
 
 
 def _cut(pattern: LocalPattern, axis: int, length: int, tile: int) -> AxisTiling:
@@ -104,7 +107,8 @@ def _cut(pattern: LocalPattern, axis: int, length: int, tile: int) -> AxisTiling
 
 def tile_mask(pattern: LocalPattern, size: tuple[int, int], plan: TilePlan, device: torch.device) -> TileMask:
     """Make the mask from new tables, which become part of a traced graph."""
-    rows, cols = (pattern.axis_table(axis, size[axis], plan[axis], device) for axis in (0, 1))
+    tilings = (plan.rows, plan.cols)
+    rows, cols = (pattern.axis_table(axis, size[axis], tilings[axis], device) for axis in (0, 1))
     return TileMask.of(_join(pattern, rows, cols))
 
 
@@ -137,8 +141,9 @@ def _small_mask(
 
 @lru_cache(maxsize=256, typed=True)
 def _axis_table(pattern: LocalPattern, size: tuple[int, int], axis: int, device: torch.device) -> Tensor:
+    plan = _cheapest_plan(pattern, size)
     with torch.inference_mode(False):
-        return pattern.axis_table(axis, size[axis], _cheapest_plan(pattern, size)[axis], device)
+        return pattern.axis_table(axis, size[axis], (plan.rows, plan.cols)[axis], device)
 
 
 def _hides_nothing(pattern: LocalPattern, size: tuple[int, int], plan: TilePlan) -> bool:

@@ -86,7 +86,7 @@ def gate_kernel(
     channels, height, width_units,
     ALIGN: tl.constexpr, BACK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """out = x * gate of the row * gate of the column. Where BACK, x is the gradient of out; those of strips are added."""
+    """out = x * row gate * column gate. Where BACK, x is the gradient of out, and the strips' gradients are added."""
     width = width_units * ALIGN
     image, c, down, across, _, _ = _tile(1, channels, height, width, BLOCK_C, BLOCK_H, BLOCK_W)
     c += tl.arange(0, BLOCK_C)
