@@ -51,7 +51,7 @@ def test_top1_is_the_share_of_right_answers():
 def test_the_digits_table_has_seeds_and_their_mean():
     table = digits.tabulate("van", [3, 5], [{"dense": 97.0, "dimap 50%": 90.0}, {"dense": 98.0, "dimap 50%": 91.0}])
     assert table.title.startswith("van: ")
-    assert [column.header for column in table.columns] == ["net", "seed 3", "seed 5", "mean"]
+    assert [column.header for column in table.columns] == ["model", "seed 3", "seed 5", "mean"]
     assert list(table.columns[3].cells) == ["97.5", "90.5"]
 
 
