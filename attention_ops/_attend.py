@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._torch import prefers_flash_attention
 from ._op import no_autocast
 
 
@@ -84,7 +85,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     records = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if not (records and q.device.type == "cpu"):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    if torch._fused_sdp_choice(q, k, v, scale=scale) != SDPBackend.FLASH_ATTENTION.value:
+    if not prefers_flash_attention(q, k, v, scale):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return _FlashOnCpu.apply(q, k, v, scale)
 

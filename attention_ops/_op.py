@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._torch import forward_ad_is_on, is_faked_or_recorded, transforms_are_on
 from ..kernels._launch import MOST_HEAD_DIM, why_no_triton
 
 Size = Annotated[int | Sequence[int], "int[2]"]  # tokens, one number or (rows, columns); a constant under tracers
@@ -312,10 +313,9 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 def under_transform(tensors: Sequence[Tensor]) -> bool:
     """Say whether torch.func transforms these tensors, or one of them has a tangent."""
-    if torch._C._are_functorch_transforms_active():
+    if transforms_are_on():
         return True
-    in_dual_level = forward_ad._current_level >= 0
-    return in_dual_level and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return forward_ad_is_on() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def is_traced(tensors: Sequence[Tensor]) -> bool:
@@ -325,10 +325,7 @@ def is_traced(tensors: Sequence[Tensor]) -> bool:
             return True
     if torch.jit.is_tracing():
         return True
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+    return is_faked_or_recorded()
 
 
 # Checks that all ops share

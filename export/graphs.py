@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from .._errors import first_line
 from .._files import atomic_path
 from .._modes import evaluating
+from .._torch import OpOverload
 from .._torch_files import written
 from .errors import ExportError, MissingExtraError
 from .files import check_target
@@ -145,7 +146,7 @@ class _OursSpelledOut(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if not str(func).startswith("foveate."):
             return func(*args, **(kwargs or {}))
-        op = func if isinstance(func, torch._ops.OpOverload) else func.default
+        op = func if isinstance(func, OpOverload) else func.default
         return op.decompose(*args, **(kwargs or {}))
 
 

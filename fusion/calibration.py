@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import log
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 
 from .._errors import RequestError
 from .._files import UnreadableFileError, atomic_path, read_json
 from ..attention_ops import _onednn as onednn
 from ..attention_ops._onednn import NONE, POINT
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SETTING = "FOVEATE_PRODUCTS"
 SETTINGS = ("auto", "onednn", "torch")
@@ -55,7 +58,9 @@ class CpuReport:
         _, (plain, ours) = min(known, key=lambda entry: abs(log(entry[0]) - log(rows)))
         return ours >= plain
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
+        from rich.table import Table
+
         table = Table("dtype", "rows", "inputs", "outputs", "torch, GMAC/s", "oneDNN, GMAC/s", title=self.key)
         for (dtype, *sizes), (plain, ours) in self.rates.items():
             table.add_row(dtype, *map(str, sizes), f"{plain:.0f}", f"{ours:.0f}")

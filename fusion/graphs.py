@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from .errors import FuseError
 
 aten = torch.ops.aten

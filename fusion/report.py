@@ -2,11 +2,14 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.table import Table
 from torch import nn
 
 from .plan import Plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _REASONS = {  # of operations that a reader may wonder about
     "linear": "few rows, or torch's own product is faster on this CPU (foveate.cpu_report())",
@@ -44,7 +47,9 @@ class FuseReport:
         left = ", ".join(f"{count} {name}" for name, count in self.left.most_common())
         return f"{self.model}: fused {fused or 'nothing'}; calls {left}"
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
+        from rich.table import Table
+
         table = Table("what", "count", "note", title=f"fused {self.model}")
         for name, count in self.fused.most_common():
             table.add_row(name, str(count), "fused")

@@ -1,8 +1,8 @@
 """Rewrites that change no number: no-ops go, constants are computed, views move behind activations and sums."""
 
-import torch
 from torch import Tensor, fx
 
+from .._torch import OpOverload
 from .graphs import Captured, argument, aten, calls, dtype, owner, shape, sole_user
 
 # Elementwise operations of one tensor, which views may pass.
@@ -77,7 +77,7 @@ def _drop_nothings(captured: Captured) -> None:
 def _make_functional(captured: Captured) -> None:
     """Turn relu_, add_ and the like into relu and add where nothing else reads the memory that they change."""
     for node in list(captured.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
             continue
         name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname
         if not (node.target.namespace == "aten" and name.endswith("_") and not name.startswith("_")):
@@ -132,7 +132,7 @@ def _changes_memory(node: fx.Node) -> bool:
 
 def _is_creation(node: fx.Node) -> bool:
     names = ("arange", "zeros", "ones", "full", "eye", "linspace", "scalar_tensor")
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._opname in names
+    return isinstance(node.target, OpOverload) and node.target._opname in names
 
 
 def _move_views_behind_activations(captured: Captured) -> None:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._torch import assert_async
 from .._launch import on_device
 from .backward import routed_attention_backward
 from .plan import Regions, constants, region_tiles
@@ -93,7 +94,7 @@ def routed_attention_forward(
     out, lse = _empty_results(q, v, cut)
     if out.numel():
         low, high = routes.aminmax()
-        torch._assert_async((low >= 0) & (high < cut.count), "routed_attention: routes are out of range")
+        assert_async((low >= 0) & (high < cut.count), "routed_attention: routes are out of range")
         with on_device(q):
             launch_forward(q, k, v, routes.contiguous(), out, lse, cut, scale)
     return out, lse

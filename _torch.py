@@ -1,0 +1,45 @@
+"""The private names of torch that this package needs, in one place: what a new torch release can move.
+
+oneDNN's operators are in attention_ops/_onednn.py, which tries each of them before it is used.
+"""
+
+import torch
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "OpOverload",
+    "assert_async",
+    "forward_ad_is_on",
+    "is_faked_or_recorded",
+    "prefers_flash_attention",
+    "pytree",
+    "transforms_are_on",
+]
+
+assert_async = torch._assert_async
+
+
+def transforms_are_on() -> bool:
+    """Say whether a transform of torch.func is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_ad_is_on() -> bool:
+    """Say whether this is inside `forward_ad.dual_level()`."""
+    return forward_ad._current_level >= 0
+
+
+def is_faked_or_recorded() -> bool:
+    """Say whether FakeTensorMode or a tracer of operations is at work."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+
+
+def prefers_flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
+    """Say whether SDPA would take its flash kernel for these tensors."""
+    return torch._fused_sdp_choice(q, k, v, scale=scale) == SDPBackend.FLASH_ATTENTION.value
