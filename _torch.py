@@ -13,6 +13,7 @@ __all__ = [
     "OpOverload",
     "assert_async",
     "forward_ad_is_on",
+    "has_bfloat16_products",
     "is_faked_or_recorded",
     "prefers_flash_attention",
     "pytree",
@@ -43,3 +44,8 @@ def is_faked_or_recorded() -> bool:
 def prefers_flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
     """Say whether SDPA would take its flash kernel for these tensors."""
     return torch._fused_sdp_choice(q, k, v, scale=scale) == SDPBackend.FLASH_ATTENTION.value
+
+
+def has_bfloat16_products() -> bool:
+    """Say whether this CPU multiplies bfloat16 itself (AVX-512 BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

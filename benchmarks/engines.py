@@ -1,0 +1,203 @@
+"""Inference on a CPU in the engines that people deploy with, ours and timm's models, measured in one process.
+
+    python -m foveate.benchmarks.engines --models fv_davit_tiny davit_tiny --batch 8 --threads 2
+
+Speed         Median images per second. Engines take turns (see _timing.py). `eager` is measured first: after it,
+              `foveate.keep_memory()` is called for all other columns.
+kept          Eager with memory that stays.
+bf16          `model.bfloat16()`, eager and fused; "-" where this CPU has no bfloat16 products.
+best          The fused model's speed over the best of compiled, ONNX Runtime and OpenVINO.
+limit         The fused model's multiply-adds per second over the fastest float32 product measured on this CPU.
+faults        Page faults of one forward pass: eager, eager with kept memory, fused.
+"""
+
+import gc
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+from rich.table import Table
+from timm.models import is_model, resolve_model_input_args
+from torch import nn
+
+from .._torch import has_bfloat16_products
+from ..attention_ops.macs import count_macs
+from ..export import ExportError
+from ..export.engines import prepare
+from ..fusion import FuseError, cpu_report, keep_memory
+from ._timing import common_parser, describe_machine, interleaved_seconds, write_report
+
+MODULE = "foveate.benchmarks.engines"
+MODELS = ("resnet50", "swin_tiny_patch4_window7_224", "davit_tiny", "fv_davit_tiny", "nat_mini", "biformer_tiny")
+MODELS += ("van_b1", "litv2_small", "fv_halonet26t", "eca_resnet50")
+RIVALS = ("compiled", "onnxruntime", "openvino")
+ENGINES = ("kept", "fused", *RIVALS, "bf16", "bf16 fused")
+WIDTH = 7  # of a column
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the benchmark."""
+
+    models: tuple[str, ...] = MODELS
+    batch: int = 8
+    img_size: int = 224
+    threads: int | None = None  # None: torch's own
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.models if not is_model(name)]:
+            raise ValueError(f"unknown models: {', '.join(unknown)}")
+        sizes = {name: getattr(self, name) for name in ("batch", "img_size", "rounds", "threads")}
+        if small := [f"{name} {size}" for name, size in sizes.items() if size is not None and size < 1]:
+            raise ValueError(f"wanted at least 1, got {', '.join(small)}")
+
+
+@dataclass
+class Row:
+    """Measurements of one model: images per second by engine, and why an engine has none."""
+
+    name: str
+    macs: int  # of one image
+    speed: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, int | None] = field(default_factory=dict)
+
+    @property
+    def over_best(self) -> float | None:
+        rivals = [self.speed[name] for name in RIVALS if name in self.speed]
+        return self.speed["fused"] / max(rivals) if rivals and "fused" in self.speed else None
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Measure every model in eager mode, then all models in all engines with memory that stays."""
+    rows = []
+    for name in settings.models:  # before memory is kept
+        model, x = _model(name, settings), _images(settings)
+        row = Row(name, count_macs(model, x[:1]))
+        eager = prepare("eager", model, x)
+        row.faults["eager"] = page_faults(eager)
+        row.speed["eager"] = settings.batch / interleaved_seconds({"eager": eager}, rounds=settings.rounds)["eager"]
+        rows.append(row)
+    keep_memory()
+    for row in rows:
+        _measure_engines(row, settings)
+        gc.collect()
+    return rows
+
+
+def _measure_engines(row: Row, settings: Settings) -> None:
+    model, x = _model(row.name, settings), _images(settings)
+    calls: dict[str, Callable[[], object]] = {}
+    for name in ENGINES:
+        engine = {"kept": "eager", "bf16": "eager", "bf16 fused": "fused"}.get(name, name)
+        half = name.startswith("bf16")
+        if half and not has_bfloat16_products():
+            row.refused[name] = "this CPU has no bfloat16 products"
+            continue
+        try:
+            calls[name] = prepare(engine, deepcopy(model).bfloat16() if half else model, x.bfloat16() if half else x)
+        except (ExportError, FuseError) as error:
+            row.refused[name] = str(error)
+    row.faults |= {name: page_faults(calls[name]) for name in ("kept", "fused") if name in calls}
+    seconds = interleaved_seconds(calls, rounds=settings.rounds, warmup=2)
+    row.speed |= {name: settings.batch / taken for name, taken in seconds.items()}
+
+
+def _model(name: str, settings: Settings) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(**resolve_model_input_args(name, {"img_size": settings.img_size})).eval()
+
+
+def _images(settings: Settings) -> torch.Tensor:
+    return torch.randn(settings.batch, 3, settings.img_size, settings.img_size)
+
+
+def page_faults(call: Callable[[], object]) -> int | None:
+    """Return the page faults of the second of two calls; None where the system does not count them."""
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        return None
+    call()
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    call()
+    return getrusage(RUSAGE_SELF).ru_minflt - before
+
+
+def tabulate(rows: list[Row], settings: Settings) -> Table:
+    limit = product_limit()
+    size = f"batch {settings.batch}, {settings.img_size} px, float32 unless bf16"
+    title = f"inference, img/s, {size}, median of {settings.rounds} rounds; limit {limit:.0f} GMAC/s"
+    table = Table(title=title)
+    table.add_column("model", no_wrap=True)
+    for name in ("eager", *ENGINES, "best", "limit", "faults"):
+        table.add_column(name, justify="right", min_width=min(WIDTH, len(name)))
+    for row in rows:
+        speeds = [f"{row.speed[name]:.1f}" if name in row.speed else "-" for name in ("eager", *ENGINES)]
+        best = "-" if row.over_best is None else f"{row.over_best:.2f}"
+        share = f"{row.macs * row.speed['fused'] / 1e9 / limit:.0%}" if "fused" in row.speed else "-"
+        faults = [row.faults.get(name) for name in ("eager", "kept", "fused")]
+        table.add_row(row.name, *speeds, best, share, " ".join("-" if n is None else str(n) for n in faults))
+    return table
+
+
+def notes(rows: list[Row]) -> str:
+    """Why engines have no figure, and the products that this CPU was calibrated with."""
+    refused = [f"{row.name}, {name}: {why}" for row in rows for name, why in row.refused.items()]
+    return "\n".join(["Calibration", str(cpu_report()), *(["Not measured", *refused] if refused else [])])
+
+
+def product_limit() -> float:
+    """The fastest float32 product measured on this CPU, in 10^9 multiply-adds per second."""
+    rates = cpu_report().rates
+    found = [max(pair) for (dtype, *_), pair in rates.items() if dtype == "float32"]
+    if not found:
+        raise ValueError("the limit is measured with FOVEATE_PRODUCTS=auto only")
+    return max(found)
+
+
+def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path | None]:
+    """Read the command line; an invalid request exits with one line and code 2."""
+    default = Settings()
+    parser = common_parser(MODULE, __doc__, rounds=default.rounds)
+    parser.add_argument("--models", nargs="+", default=default.models, metavar="NAME", help="timm model names")
+    parser.add_argument("--batch", type=int, default=default.batch, help="images per step (default %(default)s)")
+    parser.add_argument("--img-size", type=int, default=default.img_size, help="px (default %(default)s)")
+    options = vars(parser.parse_args(arguments))
+    out = options.pop("out")
+    if out is not None and not out.absolute().parent.is_dir():
+        parser.error(f"--out {out}: the folder {out.parent} does not exist")
+    try:
+        return Settings(**options | {"models": tuple(options["models"])}), out
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings, out = parse_settings(arguments)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    rows = measure(settings)
+    machine = "\n".join((describe_machine(), cpu_features()))
+    write_report(tabulate(rows, settings), module=MODULE, machine=machine, out=out)
+    text = notes(rows)
+    print(text)
+    if out is not None:
+        with out.open("a") as file:
+            file.write(f"\n{text}\n")
+
+
+def cpu_features() -> str:
+    """The instruction sets that decide which products are fast."""
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve")
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    return f"Features {' '.join(name for name in wanted if name in flags) or torch.backends.cpu.get_cpu_capability()}"
+
+
+if __name__ == "__main__":
+    main()
