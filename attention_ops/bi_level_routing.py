@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._op import check_at_least
+from ._checks import check_at_least
 from .tiling import cut_regions, join_regions, pad_to_windows
 
 Routing = Literal["hard", "soft", "differentiable", "learned"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ._attend import accumulator
-from ._op import Impl, check_qkv, declare, run, why_no_attention_kernel
+from ._checks import check_qkv, why_no_attention_kernel
+from ._op import Impl, declare, run
 
 OP = "channel_attention"
 

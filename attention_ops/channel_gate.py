@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._attend import accumulator
-from ._op import Impl, check_alike, check_device, declare, run, why_no_kernel
+from ._checks import check_alike, check_device, why_no_kernel
+from ._op import Impl, declare, run
 
 OP = "channel_gate"
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ._attend import accumulator
-from ._op import Impl, check_at_least, check_qkv, declare, run, why_no_local_kernel
+from ._checks import check_at_least, check_qkv, why_no_local_kernel
+from ._op import Impl, declare, run
 from .tile_plan import cached_tile_mask, positions, tile_mask, tile_plan
 from .tiled_attention import TiledAttention
 from .tiling import AxisTiling

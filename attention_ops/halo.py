@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ._attend import accumulator
-from ._op import Impl, Size, check_alike, check_at_least, check_device, declare, run, why_no_local_kernel
+from ._checks import check_alike, check_at_least, check_device, why_no_local_kernel
+from ._op import Impl, Size, declare, run
 from .halo_cpu import Blocks, halo_attention_graph, halo_attention_tiled
 from .tiling import AxisWindow
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._attend import accumulator, sdpa
-from ._op import OPS, Impl, SymSize, Tensors, check_alike, check_at_least, declare, run
+from ._checks import check_alike, check_at_least
+from ._op import OPS, Impl, SymSize, Tensors, declare, run
 from .tiling import pad_to_windows
 from .window import why_not_fused as why_no_window_kernel
 from .window import (

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._op import Impl, autocasts, check_alike, check_at_least, declare, run, why_no_kernel
+from ._checks import check_alike, check_at_least, why_no_kernel
+from ._op import Impl, autocasts, declare, run
 from .tiling import cut_regions, join_regions
 
 OP = "large_kernel_attention"

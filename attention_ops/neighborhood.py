@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._attend import accumulator
-from ._op import Flags, Impl, Size, check_at_least, check_device, check_qkv, declare, pair, run, why_no_local_kernel
+from ._checks import check_at_least, check_device, check_qkv, pair, why_no_local_kernel
+from ._op import Flags, Impl, Size, declare, run
 from .neighborhood_cpu import Neighborhood, neighborhood_attention_graph, neighborhood_attention_tiled
 from .tiling import AxisWindow
 

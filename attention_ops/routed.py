@@ -14,21 +14,8 @@ import torch
 from torch import Tensor
 
 from ._attend import accumulator
-from ._op import (
-    Count,
-    Impl,
-    SymSize,
-    check_alike,
-    check_at_least,
-    declare,
-    is_traced,
-    no_autocast,
-    pair,
-    register,
-    run,
-    under_transform,
-    why_no_attention_kernel,
-)
+from ._checks import check_alike, check_at_least, pair, why_no_attention_kernel
+from ._op import Count, Impl, SymSize, declare, is_traced, no_autocast, register, run, under_transform
 from .routed_cpu import Regions, routed_attention_graph, routed_attention_tiled
 from .tiling import merge_windows, pad_to_windows, split_windows
 

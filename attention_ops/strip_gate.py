@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..kernels.gates.norm import StripNorm
 from ._attend import accumulator
-from ._op import Impl, check_alike, check_device, declare, run, why_no_kernel
+from ._checks import check_alike, check_device, why_no_kernel
+from ._op import Impl, declare, run
 
 OP = "strip_gate"
 ElaVariant = Literal["t", "b", "s", "l"]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._attend import accumulator, sdpa
-from ._op import Impl, Pair, SymSize, check_at_least, check_device, check_qkv, declare, pair, run, why_no_local_kernel
+from ._checks import check_at_least, check_device, check_qkv, pair, why_no_local_kernel
+from ._op import Impl, Pair, SymSize, declare, run
 from .tile_plan import TileMask, plan_tiles
 from .tiled_attention import TiledAttention
 from .tiling import cover_with_windows, cut_windows, merge_windows, split_windows

@@ -88,7 +88,7 @@ def compile_only(capability: int) -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from ...attention_ops import _op
+    from ...attention_ops import _checks
 
     fake = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
@@ -98,7 +98,7 @@ def compile_only(capability: int) -> None:
     setattr(driver, "_active" if hasattr(driver, "_active") else "active", fake)
     plain = JITFunction.run
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: plain(self, *args, grid=grid, warmup=True, **kwargs)
-    _op.why_no_triton = lambda x: None  # meta tensors count as a GPU's
+    _checks.why_no_triton = lambda x: None  # meta tensors count as a GPU's
 
 
 def run_backward_after_forward() -> None:

@@ -12,7 +12,7 @@ import torch
 from gates import gates_by_op
 from torch import Tensor, nn
 
-from foveate.attention_ops import _op
+from foveate.attention_ops import _checks, _op
 from foveate.pruning import plan
 
 STAGES = {"dims": (32, 64), "depths": (1, 1), "head_dim": 16}
@@ -72,7 +72,7 @@ def images() -> Tensor:
 @contextmanager
 def without_kernels():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_op, "why_no_triton", lambda x: "switched off")
+        patch.setattr(_checks, "why_no_triton", lambda x: "switched off")
         yield
 
 

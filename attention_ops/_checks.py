@@ -1,0 +1,93 @@
+"""Checks and reasons that all ops share, so that one fault has one wording."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..kernels._launch import MOST_HEAD_DIM, why_no_triton
+
+T = TypeVar("T", int, bool)
+_NUMBERS = (int, torch.SymInt)  # bool is an int
+
+
+def pair(op: str, name: str, value: T | Sequence[T]) -> list[T]:
+    """Return an int or bool as [value, value], and a pair as a list."""
+    both = [value, value] if isinstance(value, _NUMBERS) else list(value) if isinstance(value, Sequence) else []
+    if len(both) == 2 and isinstance(both[0], _NUMBERS) and isinstance(both[1], _NUMBERS):
+        return both
+    raise ValueError(f"{op}: {name} must be an int or a pair (rows, columns), got {value!r}")
+
+
+def check_at_least(op: str, name: str, values: Sequence[int], least: int) -> None:
+    """Raise ValueError where one of the values is below `least`."""
+    if min(values) < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {tuple(values)}")
+
+
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k, v are (B, H, W, heads, head_dim) of one shape, floating dtype and device."""
+    shape = q.shape
+    if len(shape) != 5:
+        raise ValueError(f"{op}: q must be (B, H, W, heads, head_dim), got shape {tuple(shape)}")
+    for name, t in (("k", k), ("v", v)):
+        if t.shape != shape:
+            raise ValueError(f"{op}: {name} must have the shape of q {tuple(shape)}, got {tuple(t.shape)}")
+    check_alike(op, q=q, k=k, v=v)
+    for size in shape[1:]:  # one by one: no guard between two symbols of a tracer
+        if size < 1:
+            raise ValueError(f"{op}: H, W, heads and head_dim must be at least 1, got shape {tuple(shape)}")
+
+
+def check_alike(op: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless the tensors have the floating dtype and the device of the first."""
+    first, x = next(iter(tensors.items()))
+    dtype, device = x.dtype, x.device
+    if not dtype.is_floating_point:
+        raise ValueError(f"{op}: {', '.join(tensors)} must be floating point, got {dtype}")
+    for name, t in tensors.items():
+        if t.dtype != dtype:
+            raise ValueError(f"{op}: {name} must have the dtype of {first} {dtype}, got {t.dtype}")
+        if t.device != device:
+            check_device(op, name, t, first, x)
+
+
+def check_device(op: str, name: str, t: Tensor | None, first: str, x: Tensor) -> None:
+    """Raise ValueError where `t` is given and on another device than `x`."""
+    if t is not None and t.device != x.device:
+        raise ValueError(f"{op}: {name} must be on the device of {first} {x.device}, got {t.device}")
+
+
+# Reasons why no kernel can run, for all ops
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MOST_ELEMENTS = 2**31 - 1  # of one image: kernels count them in int32
+
+
+def why_no_kernel(*tensors: Tensor) -> str | None:
+    """Return the reason why no kernel can run on maps (B, ...), or None. Each op adds its own reasons."""
+    x = tensors[0]
+    if (reason := why_no_triton(x)) is not None:
+        return reason
+    if x.dtype not in _KERNEL_DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in _KERNEL_DTYPES)
+        return f"the kernels take {known}, got {x.dtype}"
+    for t in tensors:
+        if sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) > _MOST_ELEMENTS:
+            return f"one image spans more than {_MOST_ELEMENTS} elements in memory"
+    return None
+
+
+def why_no_attention_kernel(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Return the reason why no attention kernel can run on q, k, v (B, H, W, heads, head_dim), or None."""
+    if (widest := max(q.shape[-1], v.shape[-1])) > MOST_HEAD_DIM:
+        return f"the kernels take a head_dim of at most {MOST_HEAD_DIM}, got {widest}"
+    return why_no_kernel(q, k, v)
+
+
+def why_no_local_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """Return the reason why the kernels of kernels/local cannot run on these tensors, or None."""
+    if scale <= 0:
+        return f"the kernels need a scale above 0, got {scale}"
+    return why_no_attention_kernel(q, k, v)
