@@ -10,7 +10,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import SEEK_SET, BytesIO, IOBase
+from io import SEEK_SET, BufferedIOBase, BufferedReader, BytesIO, IOBase
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,12 +72,12 @@ def save_torch(content: Any, path: Path) -> None:
 
 
 @contextmanager
-def written(path: Path) -> Iterator["_Sink"]:
+def written(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for torch's writers, which must not see an error: it is raised when they are done."""
     with path.open("wb") as file:
         sink = _Sink(file)
         try:
-            yield sink
+            yield sink  # type: ignore[misc]  # it has what the writers call
         finally:
             if sink.error is not None:
                 raise sink.error
@@ -120,7 +120,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     return load_file(path, device="cpu")
 
 
-def _read_torch(file: IO[bytes], length: int, select: Callable[[Any], Any]) -> Any:
+def _read_torch(file: BufferedReader, length: int, select: Callable[[Any], Any]) -> Any:
     start = file.read(512)
     file.seek(0)
     if start[:4] == b"PK\x03\x04":
@@ -149,7 +149,7 @@ def _read_zip(archive: zipfile.ZipFile, length: int, select: Callable[[Any], Any
     content = _small(Unpickler(_Bounded(BytesIO(pickled), len(pickled))).load())
 
     @contextmanager
-    def data(storage: StoredStorage) -> Iterator[tuple[IO[bytes], int]]:
+    def data(storage: StoredStorage) -> Iterator[tuple[Any, int]]:
         entry = entries[f"{root}data/{storage.key}"]
         with archive.open(entry) as file:
             yield file, entry.file_size
@@ -171,7 +171,7 @@ def _read_legacy(file: "_Bounded", select: Callable[[Any], Any]) -> Any:
         places[str(key)] = file.skip(size), size
 
     @contextmanager
-    def data(storage: StoredStorage) -> Iterator[tuple[IO[bytes], int]]:
+    def data(storage: StoredStorage) -> Iterator[tuple[Any, int]]:
         start, size = places[storage.key]
         file.go(start)
         yield file, size
@@ -198,7 +198,7 @@ def _small(content: Any) -> Any:
 class _Bounded:
     """A file of known length that gives what it has: no request for more takes memory."""
 
-    def __init__(self, file: IO[bytes], length: int) -> None:
+    def __init__(self, file: BufferedIOBase, length: int) -> None:
         self.file = file
         self.left = length
         self.length = length

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -27,6 +27,12 @@ _STORAGES = {
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool, "ComplexDouble": torch.complex128, "ComplexFloat": torch.complex64,
 }  # fmt: skip
+
+
+class Readable(Protocol):
+    def read(self, count: int, /) -> bytes: ...
+
+    def readline(self) -> bytes: ...
 
 
 class BlockedError(pickle.UnpicklingError):
@@ -105,9 +111,12 @@ class Unpickler(pickle._Unpickler):  # the Python one: its steps can be replaced
         Exception: damaged pickles fail in many ways.
     """
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]  # of the base class, like the next two
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: Readable) -> None:
         super().__init__(file, encoding="utf-8", errors="surrogateescape")  # as torch decodes strings of Python 2
         self.itemsizes: dict[str, int] = {}  # of the elements of each storage
 

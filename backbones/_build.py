@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from .._timm import FeatureGetterNet
+from .._timm import FeatureGetterNet, feature_info
 from ._pruning import narrow
 from ._staged import check_indices
 
 StateDict = dict[str, Tensor]
+M = TypeVar("M", bound=nn.Module)
 
 
 def cfg(url: str = "", **kwargs) -> dict[str, Any]:
@@ -42,11 +43,13 @@ class FeatureGetter(FeatureGetterNet):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the inputs of blocks for the backward pass, and compute the rest again."""
-        self.model.set_grad_checkpointing(enable)
+        self.model.set_grad_checkpointing(enable)  # type: ignore[operator]
 
 
-def build_features(make: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def build_features(make: Callable[..., M], variant: str, pretrained: bool, **kwargs) -> M:
     """Build a model through timm, and with `features_only` the wrapper around it that gives feature maps.
+
+    As in timm, the annotated type is that of the bare model.
 
     Args:
         make: builds the bare model.
@@ -60,11 +63,11 @@ def build_features(make: Callable[..., nn.Module], variant: str, pretrained: boo
     if not kwargs.get("features_only"):
         return build_model_with_cfg(make, variant, pretrained, **kwargs)
     wrapper = kwargs.pop("feature_cls", "getter")
-    feature_cfg = {"feature_cls": FeatureGetter if wrapper == "getter" else wrapper}
+    feature_cfg: dict[str, Any] = {"feature_cls": FeatureGetter if wrapper == "getter" else wrapper}
 
-    def checked(**arguments: Any) -> nn.Module:
+    def checked(**arguments: Any) -> M:
         model = make(**arguments)
-        maps = [info["module"] for info in model.feature_info]
+        maps = [info["module"] for info in feature_info(model)]
         check_indices("out_indices", out_indices, len(maps))
         feature_cfg["out_indices"] = tuple(range(len(maps))) if out_indices is None else out_indices
         feature_cfg["flatten_sequential"] = any("." in module for module in maps)  # stages.0: inside a child
@@ -74,13 +77,13 @@ def build_features(make: Callable[..., nn.Module], variant: str, pretrained: boo
 
 
 def build(
-    cls: type[nn.Module],
+    cls: type[M],
     config: Any,
     variant: str,
     pretrained: bool,
     filter_fn: Callable[[Mapping[str, Any], nn.Module], StateDict],
     **kwargs,
-) -> nn.Module:
+) -> M:
     """Build one variant through timm, with `features_only` giving NCHW maps.
 
     Args:
@@ -97,7 +100,7 @@ def build(
     config = replace(config, **changed)
     widths = kwargs.pop("widths", None)
 
-    def make(**arguments: Any) -> nn.Module:
+    def make(**arguments: Any) -> M:
         return cls(**arguments) if widths is None else narrow(cls(**arguments), widths)
 
     return build_features(make, variant, pretrained, config=config, pretrained_filter_fn=filter_fn, **kwargs)

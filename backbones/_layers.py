@@ -1,7 +1,13 @@
 """Layers and views of maps that timm does not have."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def layer_scale(shape: tuple[int, ...], initial: float | None, **dd) -> nn.Parameter | None:
+    """Make the factors of layer scale, or None where there is none."""
+    return None if initial is None else nn.Parameter(torch.full(shape, initial, **dd))
 
 
 def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:

@@ -13,10 +13,14 @@ A model whose layers lost channels or heads is built again from `widths`, plain 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from .._timm import feature_info
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Prunable:
 KEYS = ("shapes", "numbers", "features")
 
 
-def narrow(model: nn.Module, widths: Mapping[str, Any]) -> nn.Module:
+def narrow(model: M, widths: Mapping[str, Any]) -> M:
     """Cut the model's tensors to `widths`, in place: the leading entries of each axis stay.
 
     Layers keep their promise: in_features, out_channels, groups and the like follow the new shapes.
@@ -83,7 +87,8 @@ def narrow(model: nn.Module, widths: Mapping[str, Any]) -> nn.Module:
             raise ValueError(f"widths: the model has no number {name}")
         setattr(module, attribute, int(number))
     set_features(model, widths.get("features", ()), before)
-    model.widths = {key: dict(v) if isinstance(v, Mapping) else list(v) for key, v in widths.items()}
+    kept = {key: dict(v) if isinstance(v, Mapping) else list(v) for key, v in widths.items()}
+    model.widths = kept  # type: ignore[assignment]  # nn.Module declares all attributes Tensor | Module
     return model
 
 
@@ -92,11 +97,10 @@ def _shrink(model: nn.Module, name: str, shape: Sequence[int | None]) -> None:
     tensor = getattr(module, attribute, None)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"widths: the model has no tensor {name}")
-    if len(shape) == tensor.dim():
-        shape = [old if new is None else new for new, old in zip(shape, tensor.shape, strict=True)]
-    if len(shape) != tensor.dim() or any(not 0 < new <= old for new, old in zip(shape, tensor.shape, strict=True)):
+    sizes = [old if new is None else new for new, old in zip(shape, tensor.shape, strict=False)]
+    if len(shape) != tensor.dim() or any(not 0 < new <= old for new, old in zip(sizes, tensor.shape, strict=True)):
         raise ValueError(f"widths: {name} is {tuple(tensor.shape)}, which cannot be cut to {tuple(shape)}")
-    part = tensor.detach()[tuple(slice(size) for size in shape)].clone()
+    part = tensor.detach()[tuple(slice(size) for size in sizes)].clone()
     if isinstance(tensor, nn.Parameter):
         setattr(module, attribute, nn.Parameter(part, requires_grad=tensor.requires_grad))
     else:
@@ -114,23 +118,24 @@ def _restate(module: nn.Module) -> None:
             module.groups = module.in_channels = module.out_channels = module.weight.shape[0]
         else:
             module.out_channels, module.in_channels = module.weight.shape[:2]
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
         module.num_features = len(module.running_mean)
 
 
 def ends(model: nn.Module) -> tuple[int, int]:
     """Channels of the last map, and of what the classifier reads (the same in most nets)."""
-    classifier = model.get_classifier()
-    last = model.feature_info[-1]["num_chs"]
+    classifier = model.get_classifier()  # type: ignore[operator]
+    last = feature_info(model)[-1]["num_chs"]
     return last, classifier.in_features if isinstance(classifier, nn.Linear) else last
 
 
 def set_features(model: nn.Module, features: Sequence[int], before: tuple[int, int]) -> None:
     if not features:
         return
-    if len(features) != len(model.feature_info):
-        raise ValueError(f"widths: features must hold {len(model.feature_info)} numbers, got {len(features)}")
-    for info, channels in zip(model.feature_info, features, strict=True):
+    maps = feature_info(model)
+    if len(features) != len(maps):
+        raise ValueError(f"widths: features must hold {len(maps)} numbers, got {len(features)}")
+    for info, channels in zip(maps, features, strict=True):
         info["num_chs"] = int(channels)
     renamed = dict(zip(before, ends(model), strict=True))
     for owner in (model, getattr(model, "head", None)):
@@ -158,10 +163,10 @@ def feature_channels(model: nn.Module, image: Tensor) -> list[int]:
             lambda _, __, out: seen.__setitem__(name, out.shape[1]) if out.dim() == 4 else None
         )
 
-    handles = [watch(info["module"]) for info in model.feature_info]
+    handles = [watch(info["module"]) for info in feature_info(model)]
     try:
         model(image)
     finally:
         for handle in handles:
             handle.remove()
-    return [seen.get(info["module"], info["num_chs"]) for info in model.feature_info]
+    return [seen.get(info["module"], info["num_chs"]) for info in feature_info(model)]

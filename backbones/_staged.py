@@ -2,15 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype
+from timm.layers import ClassifierHead, NormMlpClassifierHead, calculate_drop_path_rates, get_device_dtype
 from timm.models import checkpoint_seq, register_notrace_function
 from torch import Tensor, fx, nn
 
 from .._timm import feature_take_indices
 from ._layers import to_channels_last, to_nchw
+
+Head = ClassifierHead | NormMlpClassifierHead
 
 
 @register_notrace_function
@@ -56,7 +58,7 @@ def check_indices(name: str, indices: int | Sequence[int] | None, maps: int) -> 
 def take_maps(maps: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
     """Return the chosen feature maps, counted from the first, and the last of them (see `check_indices`)."""
     check_indices("indices", indices, maps)
-    return feature_take_indices(maps, indices)
+    return feature_take_indices(maps, indices if indices is None or isinstance(indices, int) else list(indices))
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class StagedBackbone(nn.Module):
     """
 
     output_fmt = "NCHW"
-    channels_last: Final[bool] = False  # whether a convolutional family runs channels-last on a CPU
+    __constants__ = ("channels_last",)  # TorchScript reads it; subclasses replace the value, which Final forbids
+    channels_last: bool = False  # whether a convolutional family runs channels-last on a CPU
 
     def __init__(
         self,
@@ -145,11 +148,12 @@ class StagedBackbone(nn.Module):
         self.num_features = config.dims[-1]
         self.stride_px = config.reductions[-1]
         self.grad_checkpointing = False
-        self.feature_info = [
+        infos: list[dict[str, Any]] = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             for i, (dim, reduction) in enumerate(zip(config.dims, config.reductions, strict=True))
         ]
-        rates = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)
+        self.feature_info = infos
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(config.depths), stagewise=True)  # lists, by stage
         self.stem = self.make_stem(config, in_chans, **dd)
         self.stages = nn.Sequential(
             *(self.make_stage(config, i, proj_drop_rate, own, **dd) for i, own in enumerate(rates))
@@ -159,18 +163,21 @@ class StagedBackbone(nn.Module):
         self.head_hidden_size = self.head.num_features
         self.init_weights()
 
-    def make_stem(self, config: StageConfig, in_chans: int, **dd) -> nn.Module:
+    # `config` is the config of the family, a subclass of StageConfig. It is not a type parameter of this class:
+    # typing.Generic would add its own attributes to scripted models.
+
+    def make_stem(self, config: Any, in_chans: int, **dd) -> nn.Module:
         """Make what turns images (B, in_chans, H, W) into the first stage's map."""
         raise NotImplementedError
 
-    def make_stage(self, config: StageConfig, index: int, drop: float, drop_paths: list[float], **dd) -> Stage:
+    def make_stage(self, config: Any, index: int, drop: float, drop_paths: list[float], **dd) -> Stage:
         """Make one stage; `drop_paths` holds the rate of each of its blocks."""
         raise NotImplementedError
 
     def make_norm(self, dim: int, **dd) -> nn.Module:
         return nn.Identity()
 
-    def make_head(self, dim: int, num_classes: int, global_pool: str, drop_rate: float, **dd) -> nn.Module:
+    def make_head(self, dim: int, num_classes: int, global_pool: str, drop_rate: float, **dd) -> Head:
         return ClassifierHead(dim, num_classes, global_pool, drop_rate, input_fmt=self.output_fmt, **dd)
 
     def init_weights(self) -> None:
@@ -268,7 +275,7 @@ class StagedBackbone(nn.Module):
         """Keep only the inputs of blocks for the backward pass, and compute the rest again."""
         self.grad_checkpointing = enable
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]  # nn.Sequential yields nn.Module
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

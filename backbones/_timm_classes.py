@@ -19,7 +19,10 @@ fx.wrap("take_image")
 
 
 class _Checked:
-    """Check images and feature indices before timm's methods see them."""
+    """Check images and feature indices before timm's methods see them.
+
+    A mixin: the class beside it has the methods and `feature_info`, which type checkers cannot know.
+    """
 
     def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, *args: Any, **kwargs: Any):
         """As timm's.
@@ -28,8 +31,8 @@ class _Checked:
             ValueError: an image has no pixels, or the model has no such feature map.
         """
         if not kwargs.get("extra_blocks"):  # EfficientNet then counts blocks
-            check_indices("indices", indices, len(self.feature_info))
-        return super().forward_intermediates(take_image(x), indices, *args, **kwargs)
+            check_indices("indices", indices, len(self.feature_info))  # type: ignore[attr-defined]
+        return super().forward_intermediates(take_image(x), indices, *args, **kwargs)  # type: ignore[misc]
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
         """As timm's.
@@ -38,8 +41,8 @@ class _Checked:
             ValueError: the model has no such feature map.
         """
         if not kwargs.get("extra_blocks"):
-            check_indices("indices", indices, len(self.feature_info))
-        return super().prune_intermediate_layers(indices, *args, **kwargs)
+            check_indices("indices", indices, len(self.feature_info))  # type: ignore[attr-defined]
+        return super().prune_intermediate_layers(indices, *args, **kwargs)  # type: ignore[misc]
 
 
 class CheckedResNet(_Checked, ResNet):
@@ -47,7 +50,7 @@ class CheckedResNet(_Checked, ResNet):
         x = take_image(x)
         if torch.jit.is_scripting():  # TorchScript has no super()
             x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-            return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+            return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[operator]
         else:
             return super().forward_features(x)
 
@@ -71,8 +74,10 @@ class CheckedByobNet(_Checked, ByobNet):
 
 
 # The strings of timm's builder: kind, repeats, kernel, stride, expansion, output channels.
-STAGES = ("ds_r{}_k3_s1_c16", "ir_r{}_k3_s2_e6_c24", "ir_r{}_k3_s2_e6_c32", "ir_r{}_k3_s2_e6_c64")
-STAGES += ("ir_r{}_k3_s1_e6_c96", "ir_r{}_k3_s2_e6_c160", "ir_r{}_k3_s1_e6_c320")
+STAGES = (
+    *("ds_r{}_k3_s1_c16", "ir_r{}_k3_s2_e6_c24", "ir_r{}_k3_s2_e6_c32", "ir_r{}_k3_s2_e6_c64"),
+    *("ir_r{}_k3_s1_e6_c96", "ir_r{}_k3_s2_e6_c160", "ir_r{}_k3_s1_e6_c320"),
+)
 
 
 class MobileNetV2(CheckedEfficientNet):

@@ -18,11 +18,12 @@ from timm.layers import DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs, load_state_dict, register_model, register_notrace_module
 from torch import Tensor, nn
 
+from .._timm import pretrained_cfg
 from .._weights import unwrap
 from ..attention_ops import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw
 from ..attention_ops.bi_level_routing import RegionPool, Routing, lepe
 from ._build import StateDict, build, cfg, check_fits
-from ._layers import DepthwiseMlp, MapGELU, scaled, to_nchw, to_nhwc
+from ._layers import DepthwiseMlp, MapGELU, layer_scale, scaled, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
 from ._staged import Stage, StageConfig, StagedBackbone, check_stages
 
@@ -40,7 +41,7 @@ class BiFormerConfig(StageConfig):
     depths: tuple[int, ...] = (2, 2, 8, 2)  # blocks, per stage
     # Regions that a region sees; None: every token sees all tokens; "plain": so too, but without attention's positional
     # convolution; "conv": 1x1, depthwise 5x5 and 1x1 convolutions in place of attention.
-    topks: tuple[int | str | None, ...] = (1, 4, 16, None)
+    topks: tuple[int | Literal["plain", "conv"] | None, ...] = (1, 4, 16, None)
     regions: int = 7  # a side of the map
     head_dim: int = 32  # of routed attention
     dense_heads: int = 8  # of the stages where every token sees all
@@ -118,7 +119,7 @@ class DenseLepeAttentionNchw(nn.Module):
         self.heads = heads
         self.scale = (dim // heads) ** -0.5
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False, **dd)
-        self.lepe = lepe(dim, 5, **dd)
+        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
         self.proj = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
@@ -153,9 +154,10 @@ def _attention(index: int, config: BiFormerConfig, **dd) -> nn.Module:
     heads = dim // config.head_dim
     if config.nchw:
         return BiLevelRoutingAttentionNchw(dim, heads, config.regions, topk, **dd)
-    options = {"routing": config.routing, "qk_dim": config.qk_dims and config.qk_dims[index]}
-    pool = _kv_pool(index, config)
-    return BiLevelRoutingAttention(dim, heads, config.regions, topk, kv_pool=pool, **options, **dd)
+    qk_dim, pool = None if config.qk_dims is None else config.qk_dims[index], _kv_pool(index, config)
+    return BiLevelRoutingAttention(
+        dim, heads, config.regions, topk, qk_dim=qk_dim, routing=config.routing, kv_pool=pool, **dd
+    )
 
 
 def _kv_pool(index: int, config: BiFormerConfig) -> RegionPool | None:
@@ -163,8 +165,9 @@ def _kv_pool(index: int, config: BiFormerConfig) -> RegionPool | None:
         return None
     if config.kv_sizes is not None:
         return RegionPool(config.kv_pool, size=config.kv_sizes[index])
-    stride = config.kv_strides[index]
-    return RegionPool(config.kv_pool, stride=stride) if stride != 1 else None
+    if config.kv_strides is None or config.kv_strides[index] == 1:
+        return None
+    return RegionPool(config.kv_pool, stride=config.kv_strides[index])
 
 
 def _mlp(dim: int, config: BiFormerConfig, drop: float, **dd) -> nn.Module:
@@ -193,9 +196,9 @@ class BiFormerBlock(nn.Module):
         self.norm2 = norm(dim, eps=1e-6, **dd)
         self.mlp = _mlp(dim, config, drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        has_scale, shape = config.layer_scale is not None, (dim, 1, 1) if config.nchw else (dim,)
-        self.gamma1 = nn.Parameter(torch.full(shape, config.layer_scale, **dd)) if has_scale else None
-        self.gamma2 = nn.Parameter(torch.full(shape, config.layer_scale, **dd)) if has_scale else None
+        shape = (dim, 1, 1) if config.nchw else (dim,)
+        self.gamma1 = layer_scale(shape, config.layer_scale, **dd)
+        self.gamma2 = layer_scale(shape, config.layer_scale, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
         if self.pos_embed is not None:
@@ -232,7 +235,7 @@ def _downsample(dim: int, out_dim: int, config: BiFormerConfig, **dd) -> nn.Sequ
 class BiFormer(StagedBackbone):
     """Bi-level routing attention backbone; maps are (B, C, H, W)."""
 
-    channels_last: Final[bool] = True
+    channels_last = True
 
     prunable = Prunable(
         qkv=r".+\.attn\.qkv\.weight",
@@ -291,7 +294,7 @@ def _our_key(key: str) -> str:
     return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
 
 
-BIFORMER = {
+BIFORMER: dict[str, Any] = {
     "first_conv": "stem.0",
     "license": "mit",
     "paper_ids": "arXiv:2303.08810",
@@ -327,8 +330,8 @@ def _create_biformer(variant: str, config: BiFormerConfig, pretrained: bool, **k
     if not (pretrained and overlay.get("file")):
         return build(BiFormer, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
-    def filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-        del model.pretrained_cfg["state_dict"]  # or it would hold the weights as long as the model lives
+    def filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> StateDict:
+        del pretrained_cfg(model)["state_dict"]  # or it would hold the weights as long as the model lives
         return checkpoint_filter_fn(state_dict, model)
 
     kwargs["pretrained_cfg_overlay"] = overlay | {"state_dict": load_state_dict(overlay["file"], use_ema=USE_EMA)}

@@ -10,7 +10,7 @@ Reuse      the networks are timm's ResNet and EfficientNet with the gate in thei
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 
 from .._weights import unwrap
 from ..attention_ops import EfficientChannelAttention
-from ._build import StateDict, build, cfg, check_fits
+from ._build import M, StateDict, build, cfg, check_fits
 from ._pruning import Prunable
 from ._staged import check_stages
 from ._timm_classes import CheckedResNet, MobileNetV2
@@ -66,7 +66,7 @@ class EcaResNet(CheckedResNet):
 
     def __init__(self, config: EcaResNetConfig, zero_init_last: bool = False, **kwargs) -> None:
         super().__init__(
-            Bottleneck if config.bottleneck else BasicBlock,
+            Bottleneck if config.bottleneck else BasicBlock,  # type: ignore[arg-type]  # timm wants the class
             config.depths,
             block_args={"attn_layer": partial(_eca, kernels=config.kernels)},
             zero_init_last=zero_init_last,
@@ -97,7 +97,7 @@ class EcaMobileNetV2(MobileNetV2):
     def __init__(self, config: EcaMobileNetConfig, device=None, dtype=None, **kwargs) -> None:
         super().__init__(config.depths, device=device, dtype=dtype, **kwargs)
         for stage in self.blocks:
-            for block in stage:
+            for block in stage.children():
                 last = "bn3" if hasattr(block, "bn3") else "bn2"
                 norm = getattr(block, last)
                 channels = norm.num_features
@@ -114,10 +114,9 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> Sta
         ValueError: the weights are another model's.
     """
     state_dict = unwrap(checkpoint)
+    rename: Callable[[str], str] = _resnet_key
     if isinstance(model, EcaMobileNetV2):
         rename = partial(_mobilenet_key, places=_places(model))
-    else:
-        rename = _resnet_key
     return check_fits({rename(key): value for key, value in state_dict.items()}, model)
 
 
@@ -127,7 +126,7 @@ def _resnet_key(key: str) -> str:
 
 def _places(model: EcaMobileNetV2) -> list[str]:
     """The blocks of the model in order: entry i is the authors' `features.{i + 1}`."""
-    return [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j, _ in enumerate(stage)]
+    return [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j, _ in enumerate(stage.children())]
 
 
 # What the authors' block holds at each place, in a block that does not expand and in one that does.
@@ -149,7 +148,7 @@ def _mobilenet_key(key: str, places: list[str]) -> str:
     return f"{places[int(found[1]) - 1]}.{layers.get(found[2], found[2])}.{found[3]}"
 
 
-ECA = {
+ECA: dict[str, Any] = {
     "license": "mit",
     "paper_ids": "arXiv:1910.03151",
     "paper_name": "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks",
@@ -160,7 +159,7 @@ ECA = {
         "pretrained_cfg_overlay={'file': path}.",
     ),
 }
-RESNET = {"first_conv": "conv1", "classifier": "fc", **ECA}
+RESNET: dict[str, Any] = {"first_conv": "conv1", "classifier": "fc", **ECA}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -177,7 +176,7 @@ ECA18 = EcaResNetConfig(depths=(2, 2, 2, 2), kernel_sizes=(3, 5, 7, 7), bottlene
 ECA101 = EcaResNetConfig(depths=(3, 4, 23, 3), kernel_sizes=(3, 3, 5, 7))
 
 
-def _create(cls: type[nn.Module], variant: str, config: Any, pretrained: bool, **kwargs) -> nn.Module:
+def _create(cls: type[M], variant: str, config: Any, pretrained: bool, **kwargs) -> M:
     return build(cls, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 

@@ -10,6 +10,7 @@ Open       the authors' segmentation ResNets add every gate's input to its outpu
 Reuse      the networks are timm's ResNet and EfficientNet with the gate in their blocks.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from .._weights import unwrap
 from ..attention_ops import EfficientLocalAttention, insert_attention
-from ..attention_ops.strip_gate import VARIANTS
-from ._build import build, cfg, check_fits
+from ..attention_ops.strip_gate import VARIANTS, ElaVariant
+from ._build import M, StateDict, build, cfg, check_fits
 from ._pruning import Prunable
 from ._staged import check_stages
 from ._timm_classes import CheckedResNet, MobileNetV2
@@ -40,7 +41,7 @@ class ElaResNetConfig:
 
     depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks, per stage
     bottleneck: bool = True  # False: two 3x3 convolutions a block
-    ela_variant: str = "b"  # "t", "b", "s" or "l"
+    ela_variant: ElaVariant = "b"  # "t", "b", "s" or "l"
     ela_residual: bool = False  # add the gate's input to its output
 
     def __post_init__(self) -> None:
@@ -54,7 +55,8 @@ class ElaBottleneck(Bottleneck):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
-        x = self.se(self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x))))))
+        # The gate takes the place of timm's optional squeeze-and-excitation.
+        x = self.se(self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x))))))  # type: ignore[misc]
         x = self.bn3(self.conv3(x))
         if self.drop_path is not None:
             x = self.drop_path(x)
@@ -75,7 +77,7 @@ class ElaResNet(CheckedResNet):
     def __init__(self, config: ElaResNetConfig, zero_init_last: bool = False, **kwargs) -> None:
         gate = partial(_gate, shrink=4 if config.bottleneck else 1, config=config)
         super().__init__(
-            ElaBottleneck if config.bottleneck else BasicBlock,
+            ElaBottleneck if config.bottleneck else BasicBlock,  # type: ignore[arg-type]  # timm wants the class
             config.depths,
             block_args={"attn_layer": gate},
             zero_init_last=zero_init_last,
@@ -93,7 +95,7 @@ class ElaMobileNetConfig:
     """MobileNetV2 of width 1. The GroupNorm of "t" has 24 or 16 groups where 32 do not divide the channels."""
 
     depths: tuple[int, ...] = (1, 2, 3, 4, 3, 3, 1)  # blocks, per stage
-    ela_variant: str = "l"  # "t", "b", "s" or "l"; the authors' code has "l"
+    ela_variant: ElaVariant = "l"  # "t", "b", "s" or "l"; the authors' code has "l"
     ela_residual: bool = False  # add the gate's input to its output
 
     def __post_init__(self) -> None:
@@ -118,7 +120,7 @@ class ElaMobileNetV2(MobileNetV2):
             insert_attention(stage, "ela", variant=config.ela_variant, residual=config.ela_residual)
 
 
-def checkpoint_filter_fn(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:
     """Unwrap a checkpoint of ours; none of the authors' is public.
 
     Raises:
@@ -127,19 +129,21 @@ def checkpoint_filter_fn(checkpoint: dict[str, Any], model: nn.Module) -> dict[s
     return check_fits(unwrap(checkpoint), model)
 
 
-ELA = {
+ELA: dict[str, Any] = {
     "paper_ids": "arXiv:2403.01123",
     "paper_name": "ELA: Efficient Local Attention for Deep Convolutional Neural Networks",
     "origin_url": "https://github.com/Xuwei86/ELA_Code",
     "interpolation": "bilinear",
 }
-RESNET = {"first_conv": "conv1", "classifier": "fc", **ELA}
-MOBILENET = {"first_conv": "conv_stem", "classifier": "classifier", **ELA}
+RESNET: dict[str, Any] = {"first_conv": "conv1", "classifier": "fc", **ELA}
+MOBILENET: dict[str, Any] = {"first_conv": "conv_stem", "classifier": "classifier", **ELA}
 
 KINDS = ("", *(f"_{variant}" for variant in VARIANTS))
 default_cfgs = generate_default_cfgs(
-    {f"ela_resnet{size}{kind}.untrained": cfg(**RESNET) for size in (18, 34, 50, 101, 152) for kind in KINDS}
-    | {f"ela_mobilenet_v2{kind}.untrained": cfg(**MOBILENET) for kind in KINDS}
+    {
+        **{f"ela_resnet{size}{kind}.untrained": cfg(**RESNET) for size in (18, 34, 50, 101, 152) for kind in KINDS},
+        **{f"ela_mobilenet_v2{kind}.untrained": cfg(**MOBILENET) for kind in KINDS},
+    }
 )
 
 BASIC18 = ElaResNetConfig(depths=(2, 2, 2, 2), bottleneck=False)
@@ -148,7 +152,7 @@ DEEP101 = ElaResNetConfig(depths=(3, 4, 23, 3))
 DEEP152 = ElaResNetConfig(depths=(3, 8, 36, 3))
 
 
-def _create(cls: type[nn.Module], variant: str, config: Any, pretrained: bool, **kwargs) -> nn.Module:
+def _create(cls: type[M], variant: str, config: Any, pretrained: bool, **kwargs) -> M:
     kind = variant.rpartition("_")[2]
     config = replace(config, ela_variant=kind) if kind in VARIANTS else config
     return build(cls, config, variant, pretrained, checkpoint_filter_fn, **kwargs)

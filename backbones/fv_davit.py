@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
@@ -25,7 +25,7 @@ from ..attention_ops.tiling import cover_with_windows
 from ._build import StateDict, build, cfg, check_fits
 from ._layers import pad_to_multiples, to_channels_last, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
-from ._staged import Stage, StageConfig, StagedBackbone
+from ._staged import Head, Stage, StageConfig, StagedBackbone
 
 register_notrace_module(ChannelAttention)
 
@@ -145,7 +145,7 @@ class DavitStage(Stage):
 class Davit(StagedBackbone):
     """Dual attention backbone: windows of tokens, then groups of channels. The head pools first, then norms."""
 
-    channels_last: Final[bool] = True
+    channels_last = True
 
     prunable = Prunable(
         qkv=r".+\.attn\.qkv\.weight",
@@ -168,7 +168,7 @@ class Davit(StagedBackbone):
             [_pair(dim, config, drop, rate, **dd) for rate in drop_paths],
         )
 
-    def make_head(self, dim: int, num_classes: int, global_pool: str, drop_rate: float, **dd) -> nn.Module:
+    def make_head(self, dim: int, num_classes: int, global_pool: str, drop_rate: float, **dd) -> Head:
         norm = partial(LayerNorm2d, eps=1e-5)
         return NormMlpClassifierHead(
             dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm, **dd
@@ -220,7 +220,7 @@ def _florence_key(key: str) -> str:
     return re.sub(r"\.conv([12])\.fn\.dw\.", r".cpe\1.proj.", key)
 
 
-DAVIT = {
+DAVIT: dict[str, Any] = {
     "first_conv": "stem.conv",
     "crop_pct": 0.95,
     "license": "apache-2.0",
@@ -228,7 +228,7 @@ DAVIT = {
     "paper_name": "DaViT: Dual Attention Vision Transformers",
     "origin_url": "https://github.com/dingmyu/davit",
 }
-FLORENCE = {
+FLORENCE: dict[str, Any] = {
     **DAVIT,
     "num_classes": 0,
     "input_size": (3, 768, 768),

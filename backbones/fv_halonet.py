@@ -54,7 +54,7 @@ class WideValueBlock(SelfAttnBlock):
     def __init__(self, in_chs: int, out_chs: int, layers: LayerFn, device=None, dtype=None, **kwargs) -> None:
         super().__init__(in_chs, out_chs, layers=layers, device=device, dtype=dtype, **kwargs)
         dd = {"device": device, "dtype": dtype}
-        wide = self.self_attn.heads * self.self_attn.value_dim
+        wide: int = self.self_attn.heads * self.self_attn.value_dim  # type: ignore[operator, assignment]
         self.post_attn = layers.norm_act(wide, **dd)
         self.conv3_1x1 = layers.conv_norm_act(wide, out_chs, 1, apply_act=False, **dd)
 
@@ -80,7 +80,7 @@ class HaloNetConfig:
         kwargs = {"block_size": self.block_size, "halo_size": self.halo, "value_ratio": self.value_ratio}
         stages = tuple(
             ByoBlockCfg(
-                type=block,
+                type=block,  # type: ignore[arg-type]  # timm takes a class or a function too
                 d=depth,
                 c=round(width * self.output_ratio),
                 s=2 if i else 1,
@@ -96,7 +96,7 @@ class HaloNetConfig:
             stem_type="7x7",
             stem_pool="maxpool",
             num_features=self.final_dim,
-            self_attn_layer=_halo,
+            self_attn_layer=_halo,  # type: ignore[arg-type]
         )
 
 
@@ -117,15 +117,17 @@ class TimmHaloConfig:
         def ours(block: ByoBlockCfg) -> ByoBlockCfg:
             if block.self_attn_kwargs is None:
                 return block
-            return replace(block, self_attn_layer=_halo, self_attn_kwargs={**block.self_attn_kwargs, **changes})
+            kwargs = {**block.self_attn_kwargs, **changes}
+            return replace(block, self_attn_layer=_halo, self_attn_kwargs=kwargs)  # type: ignore[arg-type]
 
         blocks = (ours(b) if isinstance(b, ByoBlockCfg) else tuple(ours(inner) for inner in b) for b in theirs.blocks)
+        gate = EfficientChannelAttention if theirs.attn_layer == "eca" else theirs.attn_layer
         return replace(
             theirs,
             blocks=tuple(blocks),
-            self_attn_layer=_halo,
+            self_attn_layer=_halo,  # type: ignore[arg-type]
             self_attn_kwargs={**theirs.self_attn_kwargs, **changes},
-            attn_layer=EfficientChannelAttention if theirs.attn_layer == "eca" else theirs.attn_layer,
+            attn_layer=gate,  # type: ignore[arg-type]
         )
 
 

@@ -82,8 +82,8 @@ class DeformConv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         reach = self.weight[0].numel() ** -0.5
         nn.init.uniform_(self.bias, -reach, reach)
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, H / 2, W / 2)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -110,9 +110,9 @@ class DeformableMerging(nn.Module):
 class Litv2Block(nn.Module):
     def __init__(self, dim: int, window: int | None, config: Litv2Config, drop: float, drop_path: float, **dd) -> None:
         super().__init__()
-        attends = window is not None
-        self.norm1 = nn.LayerNorm(dim, **dd) if attends else None
-        self.attn = HiLoAttention(dim, dim // config.head_dim, window, config.alpha, **dd) if attends else None
+        heads = dim // config.head_dim
+        self.norm1 = None if window is None else nn.LayerNorm(dim, **dd)
+        self.attn = None if window is None else HiLoAttention(dim, heads, window, config.alpha, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = DepthwiseMlp(dim, int(dim * config.mlp_ratio), drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -169,7 +169,8 @@ class Litv2(StagedBackbone):
         for module in self.modules():
             if isinstance(module, DepthwiseMlp):
                 nn.init.normal_(module.dwconv.weight, 0.0, (2.0 / 9) ** 0.5)  # fan out of a depthwise 3x3 convolution
-                nn.init.zeros_(module.dwconv.bias)
+                if module.dwconv.bias is not None:
+                    nn.init.zeros_(module.dwconv.bias)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -223,7 +224,7 @@ def _create_litv2(variant: str, config: Litv2Config, pretrained: bool, **kwargs)
 
 def _alpha_of(pretrained_cfg: Any) -> float:
     """The alpha of the weights that timm asks for: their tag, or a config that holds it."""
-    tag = pretrained_cfg.get("tag") if isinstance(pretrained_cfg, Mapping) else pretrained_cfg
+    tag: Any = pretrained_cfg.get("tag") if isinstance(pretrained_cfg, Mapping) else pretrained_cfg
     return ALPHAS.get(getattr(tag, "tag", tag), Litv2Config.alpha)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .._weights import unwrap
 from ..attention_ops import NeighborhoodAttention2d
 from ._build import StateDict, build, cfg, check_fits, resize_rpb
-from ._layers import pad_to_multiples, scaled, to_channels_last, to_nchw, to_nhwc
+from ._layers import layer_scale, pad_to_multiples, scaled, to_channels_last, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
 from ._staged import Stage, StageConfig, StagedBackbone
 
@@ -137,6 +137,8 @@ class DenseAttention2d(NeighborhoodAttention2d):
     large. (The official ViT baseline takes maps of one size only, where the two agree.)
     """
 
+    rpb: nn.Parameter
+
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         rows, cols = self.kernel_size
         kernel_h, kernel_w = min(rows, x.shape[1]), min(cols, x.shape[2])
@@ -155,9 +157,8 @@ class NatBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), drop=drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        has_scale = config.layer_scale is not None
-        self.gamma1 = nn.Parameter(torch.full((dim,), config.layer_scale, **dd)) if has_scale else None
-        self.gamma2 = nn.Parameter(torch.full((dim,), config.layer_scale, **dd)) if has_scale else None
+        self.gamma1 = layer_scale((dim,), config.layer_scale, **dd)
+        self.gamma2 = layer_scale((dim,), config.layer_scale, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
         x = x + self.drop_path(scaled(self.attn(self.norm1(x)), self.gamma1))
@@ -183,7 +184,8 @@ class Nat(StagedBackbone):
 
     def make_stage(self, config: NatConfig, index: int, drop: float, drop_paths: list[float], **dd) -> Stage:
         dim = config.dims[index]
-        kind = {"conv": ConvDownsample, "merge": PatchMerging}.get(config.downsample) if index else None
+        kinds = {"conv": ConvDownsample, "merge": PatchMerging}
+        kind = kinds[config.downsample] if index and config.downsample is not None else None
         return Stage(
             kind(config.dims[index - 1], dim, **dd) if kind else nn.Identity(),
             [NatBlock(dim, config, config.dilation(index, j), drop, rate, **dd) for j, rate in enumerate(drop_paths)],

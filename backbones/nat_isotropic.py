@@ -6,6 +6,7 @@ We differ  any image size runs (there: 224 only). Every layer counts as a stage,
 """
 
 from dataclasses import replace
+from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
@@ -27,7 +28,7 @@ DEPTH = 12
 SMALL = NatConfig(dims=(384,) * DEPTH, depths=(1,) * DEPTH, mlp_ratio=4.0, patch_size=16, downsample=None)
 BASE = replace(SMALL, dims=(768,) * DEPTH)
 DILATED = ((1,), (2,)) * (DEPTH // 2)
-DENSE = {"dense": True, "kernel_size": 14}
+DENSE: dict[str, Any] = {"dense": True, "kernel_size": 14}
 LAST_THREE = 3  # default features: all maps have one size
 
 

@@ -8,7 +8,7 @@ Layout     channels-last on a CPU, by itself: oneDNN's depthwise convolutions ar
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
@@ -115,7 +115,7 @@ class VanStage(Stage):
 class Van(StagedBackbone):
     """Large kernel attention backbone; maps are (B, C, H, W)."""
 
-    channels_last: Final[bool] = True
+    channels_last = True
 
     prunable = Prunable(
         prj=r".+\.attn\.(proj_[12]|spatial_gating_unit\.conv1)\.weight",
@@ -141,7 +141,8 @@ class Van(StagedBackbone):
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
                 nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:
@@ -162,7 +163,7 @@ def _our_key(key: str) -> str:
     return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
 
 
-VAN = {
+VAN: dict[str, Any] = {
     "first_conv": "stem.proj",
     "crop_pct": 0.9,
     "mean": IMAGENET_INCEPTION_MEAN,

@@ -127,7 +127,7 @@ def _draw(out: Path, scalars: list[dict], model: nn.Module, images: Tensor, targ
     with torch.inference_mode():
         answers = torch.cat([model(batch) for batch in images.split(250)]).argmax(1)
     figure = Figure(figsize=(11, 8), layout="constrained")
-    curves, digits = figure.subfigures(2, height_ratios=(2, 3))
+    curves, digits = figure.subfigures(2, height_ratios=(2, 3))  # type: ignore[misc]  # an array of two
     epochs = [line["epoch"] for line in scalars]
     left, right = curves.subplots(1, 2)
     left.plot(epochs, [line["train_loss"] for line in scalars], label="train (augmented)")

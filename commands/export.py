@@ -76,7 +76,12 @@ def _load(name: str, checkpoint: Path | None, pretrained: bool, img_size: int | 
 
 
 def _writer(file_format: Format, img_size: int | None) -> Callable[[nn.Module, Path], Path]:
-    export = {Format.ONNX: export_onnx, Format.TORCH: export_program, Format.HUB: save_hub}[file_format]
+    writers: dict[Format, Callable[..., Path]] = {
+        Format.ONNX: export_onnx,
+        Format.TORCH: export_program,
+        Format.HUB: save_hub,
+    }
+    export = writers[file_format]
     return lambda model, out: export(model, out, img_size=img_size)
 
 

@@ -181,7 +181,7 @@ def _draw(
     steps = create_transform(**config | {"input_size": (channels, *size)})
     transform = transforms.Compose([ToMode(channels), *steps.transforms])
     sizes = {"batches": batches or BATCHES, "batch_size": batch or DATA_BATCH}
-    return draw_batches(source, transform, model.num_classes, **sizes, seed=seed)
+    return draw_batches(source, transform, model.num_classes, **sizes, seed=seed)  # type: ignore[arg-type]
 
 
 def _follow(chosen: Plan, model: nn.Module) -> tuple[nn.Module, float | None]:

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +52,19 @@ def export_onnx(
     require_onnx("onnx", "onnxscript")
     example = _prepare(model, out := Path(out), ONNX_SUFFIX, img_size, example, dynamic_batch)
     _check_onnx_size(model)
-    options = {"dynamo": True, "verbose": False, "external_data": False, "opset_version": opset}
-    names = {"input_names": [INPUT_NAME], "dynamic_shapes": ({0: "batch"},) if dynamic_batch else None}
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
-        names["output_names"] = _output_names(model, example)
+        options: dict[str, Any] = {
+            "input_names": [INPUT_NAME],
+            "output_names": _output_names(model, example),
+            "dynamic_shapes": ({0: "batch"},) if dynamic_batch else None,
+            "opset_version": opset,
+            "dynamo": True,
+            "verbose": False,
+            "external_data": False,
+        }
         # Export a program first: from a module, torch 2.8 writes one branch of data-dependent control flow.
         program = _quietly(lambda: _program(model, example, dynamic_batch))
-        _quietly(lambda: torch.onnx.export(program, (), part, **names, **options))
+        _quietly(lambda: torch.onnx.export(program, (), part, **options))
     return out
 
 

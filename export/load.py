@@ -10,6 +10,7 @@ from torch import nn
 
 from .._errors import did_you_mean, first_line
 from .._model_args import FEATURE_ARGS, check_model_args
+from .._timm import pretrained_cfg
 from .._weights import prefers_averages
 from .errors import ExportError
 from .hub_files import CONFIG, check_hub_config, read_hub_weights
@@ -59,7 +60,7 @@ def load_model(
     except Exception as error:  # checkpoint filters raise many types
         _check_arguments(name, kwargs)
         raise ExportError(f"{origin} cannot be loaded into {name}: {explain_mismatch(error)}") from error
-    model.pretrained_cfg.pop("state_dict", None)  # the model holds the tensors now
+    pretrained_cfg(model).pop("state_dict", None)  # the model holds the tensors now
     return model.eval()
 
 

@@ -108,7 +108,7 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    found = {}
+    found: dict[str, str] = {}
     for line in lines:
         name, _, value = line.partition(":")
         found.setdefault(name.strip(), value.strip())
@@ -139,7 +139,7 @@ def _read(file: Path) -> dict[str, dict[tuple[str, int, int, int], tuple[float, 
         data = read_json(file, _LARGEST_BYTES)
         return {
             str(key): {
-                (str(r["dtype"]), *(int(r[n]) for n in ("rows", "inputs", "outputs"))): (
+                (str(r["dtype"]), int(r["rows"]), int(r["inputs"]), int(r["outputs"])): (
                     float(r["torch"]),
                     float(r["onednn"]),
                 )

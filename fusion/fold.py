@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, fx
 
-from .graphs import Captured, argument, aten, calls, shape, sole_user
+from .graphs import Captured, argument, aten, calls, inputs, shape, sole_user
 
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
 LINEAR = aten.linear.default
@@ -18,7 +18,7 @@ def fold_norms(captured: Captured) -> int:
     """BatchNorm in eval mode: into the convolution before it, else one affine pass."""
     folded = 0
     for node in calls(captured.graph, aten.batch_norm.default):
-        x, weight, bias, mean, var = node.args[:5]
+        x, weight, bias, mean, var = inputs(node)[:5]
         mean, var = captured.value(mean), captured.value(var)
         if argument(node, 5, "training") or mean is None or var is None:
             continue
@@ -52,7 +52,7 @@ def is_layer(node: object, *users: fx.Node) -> bool:
         isinstance(node, fx.Node)
         and node.op == "call_function"
         and node.target in (*CONVOLUTIONS, LINEAR)
-        and node.args[1].op == "get_attr"
+        and inputs(node)[1].op == "get_attr"
         and (argument(node, 2, "bias") is None or argument(node, 2, "bias").op == "get_attr")
         and set(node.users) <= set(users)
     )
@@ -62,10 +62,10 @@ def _scale_into(captured: Captured, layer: fx.Node, scale: Tensor, user: fx.Node
     """Multiply a layer's outputs, channel by channel, if only `user` reads them."""
     if not is_layer(layer, user):
         return False
-    weight, bias = captured.value(layer.args[1]), argument(layer, 2, "bias")
+    weight, bias = captured.held(inputs(layer)[1]), argument(layer, 2, "bias")
     with captured.graph.inserting_before(layer):
         new = captured.constant(weight * scale.view(-1, *(1,) * (weight.dim() - 1)))
-        new_bias = None if bias is None else captured.constant(captured.value(bias) * scale)
+        new_bias = None if bias is None else captured.constant(captured.held(bias) * scale)
     _set_weights(layer, new, new_bias)
     return True
 
@@ -73,13 +73,13 @@ def _scale_into(captured: Captured, layer: fx.Node, scale: Tensor, user: fx.Node
 def _shift_into(captured: Captured, layer: fx.Node, shift: Tensor) -> bool:
     bias = argument(layer, 2, "bias")
     with captured.graph.inserting_before(layer):
-        _set_weights(layer, layer.args[1], captured.constant(shift if bias is None else captured.value(bias) + shift))
+        _set_weights(layer, inputs(layer)[1], captured.constant(shift if bias is None else captured.held(bias) + shift))
     return True
 
 
 def _set_weights(layer: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
     kwargs = {name: value for name, value in layer.kwargs.items() if name not in ("weight", "bias")}
-    layer.args, layer.kwargs = (layer.args[0], weight, bias, *layer.args[3:]), kwargs
+    layer.args, layer.kwargs = (inputs(layer)[0], weight, bias, *inputs(layer)[3:]), kwargs
 
 
 def fold_scales(captured: Captured) -> int:
@@ -100,10 +100,10 @@ def _fold_product(captured: Captured, node: fx.Node) -> bool:
         captured.replace(node, x)
         return True
     if x.target is affine and sole_user(x) is node:
-        sizes = captured.value(x.args[1]).shape
+        sizes = captured.held(inputs(x)[1]).shape
         with captured.graph.inserting_before(x):
-            constants = [captured.constant(captured.value(c) * factor.view(sizes)) for c in x.args[1:]]
-        x.args = (x.args[0], *constants)
+            constants = [captured.constant(captured.held(c) * factor.view(sizes)) for c in inputs(x)[1:]]
+        x.args = (inputs(x)[0], *constants)
         captured.replace(node, x)
         return True
     return _distribute(captured, node, x, factor)
@@ -113,7 +113,7 @@ def _distribute(captured: Captured, node: fx.Node, x: fx.Node, factor: Tensor) -
     """(a + b) * c -> a * c + b * c, where both sums' products cost nothing."""
     if x.target is not aten.add.Tensor or sole_user(x) is not node or x.kwargs.get("alpha", 1) != 1:
         return False
-    a, b = x.args
+    a, b = inputs(x)
     if not all(isinstance(t, fx.Node) and shape(t) == shape(x) for t in (a, b)):
         return False
     layers = [t for t in (a, b) if is_layer(t, x) and t.target in CONVOLUTIONS]  # whose channels are axis 1, as x's
@@ -127,8 +127,8 @@ def _distribute(captured: Captured, node: fx.Node, x: fx.Node, factor: Tensor) -
                 _scale_into(captured, t, factor, x)
                 parts.append(t)
             else:  # an affine map that others read too: one of its own, of the same input
-                scale, shift = (captured.constant(captured.value(c) * factor.view(sizes)) for c in t.args[1:])
-                parts.append(captured.call(affine, t.args[0], scale, shift, like=t))
+                scale, shift = (captured.constant(captured.held(c) * factor.view(sizes)) for c in inputs(t)[1:])
+                parts.append(captured.call(affine, inputs(t)[0], scale, shift, like=t))
         captured.replace(node, captured.call(aten.add.Tensor, *parts, like=x))
     captured.graph.erase_node(x)
     return True
@@ -136,7 +136,7 @@ def _distribute(captured: Captured, node: fx.Node, x: fx.Node, factor: Tensor) -
 
 def factor_of(captured: Captured, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
     """(x, one factor per channel) where a node multiplies or divides x by a constant that no other axis varies."""
-    a, b = node.args[:2]
+    a, b = inputs(node)[:2]
     divides = node.target is aten.div.Tensor
     if isinstance(a, fx.Node) and a.op != "get_attr":
         x, constant = a, b
@@ -171,8 +171,8 @@ def merge_shortcuts(captured: Captured) -> int:
         if (found := _shortcut(node)) is not None:
             norm, rest = found
             with captured.graph.inserting_before(node):
-                scale = captured.constant(1 + captured.value(norm.args[1]))
-                total = captured.call(affine, norm.args[0], scale, norm.args[2], like=node)
+                scale = captured.constant(1 + captured.held(inputs(norm)[1]))
+                total = captured.call(affine, inputs(norm)[0], scale, inputs(norm)[2], like=node)
                 if rest is not None:
                     total = captured.call(aten.add.Tensor, total, rest, like=node)
                 captured.replace(node, total)
@@ -183,10 +183,10 @@ def merge_shortcuts(captured: Captured) -> int:
 def _shortcut(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
     """(affine map of x, third term) where a node adds x, that map and perhaps a third term."""
     for x, y in _terms(node):
-        if y.target is affine and y.args[0] is x and sole_user(y) is node:
+        if y.target is affine and inputs(y)[0] is x and sole_user(y) is node:
             return y, None
         for rest, norm in _terms(y) if sole_user(y) is node else ():
-            if norm.target is affine and norm.args[0] is x and sole_user(norm) is y and shape(rest) == shape(node):
+            if norm.target is affine and inputs(norm)[0] is x and sole_user(norm) is y and shape(rest) == shape(node):
                 return norm, rest
     return None
 
@@ -195,9 +195,9 @@ def _terms(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     """Both orders of the two terms of a sum."""
     if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
         return []
-    if not all(isinstance(t, fx.Node) for t in node.args):
+    if not all(isinstance(t, fx.Node) for t in inputs(node)):
         return []
-    return [tuple(node.args), tuple(node.args[::-1])]
+    return [tuple(inputs(node)), tuple(inputs(node)[::-1])]
 
 
 def fold_into_next(captured: Captured) -> int:
@@ -205,20 +205,20 @@ def fold_into_next(captured: Captured) -> int:
     folded = 0
     for node in calls(captured.graph, affine):
         layer = sole_user(node)
-        if layer is None or layer.target is not aten.conv2d.default or layer.args[0] is not node:
+        if layer is None or layer.target is not aten.conv2d.default or inputs(layer)[0] is not node:
             continue
-        if not is_layer(layer, *layer.users) or shape(layer.args[1])[2:] != (1, 1):
+        if not is_layer(layer, *layer.users) or shape(inputs(layer)[1])[2:] != (1, 1):
             continue
         if any(argument(layer, 4, "padding", (0, 0))) or argument(layer, 6, "groups", 1) != 1:
             continue
-        scale, shift = (captured.value(c).flatten() for c in node.args[1:])
-        weight, bias = captured.value(layer.args[1]), captured.value(argument(layer, 2, "bias"))
+        scale, shift = (captured.held(c).flatten() for c in inputs(node)[1:])
+        weight, bias = captured.held(inputs(layer)[1]), captured.value(argument(layer, 2, "bias"))
         added = (weight.flatten(1).double() @ shift.double()).to(weight.dtype)
         with captured.graph.inserting_before(layer):
             new = captured.constant(weight * scale.view(1, -1, 1, 1))
             new_bias = captured.constant(added if bias is None else bias + added)
         _set_weights(layer, new, new_bias)
-        layer.replace_input_with(node, node.args[0])
+        layer.replace_input_with(node, inputs(node)[0])
         captured.graph.erase_node(node)
         folded += 1
     return folded

@@ -55,7 +55,11 @@ class Captured:
 
     def value(self, node: Any) -> Tensor | None:
         """The tensor that a constant node holds, or None."""
-        return getattr(self.root, node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+        return self.held(node) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+    def held(self, node: Any) -> Tensor:
+        """The tensor of a node that is known to be a constant."""
+        return getattr(self.root, node.target)
 
     def call(self, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
         """Add a call whose answer has the shape and dtype of `like`'s."""
@@ -87,6 +91,11 @@ def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
             yield node
 
 
+def inputs(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments by position; what they are follows from the operation, which fx's types do not know."""
+    return node.args
+
+
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument that was given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
@@ -109,7 +118,7 @@ def views_input(node: fx.Node) -> fx.Node | None:
     if node.op != "call_function":
         return None
     if node.target is operator.getitem:
-        return node.args[0]
+        return inputs(node)[0]
     schema = getattr(node.target, "_schema", None)
     if schema is None or not any(out.alias_info is not None for out in schema.returns):
         return None

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -9,7 +10,7 @@ from torch import fx
 from ..attention_ops import _onednn as onednn
 from ..attention_ops._onednn import NONE, POINT, Activation, Place
 from .fold import CONVOLUTIONS, LINEAR, is_layer
-from .graphs import Captured, argument, aten, calls, dtype, owner, shape, sole_user, used_later
+from .graphs import Captured, argument, aten, calls, dtype, inputs, owner, shape, sole_user, used_later
 
 Chooser = Callable[[int, int, int, torch.dtype], bool]  # rows, inputs, outputs, dtype -> whether oneDNN multiplies
 
@@ -21,9 +22,9 @@ def lower(captured: Captured, takes_product: Chooser) -> Counter[str]:
         if not is_layer(node, *node.users) or not onednn.works(dtype(node)):
             continue
         if node.target is LINEAR:
-            outputs, inputs = shape(node.args[1])
+            outputs, width = shape(inputs(node)[1])
             rows = torch.Size(shape(node)[:-1]).numel()
-            if takes_product(rows, inputs, outputs, dtype(node)):
+            if takes_product(rows, width, outputs, dtype(node)):
                 _lower_product(captured, node, rows, done)
         elif (place := _place(node)) is not None:
             _lower_convolution(captured, node, place, done)
@@ -44,13 +45,13 @@ def _pair(number: int | list[int]) -> tuple[int, int]:
 
 
 def _lower_convolution(captured: Captured, node: fx.Node, place: Place, done: Counter[str]) -> None:
-    weight = onednn.pack(captured.value(node.args[1]), place, shape(node.args[0]))
+    weight = onednn.pack(captured.held(inputs(node)[1]), place, shape(inputs(node)[0]))
     done["convolution"] += 1
     _emit(captured, node, weight, (tuple(place),), (onednn.convolve, onednn.convolve_onto), done)
 
 
 def _lower_product(captured: Captured, node: fx.Node, rows: int, done: Counter[str]) -> None:
-    matrix = captured.value(node.args[1])
+    matrix = captured.held(inputs(node)[1])
     weight = onednn.pack(matrix[:, :, None, None], POINT, (1, matrix.shape[1], 1, rows))
     done["product"] += 1
     _emit(captured, node, weight, (), (onednn.multiply, onednn.multiply_onto), done)
@@ -64,12 +65,12 @@ def _emit(
     total = None if activation != NONE else _sum(last)
     other = None
     if total is not None:
-        other = next(t for t in total.args if t is not last)
+        other = next(t for t in inputs(total) if t is not last)
         in_place = _may_write(captured.graph, other, node, total)
         done["sum in place" if in_place else "sum"] += 1
         activation, last = _relu(total, done)
     with captured.graph.inserting_before(last):
-        args = (node.args[0], captured.constant(weight), argument(node, 2, "bias"), *place, tuple(activation))
+        args = (inputs(node)[0], captured.constant(weight), argument(node, 2, "bias"), *place, tuple(activation))
         if other is None:
             call = captured.call(kinds[0], *args, like=last)
         else:
@@ -85,7 +86,8 @@ def _activation(node: fx.Node, done: Counter[str]) -> tuple[Activation, fx.Node]
     user = sole_user(node)
     if user is None or user.op != "call_function" or (found := _in_onednns_terms(user)) is None:
         return NONE, node
-    done[f"{user.target._opname} in the layer"] += 1
+    operation: Any = user.target
+    done[f"{operation._opname} in the layer"] += 1
     return found, user
 
 
@@ -96,7 +98,7 @@ def _in_onednns_terms(node: fx.Node) -> Activation | None:
     if node.target is aten.hardtanh.default:
         low, high = argument(node, 1, "min_val", -1), argument(node, 2, "max_val", 1)
         return Activation("hardtanh", (float(low), float(high)))
-    names = {aten.relu.default: "relu", aten.silu.default: "swish", aten.sigmoid.default: "sigmoid"}
+    names: dict[Any, str] = {aten.relu.default: "relu", aten.silu.default: "swish", aten.sigmoid.default: "sigmoid"}
     names |= {aten.tanh.default: "tanh", aten.hardswish.default: "hardswish", aten.relu6.default: "relu6"}
     name = names.get(node.target)
     return Activation("hardtanh", (0.0, 6.0)) if name == "relu6" else Activation(name) if name else None
@@ -107,9 +109,9 @@ def _sum(node: fx.Node) -> fx.Node | None:
     user = sole_user(node)
     if user is None or user.target is not aten.add.Tensor or user.kwargs.get("alpha", 1) != 1:
         return None
-    if not all(isinstance(t, fx.Node) for t in user.args):
+    if not all(isinstance(t, fx.Node) for t in inputs(user)):
         return None
-    other = user.args[1] if user.args[0] is node else user.args[0]
+    other = inputs(user)[1] if inputs(user)[0] is node else inputs(user)[0]
     fits = other is not node and shape(other) == shape(node) and dtype(other) == dtype(node) and other.op != "get_attr"
     return user if fits else None
 
@@ -125,6 +127,6 @@ def _relu(node: fx.Node, done: Counter[str]) -> tuple[Activation, fx.Node]:
 def _may_write(graph: fx.Graph, other: fx.Node, layer: fx.Node, total: fx.Node) -> bool:
     """Say whether the sum may be written where `other` lies: nothing reads it later, nor does the layer itself."""
     memory = owner(other)
-    if memory.op != "call_function" or owner(layer.args[0]) is memory:
+    if memory.op != "call_function" or owner(inputs(layer)[0]) is memory:
         return False
     return not used_later(graph, memory, total)

@@ -211,7 +211,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 def _own_example(model: nn.Module) -> Tensor | None:
     cfg = getattr(model, "pretrained_cfg", None)
-    size = cfg.get("input_size") if hasattr(cfg, "get") else None
+    size = None if cfg is None or not hasattr(cfg, "get") else cfg.get("input_size")
     if size is None:
         return None
     dtype = next((p.dtype for p in model.parameters()), torch.float32)

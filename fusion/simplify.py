@@ -3,7 +3,7 @@
 from torch import Tensor, fx
 
 from .._torch import OpOverload
-from .graphs import Captured, argument, aten, calls, dtype, owner, shape, sole_user
+from .graphs import Captured, argument, aten, calls, dtype, inputs, owner, shape, sole_user
 
 # Elementwise operations of one tensor, which views may pass.
 UNARY = (
@@ -25,13 +25,13 @@ def move_permutations_behind_sums(captured: Captured) -> int:
     """x + permute(y) -> permute(permute back(x) + y), where y is computed for this sum alone."""
     moves = 0
     for node in calls(captured.graph, aten.add.Tensor):
-        if node.kwargs.get("alpha", 1) != 1 or not all(isinstance(t, fx.Node) for t in node.args):
+        if node.kwargs.get("alpha", 1) != 1 or not all(isinstance(t, fx.Node) for t in inputs(node)):
             continue
-        for x, moved in (node.args, node.args[::-1]):
+        for x, moved in (inputs(node), inputs(node)[::-1]):
             if moved.target is not aten.permute.default or sole_user(moved) is not node or shape(x) != shape(node):
                 continue
-            inner, order = moved.args[0], [axis % len(shape(node)) for axis in moved.args[1]]
-            if sole_user(inner) is not moved:
+            inner, order = inputs(moved)[0], [axis % len(shape(node)) for axis in inputs(moved)[1]]
+            if set(inner.users) != {moved}:
                 continue
             with captured.graph.inserting_before(node):
                 back = captured.call(aten.permute.default, x, _inverse(order), like=inner)
@@ -50,11 +50,11 @@ def _inverse(order: list[int]) -> list[int]:
 
 def _cancel_permutations(captured: Captured) -> None:
     for node in calls(captured.graph, aten.permute.default):
-        source = node.args[0]
+        source = inputs(node)[0]
         if isinstance(source, fx.Node) and source.target is aten.permute.default:
-            order = [source.args[1][axis] for axis in node.args[1]]
+            order = [inputs(source)[1][axis] for axis in inputs(node)[1]]
             if [axis % len(order) for axis in order] == list(range(len(order))):
-                captured.replace(node, source.args[0])
+                captured.replace(node, inputs(source)[0])
 
 
 def _drop_nothings(captured: Captured) -> None:
@@ -65,9 +65,9 @@ def _drop_nothings(captured: Captured) -> None:
         if node.target is aten._assert_tensor_metadata.default:
             captured.graph.erase_node(node)
         elif node.target in _NOTHING or (node.target in _DROPOUT and not argument(node, 2, "train")):
-            captured.replace(node, node.args[0])
+            captured.replace(node, inputs(node)[0])
         elif node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default):
-            source = node.args[0]
+            source = inputs(node)[0]
             if dtype(node) == dtype(source) and node.meta["val"].device == source.meta["val"].device:
                 captured.replace(node, source)
         elif node.target is aten.view.default:  # which may not fit the memory layout any more
@@ -90,7 +90,7 @@ def _make_functional(captured: Captured) -> None:
 
 def _is_read_elsewhere(graph: fx.Graph, changing: fx.Node) -> bool:
     """Say whether the memory that a node changes is read later, other than through the node's own answer."""
-    memory = owner(changing.args[0])
+    memory = owner(inputs(changing)[0])
     if memory.op != "call_function":
         return True
     through = {changing}
@@ -109,12 +109,12 @@ def _is_read_elsewhere(graph: fx.Graph, changing: fx.Node) -> bool:
 def fold_constants(captured: Captured) -> int:
     """Compute what depends on constants only."""
     folded = 0
-    changed = {owner(node.args[0]) for node in captured.graph.nodes if _changes_memory(node)}
+    changed = {owner(inputs(node)[0]) for node in captured.graph.nodes if _changes_memory(node)}
     for node in list(captured.graph.nodes):
         if node.op != "call_function" or owner(node) in changed:
             continue
-        inputs = node.all_input_nodes
-        if not all(arg.op == "get_attr" for arg in inputs) or not (inputs or _is_creation(node)):
+        sources = node.all_input_nodes
+        if not all(arg.op == "get_attr" for arg in sources) or not (sources or _is_creation(node)):
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), captured.value)
         result = node.target(*args, **kwargs)
@@ -139,12 +139,12 @@ def _move_views_behind_activations(captured: Captured) -> None:
     """gelu(permute(x)) -> permute(gelu(x)): the activation then stands beside the layer that feeds it."""
     views = (aten.permute.default, aten.transpose.int, aten.reshape.default, aten.flatten.using_ints)
     for node in calls(captured.graph, *UNARY):
-        source = node.args[0]
+        source = inputs(node)[0]
         while source.op == "call_function" and source.target in views and sole_user(source) is node:
-            inner = source.args[0]
+            inner = inputs(source)[0]
             with captured.graph.inserting_before(source):
-                moved = captured.call(node.target, inner, *node.args[1:], like=inner, **node.kwargs)
+                moved = captured.call(node.target, inner, *inputs(node)[1:], like=inner, **node.kwargs)
             node.replace_all_uses_with(source)
             source.replace_input_with(inner, moved)
             captured.graph.erase_node(node)
-            node, source = moved, moved.args[0]
+            node, source = moved, inputs(moved)[0]

@@ -39,7 +39,13 @@ def count_masked(model: nn.Module, masks: Mapping[str, Tensor], images: Tensor) 
     gone = {name: int((~mask).sum()) for name, mask in masks.items()}
     params = sum(p.numel() for p in model.parameters())
     saved = sum(count * positions[name] for name, count in gone.items())
-    return Counts(params, params - sum(gone.values()), macs, macs - saved, tuple(images.shape[1:]))
+    return Counts(params, params - sum(gone.values()), macs, macs - saved, size_of_one(images))
+
+
+def size_of_one(images: Tensor) -> tuple[int, int, int]:
+    """(B, C, H, W) -> (C, H, W)"""
+    _, channels, height, width = images.shape
+    return channels, height, width
 
 
 def count_positions(model: nn.Module, names: set[str], images: Tensor) -> dict[str, int]:

@@ -122,6 +122,7 @@ def weight_scores(
     names = list(names)
     check_has_data(method, batches)
     if method == "taylor":
+        assert batches is not None
         return taylor_scores(model, names, batches)
     if method == "random":
         generator = torch.Generator().manual_seed(seed)

@@ -43,7 +43,7 @@ def group_of_weights(model: nn.Module, groups: Sequence[str] | None = None, *, s
     """
     family = declared(model)
     strict = strict and groups is not None
-    found = {}
+    found: dict[str, str] = {}
     for group in USUAL if groups is None else groups:
         if group not in GROUPS:
             raise PruningError(f"unknown group {group!r}; known: {', '.join(GROUPS)}")

@@ -64,6 +64,7 @@ def head_importance(
 def head_scores(model: nn.Module, structures: Sequence[Structures], batches: Batches | None) -> list[Tensor]:
     """Return the divergence of every head, one tensor per layer."""
     check_has_data("head_importance", batches)
+    assert batches is not None
     found = iter(head_importance(model, batches, structures))
     return [torch.tensor([next(found).divergence for _ in range(s.size)], dtype=torch.float64) for s in structures]
 

@@ -52,5 +52,5 @@ class KeepMasks(Hook):
 
 def _net(model: nn.Module) -> nn.Module:
     """Return the timm model inside the wrappers of training."""
-    model = model.module if is_model_wrapper(model) else model
-    return getattr(model, "net", model)
+    inner: Any = model.module if is_model_wrapper(model) else model
+    return getattr(inner, "net", inner)

@@ -73,7 +73,8 @@ def _decoded(data: dict[str, Any]) -> dict[str, Any]:
         {name: {_axis(axis): _indices(kept) for axis, kept in axes.items()} for name, axes in data["cuts"].items()}
     )
     counts = {key: _whole(value) for key, value in data["counts"].items() if key != "input_size"}
-    data["counts"] = Counts(**counts, input_size=_wholes(data["counts"]["input_size"], 3))
+    channels, height, width = _wholes(data["counts"]["input_size"], 3)
+    data["counts"] = Counts(**counts, input_size=(channels, height, width))
     data["structure"] = tuple(_text(kind) for kind in data["structure"])
     data["removed"] = {kind: _wholes(counts, 2) for kind, counts in data["removed"].items()}
     data["groups"] = {name: _text(group) for name, group in data["groups"].items()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._modes import evaluating
 from ..attention_ops.macs import count_macs
-from .counts import Counts, example_image
+from .counts import Counts, example_image, size_of_one
 from .criteria import Batches, Scope, weight_scores
 from .errors import PruningError
 from .groups import group_of_weights
@@ -57,7 +57,7 @@ def plan_structures(
         masks=MappingProxyType(masks),
         groups=MappingProxyType({name: group_of.get(name, DEPENDENT) for name in masks}),
         thresholds=MappingProxyType(thresholds),
-        counts=Counts(sizes[0], sizes[1], before, after, tuple(image.shape[1:])),
+        counts=Counts(sizes[0], sizes[1], before, after, size_of_one(image)),
         structure=tuple(structure),
         cuts=MappingProxyType(cuts),
         widths=MappingProxyType(numbers),

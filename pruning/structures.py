@@ -10,7 +10,7 @@ width      A channel of a residual stream whose channels are not normalized toge
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +78,11 @@ def find_structures(model: nn.Module, kinds: Sequence[str], weights: Scores) -> 
     sets = channel_graph(model)
     found: list[Structures] = []
     refused: dict[str, list[str]] = {kind: [] for kind in kinds}  # reasons
+    of_heads: list[str] = [kind for kind in ("heads", "channels") if kind in refused]
     for name, layouts in layouts_of(model).items():
         after = next((channels for channels in sets if channels.attention == name), None)
         for heads in (_Heads(model, name, layout, after) for layout in layouts):
-            for kind in [kind for kind in ("heads", "channels") if kind in refused]:
+            for kind in of_heads:
                 if (why := heads.why_not(kind)) is not None:
                     refused[kind].append(f"{name}: {why}")
                 else:
@@ -104,11 +105,13 @@ def _by_kind(model: nn.Module, sets: list[Channels]) -> Iterator[tuple[str, str 
     for channels in sets:
         groups = [group_of.get(f"{writer}.weight") for writer in channels.writers]
         main = [group for group in groups if group != "gate"]
-        if channels.size and not channels.attention and any(group in _HIDDEN for group in main):
-            yield ("width" if len(main) > 1 else _HIDDEN[main[0]]), main[0], channels
+        hidden = [_HIDDEN[group] for group in main if group in _HIDDEN]
+        if channels.size and not channels.attention and hidden:
+            yield ("width" if len(main) > 1 else hidden[0]), main[0], channels
 
 
 def _whole(kind: str, channels: Channels) -> Structures:
+    assert channels.size is not None
     every = torch.arange(channels.size)[:, None]
     return Structures(kind, channels.writers[0], tuple(Slices(p.tensor, p.axis, every) for p in channels.places))
 
@@ -151,7 +154,10 @@ class _Heads:
 
     def _unless(self) -> str | None:
         for attribute, reason in self.layout.unless:
-            if reduce(lambda owner, name: getattr(owner, name, None), attribute.split("."), self.module) is not None:
+            value: Any = self.module
+            for name in attribute.split("."):
+                value = getattr(value, name, None)
+            if value is not None:
                 return reason
         return None
 
@@ -171,10 +177,8 @@ class _Heads:
             (name, axis, torch.arange(self.width["q"]).view(1, -1, 1).expand(self.count, -1, -1))
             for name, axis in self.layout.per_query
         ]
-        queries = [*self._rows("q"), *self._rows("k"), *shared]
-        values = [*self._rows("v"), *self._after_values()]
-        queries = self._slots(queries, weights, tied=bool(shared))
-        values = self._slots(values, weights, tied=False)
+        queries = self._slots([*self._rows("q"), *self._rows("k"), *shared], weights, tied=bool(shared))
+        values = self._slots([*self._rows("v"), *self._after_values()], weights, tied=False)
         steps = {role: {f"{self.name}.{a}": 1 for a, of in self.layout.widths if of == role} for role in ("q", "v")}
         if any({"q", "v"} <= set(p.roles) for p in self.layout.projections):
             numbers = steps["q"] | steps["v"]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._modes import evaluating
-from .._timm import update_model_args
+from .._timm import feature_info, set_pretrained_cfg, update_model_args
 from ..backbones._pruning import Prunable, ends, feature_channels, narrow, set_features
 from ..backbones.narrowed import narrowed
 from .errors import PruningError
@@ -39,10 +39,10 @@ def cut(
     if getattr(model, "output_fmt", "NCHW") == "NCHW":
         with evaluating(copy):
             features = feature_channels(copy, image)
-        if before.get("features") or features != [info["num_chs"] for info in model.feature_info]:
+        if before.get("features") or features != [info["num_chs"] for info in feature_info(model)]:
             widths["features"] = features
             set_features(copy, features, ends(model))
-    copy.widths = widths
+    copy.widths = widths  # type: ignore[assignment]  # nn.Module declares all attributes Tensor | Module
     _remember(copy)
     return copy
 
@@ -55,8 +55,7 @@ def _remember(model: nn.Module) -> None:
         return
     if made_from["architecture"] != narrowed.__name__:
         update_model_args(model, of=made_from["architecture"])
-        model.pretrained_cfg = {**made_from, "architecture": narrowed.__name__}
-        model.default_cfg = model.pretrained_cfg
+        set_pretrained_cfg(model, {**made_from, "architecture": narrowed.__name__})
 
 
 def _merged(before: Mapping[str, Any], name: str, shape: list[int | None]) -> list[int | None]:

@@ -74,7 +74,8 @@ def plan_until(
     least = cost(found, model)
     if least <= target:
         return found
-    found, low, high = None, 0.0, HIGHEST_RATIO
+    lowest: Plan | None = None
+    low, high = 0.0, HIGHEST_RATIO
     for _ in range(steps):
         ratio = (low + high) / 2
         try:
@@ -85,9 +86,9 @@ def plan_until(
         reached = cost(plan, model)
         least = min(least, reached)
         if reached <= target:
-            found, high = plan, ratio
+            lowest, high = plan, ratio
         else:
             low = ratio
-    if found is None:
+    if lowest is None:
         raise PruningError(f"no ratio brings the model to {target:g} {unit}: the lowest cost was {least:.4g} {unit}")
-    return found
+    return lowest

@@ -1,5 +1,7 @@
 """Pruning declarations of timm's own families; ours declare them on the model class."""
 
+from typing import Any
+
 from timm.models.convnext import ConvNeXt
 from timm.models.davit import DaVit
 from timm.models.resnet import ResNet
@@ -8,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ..backbones._pruning import AttentionLayout, Prunable
 
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "qkv": r".+\.attn\.qkv\.weight",
     "prj": r".+\.attn\.proj\.weight",
     "mlp": r".+\.mlp\.fc[12]\.weight",

@@ -6,7 +6,7 @@ can run per batch on the device is in augment.py.
 
 import signal
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from mmengine.dataset import DefaultSampler
@@ -35,8 +35,9 @@ def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoad
     val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
     loader = _loader(recipe, train, _train_sampler(recipe, train), pin_memory, drop_last=True)
     if not len(loader):
+        images = len(loader.sampler)  # type: ignore[arg-type]  # torch's Sampler declares no length
         raise TrainError(
-            f"data: the training split gives each process {len(loader.sampler)} images, fewer than one "
+            f"data: the training split gives each process {images} images, fewer than one "
             f"batch_size {recipe.batch_size} (a partial batch is dropped)"
         )
     return loader, _val_loader(recipe, val, pin_memory), classes
@@ -65,19 +66,20 @@ def draw_batches(
     """
     split = open_split(data, data.train_split, transform, fixed=False)
     _check_classes(data, data.train_split, class_names(split), num_classes)
-    if len(split) < batches * batch_size:
+    count = len(split)  # type: ignore[arg-type]  # torch's Dataset declares no length
+    if count < batches * batch_size:
         raise TrainError(
-            f"data: {data.root or data.source} has {len(split)} images in {data.train_split!r}, fewer than {batches} "
+            f"data: {data.root or data.source} has {count} images in {data.train_split!r}, fewer than {batches} "
             f"batches of {batch_size}"
         )
-    drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[: batches * batch_size]
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: batches * batch_size]
     return list(DataLoader(Subset(split, drawn.tolist()), batch_size, collate_fn=Collate(num_classes)))
 
 
 def train_transform(recipe: Recipe) -> transforms.Compose:
     """Return PIL image -> (C, H, W) uint8, with the augmentation that runs per image."""
     data, augment = recipe.data, recipe.augment
-    options = {
+    options: dict[str, Any] = {
         "scale": augment.scale or (1.0, 1.0),  # the largest center crop of the input's aspect ratio
         "ratio": (augment.ratio or (3 / 4, 4 / 3)) if augment.scale else _ratio(data),
         "hflip": augment.hflip,
@@ -103,7 +105,7 @@ def val_transform(recipe: Recipe) -> transforms.Compose:
 class ToMode:
     """Convert to gray (1 channel) or RGB (3). A class, so that it can be pickled for worker processes."""
 
-    def __init__(self, channels: Literal[1, 3]) -> None:
+    def __init__(self, channels: int) -> None:
         self.mode = "L" if channels == 1 else "RGB"
 
     def __call__(self, image: Image.Image) -> Image.Image:

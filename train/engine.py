@@ -17,7 +17,8 @@ from .._errors import first_line
 from .checkpoints import read_checkpoint
 from .errors import TrainError
 
-_NO_HISTORY = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}  # a message hub's state, empty
+# The state of an empty message hub.
+_NO_HISTORY: dict[str, dict[str, Any]] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
 
 
 class RecipeRunner(Runner):
@@ -30,7 +31,8 @@ class RecipeRunner(Runner):
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if isinstance(handler, logging.FileHandler):
-                handler.handleError = lambda record: None  # a full disk is reported when a checkpoint is written
+                # a full disk is reported when a checkpoint is written
+                handler.handleError = lambda record: None  # type: ignore[method-assign]
             else:
                 handler.setLevel(logging.ERROR)
         return logger

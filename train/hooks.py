@@ -87,7 +87,7 @@ class SaveCheckpoints(Hook):
         self.best = checkpoint["meta"]["best"]
 
     @master_only
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         improved = self.best is None or metrics["top1"] > self.best["top1"]
         if improved:
             self.best = {"epoch": runner.epoch, "top1": metrics["top1"]}

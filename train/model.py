@@ -22,6 +22,7 @@ from .._errors import did_you_mean, first_line
 from .._files import UnreadableFileError
 from .._memory import check_images_fit
 from .._modes import keeping_modes
+from .._timm import pretrained_cfg, set_pretrained_cfg
 from .._weights import prefers_averages, read_state_dict
 from .augment import BatchTransform
 from .errors import TrainError
@@ -93,17 +94,20 @@ def build_net(recipe: Recipe) -> nn.Module:
         raise TrainError(
             f"model.name: unknown model {model.name!r}" + did_you_mean(model.name.partition(".")[0], known)
         )
-    own = {"num_classes": model.num_classes, "in_chans": model.in_chans, "drop_path_rate": model.drop_path_rate}
-    overlay = None if model.checkpoint is None else _from_file(model)
+    own: dict[str, Any] = {
+        "num_classes": model.num_classes,
+        "in_chans": model.in_chans,
+        "drop_path_rate": model.drop_path_rate,
+    }
+    overlay = None if model.checkpoint is None else _from_file(model, Path(model.checkpoint))
     try:
         net = timm.create_model(
             model.name, model.pretrained or overlay is not None, pretrained_cfg_overlay=overlay, **own, **model.keywords
         )
     except Exception as error:  # models and checkpoint filters raise many types
         raise _why_not_built(model, error) from error
-    kept = {key: value for key, value in (net.pretrained_cfg or {}).items() if key != "state_dict"}
-    net.pretrained_cfg = {**kept, **_input_cfg(recipe)}
-    net.default_cfg = net.pretrained_cfg
+    kept = {key: value for key, value in pretrained_cfg(net).items() if key != "state_dict"}
+    set_pretrained_cfg(net, {**kept, **_input_cfg(recipe)})
     return net
 
 
@@ -149,9 +153,8 @@ def _input_cfg(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _from_file(model: ModelRecipe) -> dict[str, Any]:
+def _from_file(model: ModelRecipe, path: Path) -> dict[str, Any]:
     """Pass a file's weights and number of classes to timm's loader, which skips a head with other classes."""
-    path = Path(model.checkpoint)
     try:
         weights = read_state_dict(path, use_ema=prefers_averages(model.name))
     except UnreadableFileError as error:

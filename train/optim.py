@@ -23,7 +23,7 @@ def build_optimizer(net: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
     """
     if recipe.opt not in list_optimizers():
         raise TrainError(
-            f"optimizer.opt: unknown optimizer {recipe.opt!r}" + did_you_mean(recipe.opt, list_optimizers())
+            f"optimizer.opt: unknown optimizer {recipe.opt!r}" + did_you_mean(recipe.opt, map(str, list_optimizers()))
         )
     names = ("betas", "eps", "momentum", "layer_decay")
     given = {name: value for name in names if (value := getattr(recipe, name)) is not None}
@@ -88,6 +88,7 @@ def lr_at(epoch: float, schedule: ScheduleRecipe, lr: float) -> float:
         start = schedule.warmup_lr or 0.0
         return start + (lr - start) * epoch / schedule.warmup_epochs
     if schedule.kind == "step":
+        assert schedule.step_rate is not None and schedule.step_epochs is not None  # checked by the recipe
         return max(schedule.min_lr, lr * schedule.step_rate ** int(min(epoch, schedule.epochs) / schedule.step_epochs))
     done = min(epoch / schedule.epochs, 1.0)
     left = 0.5 * (1 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1 - done

@@ -63,7 +63,7 @@ class EpochLog(Hook):
             )
 
     @master_only
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         record = {
             "epoch": runner.epoch,
             "iter": runner.iter,

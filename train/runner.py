@@ -199,7 +199,7 @@ def _check_same_run(meta: dict[str, Any], recipe: Recipe, path: Path) -> None:
 
 
 def _flat(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= _flat(value, f"{where}{key}.") if isinstance(value, Mapping) else {f"{where}{key}": value}
     return flat

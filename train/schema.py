@@ -8,12 +8,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .._errors import did_you_mean, printable
 from .errors import TrainError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 _SHOWN = 200  # characters of a name or value that a message repeats
 _WORDS = {"at_least": ">=", "above": ">", "at_most": "<=", "below": "<"}
@@ -55,7 +58,7 @@ def _convert(hint: Any, value: object, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return _convert_union(hint, value, key)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return read(hint, value, key)
     if origin is tuple and isinstance(value, list | tuple):
         of = [args[0]] * len(value) if args[-1] is Ellipsis else args

