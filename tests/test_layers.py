@@ -159,3 +159,9 @@ def test_what_is_new_in_timms_registry_is_ours(registry):
     new = {name: module for name, module in after["entry"].items() if name not in before["entry"]}
     assert new
     assert [name for name, module in new.items() if not module.startswith("foveate.backbones.")] == []
+
+
+def test_the_types_of_what_users_import_have_no_known_errors():
+    listed = (ROOT / "mypy-baseline.txt").read_text().splitlines()
+    folders = {line.split("/")[1] for line in listed}
+    assert listed and folders <= {"benchmarks", "kernels", "tests"}
