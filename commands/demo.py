@@ -23,6 +23,7 @@ from .._files import atomic_path, why_not_writable
 from .._version import __version__
 from ..export import Agreement, export_onnx, save_hub, verify
 from ..export.files import check_empty_folder
+from ..fusion import keep_memory
 from ..train import TrainResult, evaluate, load_net, read_scalars, train
 from ..train.mnist5k import load_digits
 from ._options import MAX_SEED
@@ -61,13 +62,14 @@ def demo_command(
 ) -> None:
     """Train on 4000 real digits, test on 1000 others, export to ONNX, and compare the file with PyTorch."""
     _check_ready(out)
+    kept = keep_memory()
     try:
         result = run_demo(out, model, seed)
     except OSError as error:  # no permission, no space
         raise OSError(f"{error}; complete files stay in {out}") from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; complete files stay in {out}") from None
-    print_facts("foveate demo", _facts(out, result))
+    print_facts("foveate demo", _facts(out, result) | {"freed memory": "kept" if kept else "returned to the system"})
 
 
 def run_demo(out: Path, model: DemoModel = DemoModel.NAT, seed: int = 0) -> Demo:

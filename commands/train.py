@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..fusion import keep_memory
 from ..train import TrainResult, train
 from ..train.checkpoints import list_epochs
 from ..train.launch import Launcher
@@ -33,7 +34,8 @@ def train_command(
     launcher: StartedBy = "none",
     device: Device = None,
 ) -> None:
-    """Train a recipe; --resume continues an interrupted run."""
+    """Train a recipe; --resume continues an interrupted run. Freed memory stays in the process."""
+    keep_memory()
     work_dir = work_dir or Path("work_dirs") / Path(config).stem
     try:
         result = train(

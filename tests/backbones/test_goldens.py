@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-import foveate  # noqa: F401  (registers the models)
+import foveate
 from foveate.backbones import biformer, litv2
 from foveate.backbones.van import OverlapPatchEmbed, VanAttention, VanBlock, VanMlp
 
@@ -60,6 +60,22 @@ def test_logits_and_stages_equal_the_official_ones(name, det, official):
             noise = rounding_noise(model, x, given)
             wrong = {key: (by, noise[key]) for key, by in wrong.items() if not by <= ROUNDINGS * noise[key]}
         assert wrong == {}, given["name"]
+
+
+FUSED = ["van__van_b0", "davit__official_tiny", "nat__nat_mini", "ecanet__official_eca_mobilenet_v2_ckpt"]
+
+
+@pytest.mark.parametrize(
+    "name", [*FUSED, *(pytest.param(n, marks=pytest.mark.slow) for n in [*FAST, *SLOW] if n not in FUSED)]
+)
+def test_a_fused_model_gives_the_official_logits(name, det, official):
+    facts, logits, model, _ = official(name)
+    fused = foveate.fuse(model)
+    for given in facts["inputs"] if name not in FUSED else facts["inputs"][:1]:
+        x = torch.from_numpy(det.det_input(given["shape"], given["seed"]))
+        with torch.no_grad():
+            by = differences({"logits": fused(x)}, recorded(given, logits))["logits"]
+        assert by <= 1e-4 or by <= ROUNDINGS * rounding_noise(model, x, given)["logits"], (given["name"], by)
 
 
 def outputs(model, x, given):

@@ -1,3 +1,13 @@
 """Recipes of tiny models, for `foveate train`."""
 
+import pytest
 from recipes import few_threads, images, make_recipe  # noqa: F401 - fixtures
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Leave the allocator of the tests' process as it is; return the commands that asked to keep memory."""
+    asked: list[str] = []
+    for command in ("train", "demo"):
+        monkeypatch.setattr(f"foveate.commands.{command}.keep_memory", lambda command=command: asked.append(command))
+    return asked
