@@ -5,6 +5,7 @@ from .bi_level_routing import BiLevelRoutingAttention, BiLevelRoutingAttentionNc
 from .channel import ChannelAttention, channel_attention
 from .channel_gate import EfficientChannelAttention, channel_gate
 from .circle import circle_attention
+from .dense import dense
 from .halo import HaloAttention2d, halo_attention
 from .hilo import HiLoAttention, hilo_attention
 from .insert import insert_attention
@@ -31,6 +32,7 @@ __all__ = [
     "channel_attention",
     "channel_gate",
     "circle_attention",
+    "dense",
     "halo_attention",
     "hilo_attention",
     "insert_attention",

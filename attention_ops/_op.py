@@ -56,6 +56,7 @@ _SCHEMA_TYPES = {
     int: "int",
     float: "float",
     float | None: "float?",
+    str | None: "str?",
     Impl | str: "str",
 }
 Body = Callable[..., Tensor]

@@ -1,6 +1,6 @@
 """Inference on a CPU: `fuse` rewrites a model, `keep_memory` keeps its buffers, `cpu_report` measures the CPU."""
 
-from .calibration import CpuReport, cpu_report
+from ..attention_ops.calibration import CpuReport, cpu_report
 from .errors import FuseError
 from .memory import keep_memory
 from .model import FusedModel, fuse, unfuse

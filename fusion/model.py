@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._errors import first_line
 from ..attention_ops._op import is_traced, under_transform
-from .calibration import takes_product
+from ..attention_ops.calibration import takes_product
 from .errors import FuseError
 from .plan import Plan, make_plan
 from .report import FuseReport

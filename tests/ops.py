@@ -15,6 +15,7 @@ from foveate.attention_ops import (
     channel_attention,
     channel_gate,
     circle_attention,
+    dense,
     halo_attention,
     hilo_attention,
     large_kernel_attention,
@@ -128,6 +129,15 @@ CASES = {
         batched=(True, True, True, False),
         local=True,
         names=QKV_RPB,
+    ),
+    "dense": Case(
+        dense,
+        ((2, 5, 6), (4, 6), (4,), (2, 5, 4)),
+        lambda x, weight, bias, residual, impl="auto": dense(
+            x, weight, bias, activation="gelu", residual=residual, impl=impl
+        ),
+        batched=(True, False, False, True),
+        names=("x", "weight", "bias", "residual"),
     ),
     "circle": Case(
         circle_attention,

@@ -10,8 +10,8 @@ import torch
 
 import foveate
 from foveate._errors import RequestError
-from foveate.fusion import calibration
-from foveate.fusion.calibration import calibration_file, cpu_key, cpu_report
+from foveate.attention_ops import calibration
+from foveate.attention_ops.calibration import calibration_file, cpu_key, cpu_report
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Which library multiplies: measured once per CPU, instruction set, torch release and number of threads, and kept.
 
-Only `fuse` asks; training never does. FOVEATE_PRODUCTS=onednn or torch decides without measuring, and then nothing is
-read or written.
+`fuse` and the op `dense` ask; training never does. FOVEATE_PRODUCTS=onednn or torch decides without measuring, and
+then nothing is read or written.
 """
 
 import json
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from .._errors import RequestError
 from .._files import UnreadableFileError, atomic_path, read_json
-from ..attention_ops import _onednn as onednn
-from ..attention_ops._onednn import NONE, POINT
+from . import _onednn as onednn
+from ._onednn import NONE, POINT
 
 if TYPE_CHECKING:
     from rich.table import Table
