@@ -52,17 +52,25 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, place: Place, activ
 
 
 def convolve_onto(
-    x: Tensor, weight: Tensor, bias: Tensor | None, place: Place, activation: Activation, other: Tensor, in_place: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    place: Place,
+    activation: Activation,
+    other: Tensor,
+    operation: str = "add",
+    in_place: bool = False,
 ) -> Tensor:
-    """activation(convolution + other) in one pass.
+    """activation(convolution + other), or the convolution times other, in one pass.
 
     Args:
         other: (B, D, H', W').
-        in_place: write into `other` where it lies channels-last; else the answer is a new tensor.
+        operation: "add" or "mul".
+        in_place: write into `other` where it lies channels-last, for "add"; else the answer is a new tensor.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     name, numbers, algorithm = activation
-    tail = (*place, "add", 1.0, None if name == "none" else name, numbers, algorithm)
+    tail = (*place, operation, 1.0, None if name == "none" else name, numbers, algorithm)
     if in_place and other.is_contiguous(memory_format=torch.channels_last):
         return torch.ops.mkldnn._convolution_pointwise_.binary(other, x, weight, bias, *tail)
     other = other.contiguous(memory_format=torch.channels_last)
@@ -75,11 +83,17 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activat
 
 
 def multiply_onto(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, other: Tensor, in_place: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    other: Tensor,
+    operation: str = "add",
+    in_place: bool = False,
 ) -> Tensor:
-    """activation(product + other) in one pass, as in `convolve_onto`; other is (..., N)."""
+    """activation(product + other), or the product times other, as in `convolve_onto`; other is (..., N)."""
     in_place = in_place and other.is_contiguous()
-    image = convolve_onto(as_image(x), weight, bias, POINT, activation, as_image(other), in_place)
+    image = convolve_onto(as_image(x), weight, bias, POINT, activation, as_image(other), operation, in_place)
     return from_image(image, x.shape)
 
 
@@ -118,11 +132,9 @@ def _agrees(dtype: torch.dtype) -> bool:
         (convolve(x, packed, bias, place, Activation("relu")), plain.relu()),
         (convolve(x, packed, bias, place, Activation("swish")), F.silu(plain)),
         (convolve(x, packed, bias, place, Activation("hardtanh", (0.0, 6.0))), F.relu6(plain)),
-        (convolve_onto(x, packed, bias, place, Activation("relu"), other, False), (plain + other.float()).relu()),
-        (
-            convolve_onto(x, packed, bias, place, NONE, other.clone(), True),
-            plain + other.float(),
-        ),
+        (convolve_onto(x, packed, bias, place, Activation("relu"), other), (plain + other.float()).relu()),
+        (convolve_onto(x, packed, bias, place, NONE, other, "mul"), plain * other.float()),
+        (convolve_onto(x, packed, bias, place, NONE, other.clone(), "add", True), plain + other.float()),
     ]
     rows = torch.randn(7, 8, generator=generator).to(dtype)
     matrix = weight[:, :, 0, 0]

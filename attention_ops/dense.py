@@ -102,7 +102,7 @@ def dense_tiled(
     if residual is None:
         return onednn.multiply(x, image, bias, epilogue)
     if activation is None:
-        return onednn.multiply_onto(x, image, bias, NONE, residual, False)
+        return onednn.multiply_onto(x, image, bias, NONE, residual)
     return onednn.multiply(x, image, bias, epilogue).add_(residual)
 
 

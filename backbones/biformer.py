@@ -143,8 +143,7 @@ class ConvMixer(nn.Module):
         return to_nhwc(self.conv2(self.dwconv(self.conv1(to_nchw(x)))))
 
 
-def _attention(index: int, config: BiFormerConfig, **dd) -> nn.Module:
-    dim, topk = config.dims[index], config.topks[index]
+def _attention(dim: int, topk: int | str | None, config: BiFormerConfig, index: int, **dd) -> nn.Module:
     if topk == "conv":
         return ConvMixer(dim, **dd)
     if topk == "plain":
@@ -184,15 +183,23 @@ class BiFormerBlock(nn.Module):
     channels_first: Final[bool]  # what the norms, the attention and the MLP take
     pre_norm: Final[bool]
 
-    def __init__(self, index: int, config: BiFormerConfig, drop: float, drop_path: float, **dd) -> None:
+    def __init__(
+        self,
+        dim: int,
+        topk: int | str | None,
+        config: BiFormerConfig,
+        drop: float,
+        drop_path: float,
+        index: int = 0,  # of the stage whose qk_dims and pooling the attention has
+        **dd,
+    ) -> None:
         super().__init__()
-        dim = config.dims[index]
         self.channels_first = config.nchw
         self.pre_norm = config.pre_norm
         norm = LayerNorm2d if config.nchw else nn.LayerNorm
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if config.pos_conv else None
         self.norm1 = norm(dim, eps=1e-6, **dd)
-        self.attn = _attention(index, config, **dd)
+        self.attn = _attention(dim, topk, config, index, **dd)
         self.norm2 = norm(dim, eps=1e-6, **dd)
         self.mlp = _mlp(dim, config, drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -263,9 +270,10 @@ class BiFormer(StagedBackbone):
         return _stem(in_chans, config.dims[0], config, **dd)
 
     def make_stage(self, config: BiFormerConfig, index: int, drop: float, drop_paths: list[float], **dd) -> Stage:
+        dim, topk = config.dims[index], config.topks[index]
         return Stage(
-            _downsample(config.dims[index - 1], config.dims[index], config, **dd) if index else nn.Identity(),
-            [BiFormerBlock(index, config, drop, rate, **dd) for rate in drop_paths],
+            _downsample(config.dims[index - 1], dim, config, **dd) if index else nn.Identity(),
+            [BiFormerBlock(dim, topk, config, drop, rate, index, **dd) for rate in drop_paths],
         )
 
     def make_norm(self, dim: int, **dd) -> nn.Module:

@@ -119,6 +119,8 @@ def views_input(node: fx.Node) -> fx.Node | None:
         return None
     if node.target is operator.getitem:
         return inputs(node)[0]
+    if node.target is aten.einsum.default and len(node.all_input_nodes) == 1:  # a permutation, a view
+        return node.all_input_nodes[0]
     schema = getattr(node.target, "_schema", None)
     if schema is None or not any(out.alias_info is not None for out in schema.returns):
         return None

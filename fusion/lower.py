@@ -62,19 +62,20 @@ def _emit(
 ) -> None:
     """Put one call in the place of a layer and of what directly follows it."""
     activation, last = _activation(node, done)
-    total = None if activation != NONE else _sum(last)
-    other = None
+    total = None if activation != NONE else _combination(last)
+    rest: tuple[Any, ...] = ()
     if total is not None:
         other = next(t for t in inputs(total) if t is not last)
-        in_place = _may_write(captured.graph, other, node, total)
-        done["sum in place" if in_place else "sum"] += 1
-        activation, last = _relu(total, done)
+        if total.target is aten.mul.Tensor:
+            rest, last = (other, "mul", False), total
+            done["gate"] += 1
+        else:
+            rest = (other, "add", _may_write(captured.graph, other, node, total))
+            done["sum in place" if rest[2] else "sum"] += 1
+            activation, last = _relu(total, done)
     with captured.graph.inserting_before(last):
         args = (inputs(node)[0], captured.constant(weight), argument(node, 2, "bias"), *place, tuple(activation))
-        if other is None:
-            call = captured.call(kinds[0], *args, like=last)
-        else:
-            call = captured.call(kinds[1], *args, other, in_place, like=last)
+        call = captured.call(kinds[1 if rest else 0], *args, *rest, like=last)
     last.replace_all_uses_with(call)
     for old in dict.fromkeys((last, *([total] if total is not None else []), node)):
         if not old.users:
@@ -104,10 +105,10 @@ def _in_onednns_terms(node: fx.Node) -> Activation | None:
     return Activation("hardtanh", (0.0, 6.0)) if name == "relu6" else Activation(name) if name else None
 
 
-def _sum(node: fx.Node) -> fx.Node | None:
-    """The sum of a layer's answer and another map of its shape, where only it reads the answer."""
+def _combination(node: fx.Node) -> fx.Node | None:
+    """The sum or product of a layer's answer and another map of its shape, where only it reads the answer."""
     user = sole_user(node)
-    if user is None or user.target is not aten.add.Tensor or user.kwargs.get("alpha", 1) != 1:
+    if user is None or user.target not in (aten.add.Tensor, aten.mul.Tensor) or user.kwargs.get("alpha", 1) != 1:
         return None
     if not all(isinstance(t, fx.Node) for t in inputs(user)):
         return None

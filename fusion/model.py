@@ -16,6 +16,7 @@ from .errors import FuseError
 from .plan import Plan, make_plan
 from .report import FuseReport
 
+_CAPTURING = RLock()  # torch.export patches the modules that it traces: one capture at a time
 MOST_SIZES = 4  # plans that are kept: each holds packed weights of its own
 
 
@@ -33,17 +34,22 @@ class FusedModel(nn.Module):
         self.training = False
         self._forget()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `forward`, and the hooks on the fused model itself if it has any.
+
+        Not through nn.Module's own `__call__`: torch.export replaces that in all threads while it captures in one.
+        """
+        if self._forward_hooks or self._forward_pre_hooks:
+            return super().__call__(*args, **kwargs)
+        return self.forward(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Any:
         """Return what the model returns for an image batch (B, C, H, W), without gradients.
 
         Raises:
             FuseError: gradients are asked for, a layer has hooks, or the model cannot be captured at this size.
         """
-        if (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or (isinstance(x, Tensor) and (is_traced([x]) or under_transform([x])))
-        ):
+        if _is_looked_at(x):
             return self.model(x)
         if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
             raise FuseError("a fused model gives no gradients, and the input requires one; unfuse the model to train")
@@ -111,14 +117,14 @@ class FusedModel(nn.Module):
 
 
 def _is_looked_at(x: Any) -> bool:
-    """Say whether an exporter, a compiler or torch.func is at work: they see the model itself."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Say whether an exporter, a compiler or torch.func is at work in this thread: they see the model itself."""
+    if torch.compiler.is_dynamo_compiling():  # not is_compiling(), which torch.export sets for all threads
         return True
     return isinstance(x, Tensor) and (is_traced([x]) or under_transform([x]))
 
 
 def _make(model: nn.Module, x: Tensor) -> Plan:
-    with torch.inference_mode(False):
+    with _CAPTURING, torch.inference_mode(False):
         example = torch.zeros(x.shape, dtype=x.dtype)  # an inference tensor cannot be captured
         try:
             return make_plan(model, example, takes_product)

@@ -25,7 +25,7 @@ class Plan:
     left: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, x: Tensor) -> Any:
-        return self.captured.unflatten(self.run(x))
+        return self.captured.unflatten(self.run.forward(x))
 
 
 REWRITES: tuple[tuple[str, Callable[[Captured], int]], ...] = (
