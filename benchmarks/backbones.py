@@ -18,10 +18,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from rich.table import Table
-from timm.models import is_model, resolve_model_input_args
+from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 from ..attention_ops.macs import count_macs
+from ._settings import ModelSettings, add_model_options, parse_model_settings
 from ._timing import common_parser, describe_machine, interleaved_seconds, peak_bytes, write_report
 
 MODULE = "foveate.benchmarks.backbones"
@@ -50,23 +51,15 @@ TRAINING_PASSES = 3  # forward, gradient of the input, gradient of the weight
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ModelSettings):
     """One run of the benchmark."""
 
     models: tuple[str, ...] = PEERS + OURS
-    batch: int = 8
-    img_size: int = PUBLISHED_PX
-    threads: int | None = None  # None: torch's own
-    rounds: int = 5
     train: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.models if not is_model(name)]:
-            raise ValueError(f"unknown models: {', '.join(unknown)}")
-        sizes = {name: getattr(self, name) for name in ("batch", "img_size", "rounds", "threads")}
-        if small := [f"{name} {size}" for name, size in sizes.items() if size is not None and size < 1]:
-            raise ValueError(f"wanted at least 1, got {', '.join(small)}")
+        super().__post_init__()
         if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
             raise ValueError(f"wanted device cpu, or cuda where torch sees one, got {self.device}")
 
@@ -149,19 +142,10 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path |
     """Read the command line; an invalid request exits with one line and code 2."""
     default = Settings()
     parser = common_parser(MODULE, __doc__, rounds=default.rounds)
-    parser.add_argument("--models", nargs="+", default=default.models, metavar="NAME", help="timm model names")
-    parser.add_argument("--batch", type=int, default=default.batch, help="images per step (default %(default)s)")
-    parser.add_argument("--img-size", type=int, default=default.img_size, help="px (default %(default)s)")
+    add_model_options(parser, default)
     parser.add_argument("--train", action="store_true", help="forward and backward instead of inference")
     parser.add_argument("--device", default=default.device, help="cpu or cuda (default %(default)s)")
-    options = vars(parser.parse_args(arguments))
-    out = options.pop("out")
-    if out is not None and not out.absolute().parent.is_dir():
-        parser.error(f"--out {out}: the folder {out.parent} does not exist")
-    try:
-        return Settings(**options | {"models": tuple(options["models"])}), out
-    except ValueError as error:
-        parser.error(str(error))
+    return parse_model_settings(Settings, parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

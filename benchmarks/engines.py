@@ -20,7 +20,7 @@ from pathlib import Path
 import timm
 import torch
 from rich.table import Table
-from timm.models import is_model, resolve_model_input_args
+from timm.models import resolve_model_input_args
 from torch import nn
 
 from .._torch import has_bfloat16_products
@@ -28,32 +28,28 @@ from ..attention_ops.macs import count_macs
 from ..export import ExportError
 from ..export.engines import prepare
 from ..fusion import FuseError, cpu_report, keep_memory
+from ._settings import ModelSettings, add_model_options, parse_model_settings
 from ._timing import common_parser, describe_machine, interleaved_seconds, write_report
 
 MODULE = "foveate.benchmarks.engines"
 MODELS = ("resnet50", "swin_tiny_patch4_window7_224", "davit_tiny", "fv_davit_tiny", "nat_mini", "biformer_tiny")
 MODELS += ("van_b1", "litv2_small", "fv_halonet26t", "eca_resnet50")
 RIVALS = ("compiled", "onnxruntime", "openvino")
-ENGINES = ("kept", "fused", *RIVALS, "bf16", "bf16 fused")
+ENGINES = ("kept", "fused", *RIVALS, "bf16", "bf16-fused")
 WIDTH = 7  # of a column
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ModelSettings):
     """One run of the benchmark."""
 
     models: tuple[str, ...] = MODELS
-    batch: int = 8
-    img_size: int = 224
-    threads: int | None = None  # None: torch's own
-    rounds: int = 5
+    engines: tuple[str, ...] = ENGINES
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.models if not is_model(name)]:
-            raise ValueError(f"unknown models: {', '.join(unknown)}")
-        sizes = {name: getattr(self, name) for name in ("batch", "img_size", "rounds", "threads")}
-        if small := [f"{name} {size}" for name, size in sizes.items() if size is not None and size < 1]:
-            raise ValueError(f"wanted at least 1, got {', '.join(small)}")
+        super().__post_init__()
+        if unknown := [name for name in self.engines if name not in ENGINES]:
+            raise ValueError(f"unknown engines: {', '.join(unknown)}; known: {', '.join(ENGINES)}")
 
 
 @dataclass
@@ -92,8 +88,8 @@ def measure(settings: Settings) -> list[Row]:
 def _measure_engines(row: Row, settings: Settings) -> None:
     model, x = _model(row.name, settings), _images(settings)
     calls: dict[str, Callable[[], object]] = {}
-    for name in ENGINES:
-        engine = {"kept": "eager", "bf16": "eager", "bf16 fused": "fused"}.get(name, name)
+    for name in settings.engines:
+        engine = {"kept": "eager", "bf16": "eager", "bf16-fused": "fused"}.get(name, name)
         half = name.startswith("bf16")
         if half and not has_bfloat16_products():
             row.refused[name] = "this CPU has no bfloat16 products"
@@ -164,17 +160,9 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path |
     """Read the command line; an invalid request exits with one line and code 2."""
     default = Settings()
     parser = common_parser(MODULE, __doc__, rounds=default.rounds)
-    parser.add_argument("--models", nargs="+", default=default.models, metavar="NAME", help="timm model names")
-    parser.add_argument("--batch", type=int, default=default.batch, help="images per step (default %(default)s)")
-    parser.add_argument("--img-size", type=int, default=default.img_size, help="px (default %(default)s)")
-    options = vars(parser.parse_args(arguments))
-    out = options.pop("out")
-    if out is not None and not out.absolute().parent.is_dir():
-        parser.error(f"--out {out}: the folder {out.parent} does not exist")
-    try:
-        return Settings(**options | {"models": tuple(options["models"])}), out
-    except ValueError as error:
-        parser.error(str(error))
+    add_model_options(parser, default)
+    parser.add_argument("--engines", nargs="+", default=default.engines, metavar="NAME", help=", ".join(ENGINES))
+    return parse_model_settings(Settings, parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

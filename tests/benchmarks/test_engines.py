@@ -42,8 +42,6 @@ def test_an_engine_that_cannot_is_one_line():
 
 
 def test_a_table_has_every_engine_and_its_reasons(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(engines, "RIVALS", ("onnxruntime",))
-    monkeypatch.setattr(engines, "ENGINES", ("kept", "fused", "onnxruntime", "openvino", "bf16"))
     monkeypatch.setattr(engines, "has_bfloat16_products", lambda: False)
 
     def refuse(engine, model, x):
@@ -53,6 +51,7 @@ def test_a_table_has_every_engine_and_its_reasons(monkeypatch, tmp_path, capsys)
 
     monkeypatch.setattr(engines, "prepare", refuse)
     arguments = ["--models", "test_resnet", "--batch", "2", "--img-size", "64", "--rounds", "1"]
+    arguments += ["--engines", "kept", "fused", "onnxruntime", "openvino", "bf16"]
     main([*arguments, "--out", str(tmp_path / "out.txt")])
     for text in (capsys.readouterr().out, (tmp_path / "out.txt").read_text()):
         assert "test_resnet" in text and "batch 2, 64 px" in text and "GMAC/s" in text
@@ -76,7 +75,11 @@ def test_page_faults_are_counted():
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--models", "no_such"], "unknown models: no_such"), (["--batch", "0"], "wanted at least 1, got batch 0")],
+    [
+        (["--models", "no_such"], "unknown models: no_such"),
+        (["--batch", "0"], "wanted at least 1, got batch 0"),
+        (["--engines", "tvm"], "unknown engines: tvm; known: kept"),
+    ],
 )
 def test_an_invalid_request_is_refused(arguments, words, capsys):
     with pytest.raises(SystemExit):
