@@ -5,6 +5,8 @@ Tiled      in inference on a CPU oneDNN multiplies, with the activation or the s
            gradients are recorded, torch's operations. Weights are not packed: `foveate.fuse` packs them.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ from ._op import Impl, declare, run
 from .calibration import cpu_report
 
 OP = "dense"
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Activation]] = {
     "relu": (F.relu, Activation("relu")),
     "gelu": (F.gelu, Activation("gelu", (), "none")),
     "silu": (F.silu, Activation("swish")),

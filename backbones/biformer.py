@@ -27,6 +27,7 @@ from ._layers import DepthwiseMlp, MapGELU, layer_scale, scaled, to_nchw, to_nhw
 from ._pruning import AttentionLayout, Prunable
 from ._staged import Stage, StageConfig, StagedBackbone, check_stages
 
+TopK = int | Literal["conv", "plain"] | None
 USE_EMA = False  # the published accuracy is of `model`, where timm's loader would take `model_ema`
 
 register_notrace_module(BiLevelRoutingAttention)  # they cut maps by their size
@@ -41,7 +42,7 @@ class BiFormerConfig(StageConfig):
     depths: tuple[int, ...] = (2, 2, 8, 2)  # blocks, per stage
     # Regions that a region sees; None: every token sees all tokens; "plain": so too, but without attention's positional
     # convolution; "conv": 1x1, depthwise 5x5 and 1x1 convolutions in place of attention.
-    topks: tuple[int | Literal["plain", "conv"] | None, ...] = (1, 4, 16, None)
+    topks: tuple[TopK, ...] = (1, 4, 16, None)
     regions: int = 7  # a side of the map
     head_dim: int = 32  # of routed attention
     dense_heads: int = 8  # of the stages where every token sees all
@@ -143,7 +144,7 @@ class ConvMixer(nn.Module):
         return to_nhwc(self.conv2(self.dwconv(self.conv1(to_nchw(x)))))
 
 
-def _attention(dim: int, topk: int | str | None, config: BiFormerConfig, index: int, **dd) -> nn.Module:
+def _attention(dim: int, topk: TopK, config: BiFormerConfig, index: int, **dd) -> nn.Module:
     if topk == "conv":
         return ConvMixer(dim, **dd)
     if topk == "plain":
@@ -186,7 +187,7 @@ class BiFormerBlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        topk: int | str | None,
+        topk: TopK,
         config: BiFormerConfig,
         drop: float,
         drop_path: float,

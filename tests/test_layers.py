@@ -13,7 +13,7 @@ import pytest
 import foveate
 
 ROOT = Path(__file__).parents[1]
-HEIGHT = {"kernels": 0, "attention_ops": 1, "backbones": 2, "export": 3, "fusion": 2, "pruning": 3}
+HEIGHT: dict[str, float] = {"kernels": 0, "attention_ops": 1, "backbones": 2, "export": 3, "fusion": 2, "pruning": 3}
 HEIGHT |= {"train": 3.5, "benchmarks": 4, "commands": 4}  # train/ registers the hook of pruning/
 HEIGHT |= dict.fromkeys(("_version", "_errors", "_digits", "_unpickle", "_modes", "_timm"), 0)
 HEIGHT["_torch"] = -1  # the files at the root
