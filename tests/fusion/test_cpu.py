@@ -18,7 +18,8 @@ from foveate.attention_ops.calibration import calibration_file, cpu_key, cpu_rep
 def own_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LOCALAPPDATA", raising=False)
-    monkeypatch.delenv("FOVEATE_PRODUCTS", raising=False)
+    for name in ("FOVEATE_PRODUCTS", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"):
+        monkeypatch.delenv(name, raising=False)
     calibration._rates.cache_clear()
     yield
     calibration._rates.cache_clear()
