@@ -8,7 +8,7 @@ kept          Eager with memory that stays.
 bf16          `model.bfloat16()`, eager and fused; "-" where this CPU has no bfloat16 products.
 best          The fused model's speed over the best of compiled, ONNX Runtime and OpenVINO.
 limit         The fused model's multiply-adds per second over the fastest float32 product measured on this CPU.
-faults        Page faults of one forward pass: eager, eager with kept memory, fused.
+Page faults   Of one forward pass, below the table: eager, eager with kept memory, fused.
 """
 
 import gc
@@ -36,7 +36,7 @@ MODELS = ("resnet50", "swin_tiny_patch4_window7_224", "davit_tiny", "fv_davit_ti
 MODELS += ("van_b1", "litv2_small", "fv_halonet26t", "eca_resnet50")
 RIVALS = ("compiled", "onnxruntime", "openvino")
 ENGINES = ("kept", "fused", *RIVALS, "bf16", "bf16-fused")
-WIDTH = 7  # of a column
+TITLES = {"compiled": "compile", "onnxruntime": "ORT", "openvino": "OpenVINO"}  # of columns
 
 
 @dataclass(frozen=True)
@@ -130,21 +130,25 @@ def tabulate(rows: list[Row], settings: Settings) -> Table:
     title = f"inference, img/s, {size}, median of {settings.rounds} rounds; limit {limit:.0f} GMAC/s"
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
-    for name in ("eager", *ENGINES, "best", "limit", "faults"):
-        table.add_column(name, justify="right", min_width=min(WIDTH, len(name)))
+    for name in ("eager", *ENGINES, "best", "limit"):
+        table.add_column(TITLES.get(name, name), justify="right", no_wrap=True)
     for row in rows:
         speeds = [f"{row.speed[name]:.1f}" if name in row.speed else "-" for name in ("eager", *ENGINES)]
         best = "-" if row.over_best is None else f"{row.over_best:.2f}"
         share = f"{row.macs * row.speed['fused'] / 1e9 / limit:.0%}" if "fused" in row.speed else "-"
-        faults = [row.faults.get(name) for name in ("eager", "kept", "fused")]
-        table.add_row(row.name, *speeds, best, share, " ".join("-" if n is None else str(n) for n in faults))
+        table.add_row(row.name, *speeds, best, share)
     return table
 
 
 def notes(rows: list[Row]) -> str:
-    """Why engines have no figure, and the products that this CPU was calibrated with."""
+    """The products that this CPU was calibrated with, page faults, and why engines have no figure."""
     refused = [f"{row.name}, {name}: {why}" for row in rows for name, why in row.refused.items()]
-    return "\n".join(["Calibration", str(cpu_report()), *(["Not measured", *refused] if refused else [])])
+    faults = [
+        f"{row.name}: " + ", ".join(f"{name} {'-' if n is None else n}" for name, n in row.faults.items())
+        for row in rows
+    ]
+    parts = {"Calibration": [str(cpu_report())], "Page faults of a forward pass": faults, "Not measured": refused}
+    return "\n".join(line for title, lines in parts.items() if lines for line in (title, *lines))
 
 
 def product_limit() -> float:

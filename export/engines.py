@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import first_line
+from .._errors import printable
 from ..fusion import FuseError, fuse
 from .errors import ExportError, MissingExtraError
 from .graphs import INPUT_NAME, export_onnx, require_onnx
 from .inputs import without_warnings
 
 Run = Callable[[], Any]
+LONGEST = 200  # characters of an engine's message
 
 
 def prepare(engine: str, model: nn.Module, x: Tensor) -> Run:
@@ -40,7 +41,8 @@ def prepare(engine: str, model: nn.Module, x: Tensor) -> Run:
     except (ExportError, FuseError):
         raise
     except Exception as error:  # engines raise many types
-        raise ExportError(f"{engine}: {first_line(error)}") from error
+        message = printable(" ".join(str(error).split()))  # OpenVINO's first line names a file of its own
+        raise ExportError(f"{engine}: {message[:LONGEST] or type(error).__name__}") from error
 
 
 def _eager(model: nn.Module, x: Tensor) -> Run:
