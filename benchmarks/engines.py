@@ -147,7 +147,9 @@ def notes(rows: list[Row]) -> str:
         f"{row.name}: " + ", ".join(f"{name} {'-' if n is None else n}" for name, n in row.faults.items())
         for row in rows
     ]
-    parts = {"Calibration": [str(cpu_report())], "Page faults of a forward pass": faults, "Not measured": refused}
+    report = cpu_report()
+    calibration = str(report).replace(f"; {report.file}", "")  # a path of this machine
+    parts = {"Calibration": [calibration], "Page faults of a forward pass": faults, "Not measured": refused}
     return "\n".join(line for title, lines in parts.items() if lines for line in (title, *lines))
 
 
