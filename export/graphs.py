@@ -85,6 +85,8 @@ def export_program(
         _output_names(model, example)
         with _OursSpelledOut():
             program = _quietly(lambda: _program(model, example, dynamic_batch))
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # it names files of this machine
         with written(part) as file:
             torch.export.save(program, file)
     return out

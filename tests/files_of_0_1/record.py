@@ -4,6 +4,7 @@ They are recorded once a release and then kept: a change that cannot read them s
 """
 
 import json
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,6 +58,7 @@ def write_images(folder: Path) -> None:
 
 
 def main() -> None:
+    os.chdir(HERE)  # the files then hold no path of this machine
     torch.manual_seed(0)
     arguments = {key: value for key, value in MODEL.items() if key != "name"}
     model = timm.create_model(MODEL["name"], **arguments).eval()
@@ -69,7 +71,10 @@ def main() -> None:
     (HERE / "recipe.py").write_text(RECIPE.format(model=MODEL, size=SIZE))
     export_program(model, HERE / "program.pt2", img_size=SIZE)
     with torch.no_grad():
-        torch.export.save(torch.export.export(model, (images(),)), HERE / "program_of_ops.pt2")
+        program = torch.export.export(model, (images(),))
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)
+        torch.export.save(program, HERE / "program_of_ops.pt2")
     torch.save(model.state_dict(), HERE / "model.pth")
     with torch.no_grad():
         expected = {"model": model(images()).tolist()}
@@ -77,7 +82,7 @@ def main() -> None:
         write_images(Path(work) / "images")
         recipe = {"model": MODEL, "data": {"root": f"{work}/images", "img_size": SIZE, "workers": 0}}
         recipe |= {"optimizer": {"lr": 1e-3, "weight_decay": 0.05}, "schedule": {"epochs": 1}, "batch_size": 2}
-        result = train(recipe | {"hooks": [{"type": "KeepMasks", "plan": str(HERE / "plan.json")}]}, work_dir=work)
+        result = train(recipe | {"hooks": [{"type": "KeepMasks", "plan": "plan.json"}]}, work_dir=work)
         for kind, file in {"best": result.best_checkpoint, "last": result.last_checkpoint}.items():
             (HERE / f"{kind}.pth").write_bytes(file.read_bytes())
     expected |= {"versions": {"foveate": foveate.__version__, "torch": torch.__version__, "timm": timm.__version__}}
