@@ -30,7 +30,8 @@ class Place(NamedTuple):
     groups: int
 
 
-NONE = Activation("none")
+NONE, RELU, SILU, GELU = Activation("none"), Activation("relu"), Activation("swish"), Activation("gelu", (), "none")
+RELU6 = Activation("hardtanh", (0.0, 6.0))
 POINT = Place((0, 0), (1, 1), (1, 1), 1)
 
 
@@ -128,11 +129,11 @@ def _agrees(dtype: torch.dtype) -> bool:
     packed = pack(weight, place, x.shape)
     plain = F.conv2d(x.float(), weight.float(), bias.float(), padding=1)
     tried = [
-        (convolve(x, packed, bias, place, Activation("gelu", (), "none")), F.gelu(plain)),
-        (convolve(x, packed, bias, place, Activation("relu")), plain.relu()),
-        (convolve(x, packed, bias, place, Activation("swish")), F.silu(plain)),
-        (convolve(x, packed, bias, place, Activation("hardtanh", (0.0, 6.0))), F.relu6(plain)),
-        (convolve_onto(x, packed, bias, place, Activation("relu"), other), (plain + other.float()).relu()),
+        (convolve(x, packed, bias, place, GELU), F.gelu(plain)),
+        (convolve(x, packed, bias, place, RELU), plain.relu()),
+        (convolve(x, packed, bias, place, SILU), F.silu(plain)),
+        (convolve(x, packed, bias, place, RELU6), F.relu6(plain)),
+        (convolve_onto(x, packed, bias, place, RELU, other), (plain + other.float()).relu()),
         (convolve_onto(x, packed, bias, place, NONE, other, "mul"), plain * other.float()),
         (convolve_onto(x, packed, bias, place, NONE, other.clone(), "add", True), plain + other.float()),
     ]

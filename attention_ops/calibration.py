@@ -73,10 +73,6 @@ class CpuReport:
         return "\n".join(lines)
 
 
-def takes_product(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> bool:
-    return cpu_report().takes_product(rows, dtype)
-
-
 def cpu_report(*, measure_again: bool = False) -> CpuReport:
     """Return how fast torch and oneDNN multiply on this CPU, measured at the first call and kept in a file.
 
@@ -103,6 +99,7 @@ def cpu_key() -> str:
     return ", ".join((*filter(None, parts), f"{torch.get_num_threads()} threads"))
 
 
+@lru_cache(maxsize=1)  # `dense` asks at every call
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -14,15 +14,15 @@ from torch import Tensor
 from . import _onednn as onednn
 from ._attend import accumulator
 from ._checks import check_alike
-from ._onednn import NONE, Activation
+from ._onednn import GELU, NONE, RELU, SILU, Activation
 from ._op import Impl, declare, run
 from .calibration import cpu_report
 
 OP = "dense"
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Activation]] = {
-    "relu": (F.relu, Activation("relu")),
-    "gelu": (F.gelu, Activation("gelu", (), "none")),
-    "silu": (F.silu, Activation("swish")),
+    "relu": (F.relu, RELU),
+    "gelu": (F.gelu, GELU),
+    "silu": (F.silu, SILU),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .graphs import Captured, argument, aten, calls, dtype, inputs, shape, sole_user
+from .graphs import Captured, argument, aten, calls, dtype, inputs, shape, sole_user, terms
 
 MOST_HEAD_DIM = 256  # wider products are no attention over tokens: torch's kernel is slow there
 _VIEWS = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints)
@@ -56,11 +56,11 @@ def _walk_to_product(softmax: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
             return between[::-1], node
         if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
             inner = [t for t in inputs(node) if isinstance(t, fx.Node) and t.op != "get_attr"]
-        elif node.target in _VIEWS or node.target is aten.mul.Tensor:
+        elif node.target in _VIEWS:
             inner = [t for t in inputs(node) if isinstance(t, fx.Node)]
         else:
             break
-        if len(inner) != 1 or node.target is aten.mul.Tensor:
+        if len(inner) != 1:
             break
         between.append(node)
         node, user = inner[0], node
@@ -95,9 +95,7 @@ def multiply_and_add(captured: Captured) -> int:
     """a * b + c in one pass."""
     merged = 0
     for node in calls(captured.graph, aten.add.Tensor):
-        if node.kwargs.get("alpha", 1) != 1 or not all(isinstance(t, fx.Node) for t in inputs(node)):
-            continue
-        for product, rest in (inputs(node), inputs(node)[::-1]):
+        for product, rest in terms(node):
             if product.target is aten.mul.Tensor and sole_user(product) is node and shape(rest) == shape(node):
                 if all(isinstance(t, fx.Node) for t in inputs(product)) and dtype(product) == dtype(rest):
                     with captured.graph.inserting_before(node):

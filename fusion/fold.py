@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, fx
 
-from .graphs import Captured, argument, aten, calls, inputs, shape, sole_user
+from .graphs import Captured, argument, aten, calls, inputs, shape, sole_user, terms
 
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
 LINEAR = aten.linear.default
@@ -111,18 +111,16 @@ def _fold_product(captured: Captured, node: fx.Node) -> bool:
 
 def _distribute(captured: Captured, node: fx.Node, x: fx.Node, factor: Tensor) -> bool:
     """(a + b) * c -> a * c + b * c, where both sums' products cost nothing."""
-    if x.target is not aten.add.Tensor or sole_user(x) is not node or x.kwargs.get("alpha", 1) != 1:
+    both = terms(x)[0] if terms(x) and sole_user(x) is node else ()
+    if not both or not all(shape(t) == shape(x) for t in both):
         return False
-    a, b = inputs(x)
-    if not all(isinstance(t, fx.Node) and shape(t) == shape(x) for t in (a, b)):
-        return False
-    layers = [t for t in (a, b) if is_layer(t, x) and t.target in CONVOLUTIONS]  # whose channels are axis 1, as x's
-    if not layers or not all(t in layers or t.target is affine for t in (a, b)):
+    layers = [t for t in both if is_layer(t, x) and t.target in CONVOLUTIONS]  # whose channels are axis 1, as x's
+    if not layers or not all(t in layers or t.target is affine for t in both):
         return False
     sizes = (-1, *(1,) * (len(shape(x)) - 2))
     parts = []
     with captured.graph.inserting_before(node):
-        for t in (a, b):
+        for t in both:
             if t in layers:
                 _scale_into(captured, t, factor, x)
                 parts.append(t)
@@ -182,22 +180,13 @@ def merge_shortcuts(captured: Captured) -> int:
 
 def _shortcut(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
     """(affine map of x, third term) where a node adds x, that map and perhaps a third term."""
-    for x, y in _terms(node):
+    for x, y in terms(node):
         if y.target is affine and inputs(y)[0] is x and sole_user(y) is node:
             return y, None
-        for rest, norm in _terms(y) if sole_user(y) is node else ():
+        for rest, norm in terms(y) if sole_user(y) is node else ():
             if norm.target is affine and inputs(norm)[0] is x and sole_user(norm) is y and shape(rest) == shape(node):
                 return norm, rest
     return None
-
-
-def _terms(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """Both orders of the two terms of a sum."""
-    if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
-        return []
-    if not all(isinstance(t, fx.Node) for t in inputs(node)):
-        return []
-    return [tuple(inputs(node)), tuple(inputs(node)[::-1])]
 
 
 def fold_into_next(captured: Captured) -> int:

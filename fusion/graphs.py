@@ -7,17 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .._torch import pytree
 from .errors import FuseError
 
 aten = torch.ops.aten
 
 
 class Captured:
-    """A model's forward pass for one input: a graph whose only placeholder is the image.
+    """A model's forward pass for one input: a graph whose only placeholder is the image, and its constants by name.
 
-    graph_module   holds the graph, and the constants as attributes
-    values         node -> the FakeTensor that export saw: shape and dtype; strides are those of the plain forward
+    `meta["val"]` of a node has the shape and dtype of its answer; the strides are those of the plain forward pass.
     """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
@@ -31,7 +29,7 @@ class Captured:
             **signature.inputs_to_buffers,
             **signature.inputs_to_lifted_tensor_constants,
         }
-        self.root = nn.Module()
+        self.constants: dict[str, Tensor] = {}
         self.graph = fx.Graph()
         self.out_spec = program.call_spec.out_spec
         copies: dict[fx.Node, fx.Node] = {}
@@ -45,10 +43,8 @@ class Captured:
 
     def constant(self, tensor: Tensor) -> fx.Node:
         """Add a constant to the graph, at the insertion point."""
-        name = f"c{len(vars(self.root))}"
-        while hasattr(self.root, name):
-            name += "_"
-        setattr(self.root, name, tensor)
+        name = f"c{len(self.constants)}"
+        self.constants[name] = tensor
         node = self.graph.get_attr(name)
         node.meta["val"] = tensor
         return node
@@ -59,7 +55,7 @@ class Captured:
 
     def held(self, node: Any) -> Tensor:
         """The tensor of a node that is known to be a constant."""
-        return getattr(self.root, node.target)
+        return self.constants[node.target]
 
     def call(self, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
         """Add a call whose answer has the shape and dtype of `like`'s."""
@@ -74,14 +70,11 @@ class Captured:
     def compiled(self) -> fx.GraphModule:
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
-        for name in [name for name in vars(self.root) if name.startswith("c") and name not in used]:
-            if isinstance(getattr(self.root, name), Tensor):
-                delattr(self.root, name)
-        return fx.GraphModule(self.root, self.graph, "Fused")
-
-    def unflatten(self, outputs: Any) -> Any:
-        return pytree.tree_unflatten(list(outputs), self.out_spec)
+        root = nn.Module()
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                setattr(root, node.target, self.constants[node.target])
+        return fx.GraphModule(root, self.graph, "Fused")
 
 
 def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
@@ -134,14 +127,26 @@ def owner(node: fx.Node) -> fx.Node:
     return node
 
 
-def used_later(graph: fx.Graph, memory: fx.Node, after: fx.Node, but: fx.Node | None = None) -> bool:
-    """Say whether memory is read after a node, other than through the node `but` and its views."""
-    seen_after = False
+def terms(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Both orders of the two tensors that a node adds; none where it is no such sum."""
+    if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
+        return []
+    if not all(isinstance(t, fx.Node) for t in node.args):
+        return []
+    a, b = inputs(node)
+    return [(a, b), (b, a)]
+
+
+def is_read_later(graph: fx.Graph, memory: fx.Node, writer: fx.Node) -> bool:
+    """Say whether memory is read after the node that changes it, other than through that node's own answer."""
+    through = {writer}
+    started = False
     for node in graph.nodes:
-        if node is after:
-            seen_after = True
-        elif seen_after and node is not but:
-            for arg in node.all_input_nodes:
-                if arg is not but and arg is not after and owner(arg) is memory:
-                    return True
+        if node is writer:
+            started = True
+        elif started:
+            if any(arg not in through and owner(arg) is memory for arg in node.all_input_nodes):
+                return True
+            if any(arg in through for arg in node.all_input_nodes) and owner(node) is memory:
+                through.add(node)
     return False

@@ -8,11 +8,19 @@ import torch
 from torch import fx
 
 from ..attention_ops import _onednn as onednn
-from ..attention_ops._onednn import NONE, POINT, Activation, Place
+from ..attention_ops._onednn import NONE, POINT, RELU, RELU6, SILU, Activation, Place
 from .fold import CONVOLUTIONS, LINEAR, is_layer
-from .graphs import Captured, argument, aten, calls, dtype, inputs, owner, shape, sole_user, used_later
+from .graphs import Captured, argument, aten, calls, dtype, inputs, is_read_later, owner, shape, sole_user
 
-Chooser = Callable[[int, int, int, torch.dtype], bool]  # rows, inputs, outputs, dtype -> whether oneDNN multiplies
+Chooser = Callable[[int, torch.dtype], bool]  # rows, dtype -> whether oneDNN multiplies
+_ACTIVATIONS: dict[Any, Activation] = {
+    aten.relu.default: RELU,
+    aten.relu6.default: RELU6,
+    aten.silu.default: SILU,
+    aten.sigmoid.default: Activation("sigmoid"),
+    aten.tanh.default: Activation("tanh"),
+    aten.hardswish.default: Activation("hardswish"),
+}
 
 
 def lower(captured: Captured, takes_product: Chooser) -> Counter[str]:
@@ -22,9 +30,8 @@ def lower(captured: Captured, takes_product: Chooser) -> Counter[str]:
         if not is_layer(node, *node.users) or not onednn.works(dtype(node)):
             continue
         if node.target is LINEAR:
-            outputs, width = shape(inputs(node)[1])
             rows = torch.Size(shape(node)[:-1]).numel()
-            if takes_product(rows, width, outputs, dtype(node)):
+            if takes_product(rows, dtype(node)):
                 _lower_product(captured, node, rows, done)
         elif (place := _place(node)) is not None:
             _lower_convolution(captured, node, place, done)
@@ -99,10 +106,7 @@ def _in_onednns_terms(node: fx.Node) -> Activation | None:
     if node.target is aten.hardtanh.default:
         low, high = argument(node, 1, "min_val", -1), argument(node, 2, "max_val", 1)
         return Activation("hardtanh", (float(low), float(high)))
-    names: dict[Any, str] = {aten.relu.default: "relu", aten.silu.default: "swish", aten.sigmoid.default: "sigmoid"}
-    names |= {aten.tanh.default: "tanh", aten.hardswish.default: "hardswish", aten.relu6.default: "relu6"}
-    name = names.get(node.target)
-    return Activation("hardtanh", (0.0, 6.0)) if name == "relu6" else Activation(name) if name else None
+    return _ACTIVATIONS.get(node.target)
 
 
 def _combination(node: fx.Node) -> fx.Node | None:
@@ -122,7 +126,7 @@ def _relu(node: fx.Node, done: Counter[str]) -> tuple[Activation, fx.Node]:
     if user is None or user.target is not aten.relu.default:
         return NONE, node
     done["relu in the layer"] += 1
-    return Activation("relu"), user
+    return RELU, user
 
 
 def _may_write(graph: fx.Graph, other: fx.Node, layer: fx.Node, total: fx.Node) -> bool:
@@ -130,4 +134,4 @@ def _may_write(graph: fx.Graph, other: fx.Node, layer: fx.Node, total: fx.Node) 
     memory = owner(other)
     if memory.op != "call_function" or owner(inputs(layer)[0]) is memory:
         return False
-    return not used_later(graph, memory, total)
+    return not is_read_later(graph, memory, total)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .._torch import pytree
 from .attention import fuse_attention, multiply_and_add
 from .fold import fold_into_next, fold_norms, fold_scales, merge_shortcuts
 from .graphs import Captured
@@ -20,12 +21,12 @@ class Plan:
     """A model's forward pass for one input, rewritten."""
 
     run: fx.GraphModule
-    captured: Captured
+    out_spec: Any  # of the model's output, for pytree
     fused: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, x: Tensor) -> Any:
-        return self.captured.unflatten(self.run.forward(x))
+        return pytree.tree_unflatten(list(self.run.forward(x)), self.out_spec)
 
 
 REWRITES: tuple[tuple[str, Callable[[Captured], int]], ...] = (
@@ -44,7 +45,7 @@ def make_plan(model: nn.Module, x: Tensor, takes_product: Chooser) -> Plan:
     """Capture a model's forward pass for inputs like x and rewrite it.
 
     Args:
-        takes_product: says for (rows, inputs, outputs, dtype) whether oneDNN multiplies.
+        takes_product: says for (rows, dtype) whether oneDNN multiplies.
     """
     captured = Captured(model, x)
     simplify(captured)
@@ -57,7 +58,7 @@ def make_plan(model: nn.Module, x: Tensor, takes_product: Chooser) -> Plan:
     fused["product and sum"] = multiply_and_add(captured)
     run = captured.compiled()
     left = Counter(_name(node.target) for node in run.graph.nodes if node.op == "call_function")
-    return Plan(run, captured, fused, left)
+    return Plan(run, captured.out_spec, fused, left)
 
 
 def _name(target: Any) -> str:

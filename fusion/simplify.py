@@ -3,7 +3,7 @@
 from torch import Tensor, fx
 
 from .._torch import OpOverload
-from .graphs import Captured, argument, aten, calls, dtype, inputs, owner, shape, sole_user
+from .graphs import Captured, argument, aten, calls, dtype, inputs, is_read_later, owner, shape, sole_user, terms
 
 # Elementwise operations of one tensor, which views may pass.
 UNARY = (
@@ -25,9 +25,7 @@ def move_permutations_behind_sums(captured: Captured) -> int:
     """x + permute(y) -> permute(permute back(x) + y), where y is computed for this sum alone."""
     moves = 0
     for node in calls(captured.graph, aten.add.Tensor):
-        if node.kwargs.get("alpha", 1) != 1 or not all(isinstance(t, fx.Node) for t in inputs(node)):
-            continue
-        for x, moved in (inputs(node), inputs(node)[::-1]):
+        for x, moved in terms(node):
             if moved.target is not aten.permute.default or sole_user(moved) is not node or shape(x) != shape(node):
                 continue
             inner, order = inputs(moved)[0], [axis % len(shape(node)) for axis in inputs(moved)[1]]
@@ -84,26 +82,10 @@ def _make_functional(captured: Captured) -> None:
             continue
         packet = getattr(aten, name[:-1], None)
         functional = getattr(packet, overload, None) if packet is not None else None
-        if functional is not None and not _is_read_elsewhere(captured.graph, node):
-            node.target = functional
-
-
-def _is_read_elsewhere(graph: fx.Graph, changing: fx.Node) -> bool:
-    """Say whether the memory that a node changes is read later, other than through the node's own answer."""
-    memory = owner(inputs(changing)[0])
-    if memory.op != "call_function":
-        return True
-    through = {changing}
-    started = False
-    for node in graph.nodes:
-        if node is changing:
-            started = True
-        elif started:
-            if any(arg not in through and owner(arg) is memory for arg in node.all_input_nodes):
-                return True
-            if any(arg in through for arg in node.all_input_nodes) and owner(node) is memory:
-                through.add(node)
-    return False
+        memory = owner(inputs(node)[0])
+        if functional is None or memory.op != "call_function" or is_read_later(captured.graph, memory, node):
+            continue
+        node.target = functional
 
 
 def fold_constants(captured: Captured) -> int:
