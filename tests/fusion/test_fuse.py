@@ -265,3 +265,39 @@ def test_without_onednns_calls_the_rest_is_still_right(name, monkeypatch):
     fused = foveate.fuse(model, images())
     assert not any("convolution" in what for what in fused.prepare(images()).fused)
     assert_same(fused, model, images())
+
+
+class ReadsLater(nn.Module):
+    """The other term of a sum is read again afterwards, itself or a view of it that was made before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x):
+        a = self.first(x)
+        view = a.flatten(2)
+        return (a + self.second(x)).flatten(2) * view, a.mean()
+
+
+class ReadsItself(nn.Module):
+    """A layer reads the map to which its answer is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        a = self.first(x)
+        return a + self.second(a)
+
+
+@pytest.mark.parametrize("kind", [ReadsLater, ReadsItself])
+def test_a_sum_is_not_written_over_what_is_still_read(kind):
+    torch.manual_seed(0)
+    model, x = kind().eval(), images()
+    with torch.no_grad():
+        fused = foveate.fuse(model, x)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+    report = fused.prepare(x)
+    assert (report.fused["sum"], report.fused["sum in place"]) == (1, 0)
