@@ -4,6 +4,7 @@ oneDNN's operators are in attention_ops/_onednn.py, which tries each of them bef
 """
 
 import torch
+from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "OpOverload",
     "assert_async",
+    "compiles",
     "forward_ad_is_on",
     "has_bfloat16_products",
     "is_faked_or_recorded",
@@ -44,6 +46,11 @@ def is_faked_or_recorded() -> bool:
 def prefers_flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
     """Say whether SDPA would take its flash kernel for these tensors."""
     return torch._fused_sdp_choice(q, k, v, scale=scale) == SDPBackend.FLASH_ATTENTION.value
+
+
+def compiles() -> bool:
+    """Say whether torch.compile, not an exporter, traces operations in this thread."""
+    return TracingContext.try_get() is not None and not torch.compiler.is_exporting()
 
 
 def has_bfloat16_products() -> bool:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tiling import on_dilation_groups
+
 
 class Activation(NamedTuple):
     """An elementwise function, in oneDNN's terms."""
@@ -50,6 +52,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, place: Place, activ
     """Convolution, bias and activation in one pass; a new (B, D, H', W'), channels-last."""
     x = x.contiguous(memory_format=torch.channels_last)
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *place, *activation)
+
+
+def convolve_groups(
+    x: Tensor, weight: Tensor, bias: Tensor | None, place: Place, activation: Activation, dilation: tuple[int, int]
+) -> Tensor:
+    """Convolution of every dilation group of x, as `convolve`; `place` is that of a group: it has no dilation."""
+    return on_dilation_groups(x, dilation, lambda group: convolve(group, weight, bias, place, activation))
 
 
 def convolve_onto(

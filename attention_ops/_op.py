@@ -12,6 +12,9 @@ changes the bundle instead.
                `tiled` there, and cannot be requested by name; `tiled` itself where that is plain already
     fused      Triton, on a GPU; an op without kernels says so in `why_not_fused`
 
+torch.compile gets `tiled` too, on a CPU and without gradients, as one operator `foveate::_NAME` that it does not look
+into: its own loops over the graph body are slower.
+
 The op is CompositeImplicitAutograd: tracers see the torch operations of the body, so that backward, export and ONNX
 need no registration.
 """
@@ -30,7 +33,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._torch import forward_ad_is_on, is_faked_or_recorded, transforms_are_on
+from .._torch import compiles, forward_ad_is_on, is_faked_or_recorded, transforms_are_on
 from ._checks import pair
 
 Size = Annotated[int | Sequence[int], "int[2]"]  # tokens, one number or (rows, columns); a constant under tracers
@@ -73,6 +76,7 @@ class Op:
     check: Callable[..., None]
     bodies: Mapping[Impl, Body]
     graph: Body
+    opaque: Body
     why_not_fused: Callable[..., str | None]
     cast: tuple[str, ...]
     macs: Callable[..., int] | None
@@ -131,9 +135,9 @@ class Op:
                 reason = "the kernels support neither torch.func nor forward-mode AD; use impl='tiled'"
         run = choose(self.name, impl, reason)
         tiled = self.bodies[Impl.TILED]
-        if run is Impl.TILED and self.graph is not tiled and (transformed or is_traced(tensors)):
-            return self.graph
-        return self.bodies[run]
+        if run is not Impl.TILED or self.graph is tiled or not (transformed or is_traced(tensors)):
+            return self.bodies[run]
+        return self.opaque if not transformed and _is_compiled_for_inference(tensors) else self.graph
 
 
 @lru_cache(maxsize=256)
@@ -222,6 +226,7 @@ def declare(
         check=check,
         bodies=bodies,
         graph=graph or tiled,
+        opaque=_opaque_body(promise.__name__, tuple(name for name in parameters if name != "impl")),
         why_not_fused=why_not_fused,
         cast=cast,
         macs=macs,
@@ -229,21 +234,52 @@ def declare(
     )
     OPS[op.name] = op
     register(promise, op)
+    if op.graph is not tiled:
+        _register_opaque(promise, op)
 
 
 def register(promise: Callable[..., Tensor], body: Callable[..., Tensor]) -> None:
     """Define `foveate::NAME` with the schema of a public function, made of the operations of `body`."""
+    qualified = f"foveate::{promise.__name__}"
+    torch.library.define(qualified, _schema(promise))
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):  # under vmap, too, the operations of the body
+        torch.library.impl(qualified, key, body)
+
+
+def _opaque_body(name: str, names: tuple[str, ...]) -> Body:
+    def call(*values: Any) -> Tensor:
+        return getattr(torch.ops.foveate, f"_{name}")(**dict(zip(names, values, strict=True)))
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    call.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # what `_call` asks for
+    return call
+
+
+def _register_opaque(promise: Callable[..., Tensor], op: Op) -> None:
+    """Define `foveate::_NAME`: the tiled body on a CPU, without gradients; the graph body tells compilers its shape."""
+    qualified, tiled = f"foveate::_{op.name}", op.calling(op.bodies[Impl.TILED])
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast("cpu", enabled=False):  # its arguments are cast; autocast may be on where the graph runs
+            return tiled(*args, **kwargs).contiguous()
+
+    torch.library.define(qualified, _schema(promise, without=("impl",)))
+    torch.library.impl(qualified, "CPU", on_cpu)
+    graph = op.calling(op.graph)
+    torch.library.register_fake(qualified, lambda *args, **kwargs: graph(*args, **kwargs).contiguous())
+
+
+def _schema(promise: Callable[..., Tensor], without: tuple[str, ...] = ()) -> str:
     hints = get_type_hints(promise, include_extras=True)
     words, keyword_only = [], False
     for name, parameter in inspect.signature(promise).parameters.items():
+        if name in without:
+            continue
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             words.append("*")
             keyword_only = True
         words.append(f"{_schema_type(hints[name])} {name}{_schema_default(parameter.default, hints[name])}")
-    qualified = f"foveate::{promise.__name__}"
-    torch.library.define(qualified, f"({', '.join(words)}) -> Tensor")
-    for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):  # under vmap, too, the operations of the body
-        torch.library.impl(qualified, key, body)
+    return f"({', '.join(words)}) -> Tensor"
 
 
 def run(name: str, arguments: dict[str, Any]) -> Tensor:
@@ -327,3 +363,10 @@ def is_traced(tensors: Sequence[Tensor]) -> bool:
     if torch.jit.is_tracing():
         return True
     return is_faked_or_recorded()
+
+
+def _is_compiled_for_inference(tensors: Sequence[Tensor]) -> bool:
+    """Say whether torch.compile is at work on CPU tensors that need no gradients."""
+    if not compiles() or any(t.device.type != "cpu" for t in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

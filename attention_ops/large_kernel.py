@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._checks import check_alike, check_at_least, why_no_kernel
 from ._op import Impl, autocasts, declare, run
-from .tiling import cut_regions, join_regions
+from .tiling import on_dilation_groups
 
 OP = "large_kernel_attention"
 MOST_CHANNELS = 1024  # of the kernel
@@ -112,14 +112,8 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1)
 
 
 def depthwise_by_groups(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """Compute what `depthwise` does, with every dilation group as one more image. Copies the map twice."""
-    height, width = x.shape[2:]
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -width % dilation, 0, -height % dilation))
-    groups = cut_regions(x, [dilation, dilation]).permute(0, 3, 4, 1, 2, 5)  # (B, dy, dx, Y, X, C)
-    images = groups.reshape(-1, *groups.shape[3:]).permute(0, 3, 1, 2)  # (B * dy * dx, C, Y, X), channels last
-    images = depthwise(images, weight, bias).permute(0, 2, 3, 1)
-    x = join_regions(images.reshape(groups.shape).permute(0, 3, 4, 1, 2, 5))
-    return x[:, :height, :width].permute(0, 3, 1, 2)
+    """Compute what `depthwise` does, as the plain convolution of every dilation group."""
+    return on_dilation_groups(x, (dilation, dilation), lambda group: depthwise(group, weight, bias))
 
 
 def _fused(x: Tensor, convolutions: Convolutions) -> Tensor:

@@ -10,7 +10,7 @@ queries an axis; each tile gets one contiguous key tile that starts `before` tok
 `after` tokens past its last. Keys outside the map are zeros and must be masked by the caller.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -109,6 +109,21 @@ def cut_regions(x: Tensor, region: list[int]) -> Tensor:
 def join_regions(x: Tensor) -> Tensor:
     """(B, region rows, region columns, rows, columns, ...) -> (B, H, W, ...): the inverse of `cut_regions`."""
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def on_dilation_groups(x: Tensor, dilation: tuple[int, int], function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function of maps that keeps the size to every dilation group of (B, C, H, W), as images of one batch.
+
+    Tokens with the same remainder modulo `dilation` form a group; groups are padded with zeros to one size. Copies the
+    map twice, channels last.
+    """
+    height, width = x.shape[2:]
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -width % dilation[1], 0, -height % dilation[0]))
+    groups = cut_regions(x, list(dilation)).permute(0, 3, 4, 1, 2, 5)  # (B, dy, dx, Y, X, C)
+    images = groups.reshape(-1, *groups.shape[3:]).permute(0, 3, 1, 2)  # (B * dy * dx, C, Y, X), channels last
+    images = function(images).permute(0, 2, 3, 1)
+    x = join_regions(images.reshape(groups.shape).permute(0, 3, 4, 1, 2, 5))
+    return x[:, :height, :width].permute(0, 3, 1, 2)
 
 
 def split_windows(x: Tensor, window: tuple[int, int]) -> Tensor:

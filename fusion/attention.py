@@ -1,4 +1,4 @@
-"""softmax(q k^T + bias) v, spelled out, becomes torch's fused attention; smaller passes over memory merge."""
+"""softmax(scale q k^T + bias) v, spelled out, becomes torch's fused attention; smaller passes over memory merge."""
 
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
 
 
 def fuse_attention(captured: Captured) -> int:
-    """Find softmax over the product of two tensors, with constants added between, times a third."""
+    """Find softmax over the product of two tensors, scaled, with biases added, times a third."""
     return sum(_fuse(captured, node) for node in calls(captured.graph, aten.softmax.int))
 
 
@@ -29,54 +29,75 @@ def _fuse(captured: Captured, softmax: fx.Node) -> bool:
         return False
     if argument(softmax, 1, "dim") not in (-1, len(shape(softmax)) - 1) or argument(softmax, 2, "dtype") is not None:
         return False
-    between, logits = _walk_to_product(softmax)
+    logits, between = _walk_to_product(softmax)
     if logits is None or len(shape(logits)) not in (3, 4) or shape(softmax) != shape(logits):
         return False
-    q, k = inputs(logits)
-    v = inputs(out)[1]
+    (product, factor), v = _unscaled(logits), inputs(out)[1]
+    q, k = inputs(product)
     if k.target not in (aten.transpose.int, aten.permute.default, aten.mT.default) or shape(q)[-1] > MOST_HEAD_DIM:
         return False
     if shape(v)[-1] > MOST_HEAD_DIM or not (len(shape(q)) == len(shape(k)) == len(shape(v))):
         return False
-    q, scale = _scale_of(q)
-    bias = _bias(captured, between, logits)
+    q, scale = _unscaled(q)
     with captured.graph.inserting_before(out):
         keys = captured.call(aten.transpose.int, k, -2, -1, like=k)
-        constant = None if bias is None else captured.constant(bias)
-        captured.replace(out, captured.call(attend, q, keys, v, constant, scale, like=out))
+        bias = _bias(captured, between, logits)
+        captured.replace(out, captured.call(attend, q, keys, v, bias, scale * factor, like=out))
     return True
 
 
-def _walk_to_product(softmax: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
-    """The nodes between the product and the softmax, first to last: views and sums with constants only."""
+def _walk_to_product(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The product, or its multiple, under a softmax, and the sums and views between, first to last."""
     between: list[fx.Node] = []
     node, user = inputs(softmax)[0], softmax
     while isinstance(node, fx.Node) and sole_user(node) is user:
-        if node.target in _PRODUCTS:
-            return between[::-1], node
-        if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-            inner = [t for t in inputs(node) if isinstance(t, fx.Node) and t.op != "get_attr"]
-        elif node.target in _VIEWS:
-            inner = [t for t in inputs(node) if isinstance(t, fx.Node)]
-        else:
-            break
-        if len(inner) != 1:
+        if _is_product(node):
+            return node, between[::-1]
+        inner = inputs(node)[0] if node.target in _VIEWS else _logits_in(node, between)
+        if inner is None:
             break
         between.append(node)
-        node, user = inner[0], node
-    return between, None
+        node, user = inner, node
+    return None, between
 
 
-def _scale_of(q: fx.Node) -> tuple[fx.Node, float]:
-    if q.target is aten.mul.Tensor and isinstance(inputs(q)[1], int | float):
-        return inputs(q)[0], float(inputs(q)[1])
-    return q, 1.0
+def _logits_in(node: fx.Node, after: list[fx.Node]) -> fx.Node | None:
+    """The logits in a sum with a bias. A bias that depends on the image is the first, and no views come after it."""
+    for logits, bias in terms(node):
+        if bias.op == "get_attr":
+            return logits
+        if _is_product(logits) and len(shape(bias)) == len(shape(node)) and dtype(bias) == dtype(node):
+            return None if any(later.target in _VIEWS for later in after) else logits
+    return None
 
 
-def _bias(captured: Captured, between: list[fx.Node], logits: fx.Node) -> Tensor | None:
-    """What is added to the logits, by adding it to zeros; one image's where all have the same."""
+def _is_product(node: fx.Node) -> bool:
+    product = _unscaled(node)[0]
+    return product.target in _PRODUCTS and (product is node or sole_user(product) is node)
+
+
+def _unscaled(node: fx.Node) -> tuple[fx.Node, float]:
+    """A tensor and the number by which a node multiplies it."""
+    if node.target is aten.mul.Tensor and isinstance(inputs(node)[1], int | float):
+        return inputs(node)[0], float(inputs(node)[1])
+    return node, 1.0
+
+
+def _bias(captured: Captured, between: list[fx.Node], logits: fx.Node) -> fx.Node | None:
+    """What is added to the logits, at the insertion point."""
+    varying = None
+    if between and between[0].target is aten.add.Tensor:
+        varying = next((b for a, b in terms(between[0]) if a is logits and b.op != "get_attr"), None)
+    if varying is not None:
+        logits, between = between[0], between[1:]
     if not any(node.target is aten.add.Tensor for node in between):
-        return None
+        return varying
+    constant = captured.constant(_constant_bias(captured, between, logits))
+    return constant if varying is None else captured.call(aten.add.Tensor, varying, constant, like=logits)
+
+
+def _constant_bias(captured: Captured, between: list[fx.Node], logits: fx.Node) -> Tensor:
+    """What is added to the logits, by adding it to zeros; one image's where all have the same."""
     total = torch.zeros(shape(logits), dtype=dtype(logits))
     inner = logits
     for node in between:

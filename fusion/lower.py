@@ -52,9 +52,34 @@ def _pair(number: int | list[int]) -> tuple[int, int]:
 
 
 def _lower_convolution(captured: Captured, node: fx.Node, place: Place, done: Counter[str]) -> None:
-    weight = onednn.pack(captured.held(inputs(node)[1]), place, shape(inputs(node)[0]))
+    kernel, size = captured.held(inputs(node)[1]), shape(inputs(node)[0])
+    if _is_dilated_depthwise(kernel, place) and shape(node) == size:
+        _lower_by_groups(captured, node, place, done)
+        return
+    weight = onednn.pack(kernel, place, size)
     done["convolution"] += 1
     _emit(captured, node, weight, (tuple(place),), (onednn.convolve, onednn.convolve_onto), done)
+
+
+def _is_dilated_depthwise(kernel: torch.Tensor, place: Place) -> bool:
+    """Say whether oneDNN has no fast kernel for a convolution, but has one for its dilation groups."""
+    odd = kernel.shape[2] % 2 == 1 and kernel.shape[3] % 2 == 1
+    return place.groups == len(kernel) and kernel.shape[1] == 1 and odd and max(place.dilation) > 1
+
+
+def _lower_by_groups(captured: Captured, node: fx.Node, place: Place, done: Counter[str]) -> None:
+    kernel, (batch, channels, *size) = captured.held(inputs(node)[1]), shape(inputs(node)[0])
+    rows, cols = place.dilation
+    inner = Place((kernel.shape[2] // 2, kernel.shape[3] // 2), (1, 1), (1, 1), channels)
+    weight = onednn.pack(kernel, inner, (batch * rows * cols, channels, -(-size[0] // rows), -(-size[1] // cols)))
+    done["convolution by dilation groups"] += 1
+    activation, last = _activation(node, done)
+    with captured.graph.inserting_before(last):
+        args = (inputs(node)[0], captured.constant(weight), argument(node, 2, "bias"), tuple(inner), tuple(activation))
+        call = captured.call(onednn.convolve_groups, *args, place.dilation, like=last)
+    captured.replace(last, call)
+    if last is not node:
+        captured.graph.erase_node(node)
 
 
 def _lower_product(captured: Captured, node: fx.Node, rows: int, done: Counter[str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ops import CASES
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import foveate
 from foveate.attention_ops import Impl
@@ -17,6 +18,7 @@ from foveate.attention_ops.macs import count_macs
 every_case = pytest.mark.parametrize("name", CASES)
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
 OF_OTHERS = {"bi_level_routes"}  # an op without bodies to choose from
+OPAQUE = [name for name, case in CASES.items() if OPS[case.name].graph is not OPS[case.name].bodies[Impl.TILED]]
 KERNELS = Path(foveate.__file__).parent / "kernels"
 
 
@@ -30,13 +32,25 @@ def test_every_registered_op_is_declared_or_a_kernels():
         n.removeprefix("foveate::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("foveate::")
     }
     kernels = set(re.findall(r'custom_op\("foveate::(\w+)"', "".join(f.read_text() for f in KERNELS.rglob("*.py"))))
-    assert {name.partition(".")[0] for name in registered} - kernels - OF_OTHERS == set(OPS)
+    names = {name.partition(".")[0] for name in registered} - kernels - OF_OTHERS
+    assert names == set(OPS) | {f"_{CASES[name].name}" for name in OPAQUE}
 
 
 @every_case
 def test_opcheck(name):
     op, args, kwargs = CASES[name].op_call()
     assert torch.library.opcheck(op, args, kwargs, test_utils=CHECKS) == dict.fromkeys(CHECKS, "SUCCESS")
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_opcheck_of_what_compilers_call(name):
+    _, _, kwargs = CASES[name].op_call()
+    kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, kwargs)
+    if "scale" in kwargs and kwargs["scale"] is None:
+        kwargs["scale"] = 0.5  # chosen by then
+    op = getattr(torch.ops.foveate, f"_{CASES[name].name}").default
+    kwargs.pop("impl", None)
+    assert torch.library.opcheck(op, (), kwargs, test_utils=CHECKS) == dict.fromkeys(CHECKS, "SUCCESS")
 
 
 def test_opcheck_of_routes():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
@@ -71,6 +72,27 @@ def test_compile_in_one_graph_with_gradients(kind):
         out = run(x)
         found.append([out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])])
     torch.testing.assert_close(*found)
+
+
+OWN_BODY = ("circle", "neighborhood", "window", "routed", "routed nchw", "hilo", "halo", "strided halo")
+
+
+@pytest.mark.parametrize("kind", OWN_BODY)
+@pytest.mark.parametrize("casts", [False, True], ids=["float32", "autocast"])
+def test_compiled_inference_calls_the_tiled_body(kind, casts):
+    module, x, graphs = layer(kind), as_input(kind, image()), []
+
+    def record(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=aot_autograd(fw_compiler=record))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=casts):
+        out, plain = compiled(x), module(x)
+    ours = [node.target for graph in graphs for node in graph.graph.nodes if str(node.target).startswith("foveate._")]
+    assert len(ours) == 1
+    torch.testing.assert_close(out, plain)
 
 
 @every_layer

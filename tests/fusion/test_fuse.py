@@ -90,20 +90,91 @@ def test_models_of_timm_give_their_own_output(name):
 
 def test_layers_merge_as_the_report_says(van):
     report = foveate.fuse(van, images()).prepare(images())
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in van.modules())
+    layers = [module for module in van.modules() if isinstance(module, nn.Conv2d)]
+    dilated = sum(layer.dilation != (1, 1) for layer in layers)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in van.modules())
-    assert (report.fused["convolution"], report.fused["norm"]) == (convolutions, norms)
+    assert (report.fused["convolution by dilation groups"], report.fused["norm"]) == (dilated, norms)
+    assert report.fused["convolution"] == len(layers) - dilated > dilated > 0
     assert "batch_norm" not in report.left and "gelu" not in report.left and report.left["layer_norm"] == 2
     assert "layer_norm" in report.reasons and str(report).startswith("Van: fused ") and report.table().row_count > 5
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"])
+DILATED = {  # (channels, out channels, kernel, options): a depthwise one that keeps the size runs by groups
+    "square": ((8, 8, 3), {"padding": 2, "dilation": 2, "groups": 8}, True),
+    "each axis its own": ((8, 8, (5, 3)), {"padding": (4, 3), "dilation": (2, 3), "groups": 8, "bias": False}, True),
+    "one axis": ((8, 8, (1, 7)), {"padding": (0, 9), "dilation": (1, 3), "groups": 8}, True),
+    "more dilated than the map is long": ((8, 8, 3), {"padding": 30, "dilation": 30, "groups": 8}, True),
+    "loses the border": ((8, 8, 3), {"dilation": 2, "groups": 8}, False),
+    "strided": ((8, 8, 3), {"padding": 2, "dilation": 2, "groups": 8, "stride": 2}, False),
+    "two outputs a channel": ((8, 16, 3), {"padding": 2, "dilation": 2, "groups": 8}, False),
+    "dense": ((8, 8, 3), {"padding": 2, "dilation": 2}, False),
+    "even": ((8, 8, 4), {"padding": 3, "dilation": 2, "groups": 8}, False),
+}
+
+
+@pytest.mark.parametrize("kind", DILATED)
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.GELU()], ids=["plain", "gelu"])
+def test_dilated_convolutions(kind, activation):
+    arguments, options, by_groups = DILATED[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(*arguments, **options), activation).eval()
+    x = torch.randn(2, 8, 13, 17)
+    fused = foveate.fuse(model, x)
+    assert_same(fused, model, x)
+    report = fused.prepare(x)
+    assert (report.fused["convolution by dilation groups"], report.fused["convolution"]) == (by_groups, not by_groups)
+    assert "gelu" not in report.left
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "halonet26t"])
 def test_attention_that_is_spelled_out_is_fused(name, monkeypatch):
     monkeypatch.setattr("timm.layers.config._USE_FUSED_ATTN", 0)
     model = timm.create_model(name, num_classes=5, **TIMM[name]).eval()
     x = images((2, 3, SIZES[name], SIZES[name]))
     report = foveate.fuse(model, x).prepare(x)
     assert report.fused["attention"] > 0 and "softmax.int" not in report.left
+
+
+class Attention(nn.Module):
+    """Attention of 6 tokens with 2 heads, its logits made by one of LOGITS."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.qkv, self.of_q = kind, nn.Linear(8, 24), nn.Linear(4, 6)
+        self.table = nn.Parameter(torch.randn(2, 6, 6))
+
+    def forward(self, x):  # (B, 6, 8)
+        q, k, v = self.qkv(x).reshape(-1, 6, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, tokens, 4)
+        return LOGITS[self.kind](self, q, q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+LOGITS = {
+    "plain": lambda layer, q, logits: logits,
+    "scaled": lambda layer, q, logits: logits * 0.5,
+    "constant": lambda layer, q, logits: layer.table + logits * 0.5,
+    "of the image": lambda layer, q, logits: logits * 0.5 + layer.of_q(q),
+    "of the image first": lambda layer, q, logits: layer.of_q(q).add(logits),
+    "product of the image": lambda layer, q, logits: logits + q @ layer.of_q.weight.t(),
+    "both": lambda layer, q, logits: (logits + layer.of_q(q)) + layer.table,
+    "both in views": lambda layer, q, logits: (logits + layer.table).flatten(0, 1).reshape(-1, 2, 6, 6),
+}
+NO_ATTENTION = {
+    "scaled after the bias": lambda layer, q, logits: (logits + layer.table) * 0.5,
+    "other rank": lambda layer, q, logits: logits + layer.of_q(q[0, 0]),
+    "view after the image's": lambda layer, q, logits: (logits + layer.of_q(q)).flatten(0, 1).reshape(-1, 2, 6, 6),
+    "twice the weight": lambda layer, q, logits: torch.add(logits, layer.of_q(q), alpha=2),
+}
+
+
+@pytest.mark.parametrize("kind", [*LOGITS, *NO_ATTENTION])
+def test_logits_with_biases(kind, monkeypatch):
+    fuses = kind in LOGITS
+    monkeypatch.setattr(f"{__name__}.LOGITS", LOGITS | NO_ATTENTION)
+    model, x = Attention(kind).eval(), torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1))
+    fused = foveate.fuse(model, x)
+    assert_same(fused, model, x)
+    assert fused.prepare(x).fused["attention"] == fuses
 
 
 def test_sizes_and_batches_get_plans_of_their_own(van):
