@@ -70,7 +70,18 @@ class CpuReport:
         lines = [f"{self.key}; {SETTING}={self.setting}; {self.file}"]
         for (dtype, *sizes), (plain, ours) in self.rates.items():
             lines.append(f"{dtype} {sizes}: torch {plain:.0f}, oneDNN {ours:.0f} GMAC/s")
+        if self.rates and not self.bfloat16_pays:
+            lines.append("bfloat16 products are not faster than float32 on this CPU")
         return "\n".join(lines)
+
+    @property
+    def bfloat16_pays(self) -> bool:
+        """Whether the fastest bfloat16 product was faster than the fastest float32 one; false where not measured."""
+        best = {
+            dtype: max((max(rate) for (name, *_), rate in self.rates.items() if name == dtype), default=0.0)
+            for dtype in ("float32", "bfloat16")
+        }
+        return best["bfloat16"] > best["float32"]
 
 
 def cpu_report(*, measure_again: bool = False) -> CpuReport:

@@ -9,6 +9,7 @@ bf16          `model.bfloat16()`, eager and fused; "-" where this CPU has no bfl
 best          The fused model's speed over the best of compiled, ONNX Runtime and OpenVINO.
 limit         The fused model's multiply-adds per second over the fastest float32 product measured on this CPU.
 Page faults   Of one forward pass, below the table: eager, eager with kept memory, fused.
+Peak memory   Of tensors during one forward pass, weights and input apart, below the table: eager, fused.
 """
 
 import gc
@@ -29,7 +30,7 @@ from ..export import ExportError
 from ..export.engines import prepare
 from ..fusion import FuseError, cpu_report, keep_memory
 from ._settings import ModelSettings, add_model_options, parse_model_settings
-from ._timing import common_parser, describe_machine, interleaved_seconds, write_report
+from ._timing import common_parser, describe_machine, interleaved_seconds, peak_tensor_bytes, write_report
 
 MODULE = "foveate.benchmarks.engines"
 MODELS = ("resnet50", "swin_tiny_patch4_window7_224", "davit_tiny", "fv_davit_tiny", "nat_mini", "biformer_tiny")
@@ -61,6 +62,7 @@ class Row:
     speed: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     faults: dict[str, int | None] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)  # bytes
 
     @property
     def over_best(self) -> float | None:
@@ -76,6 +78,7 @@ def measure(settings: Settings) -> list[Row]:
         row = Row(name, count_macs(model, x[:1]))
         eager = prepare("eager", model, x)
         row.faults["eager"] = page_faults(eager)
+        row.memory["eager"] = peak_tensor_bytes(eager)
         row.speed["eager"] = settings.batch / interleaved_seconds({"eager": eager}, rounds=settings.rounds)["eager"]
         rows.append(row)
     keep_memory()
@@ -98,6 +101,7 @@ def _measure_engines(row: Row, settings: Settings) -> None:
             calls[name] = prepare(engine, deepcopy(model).bfloat16() if half else model, x.bfloat16() if half else x)
         except (ExportError, FuseError) as error:
             row.refused[name] = str(error)
+    row.memory |= {name: peak_tensor_bytes(calls[name]) for name in ("fused",) if name in calls}
     row.faults |= {name: page_faults(calls[name]) for name in ("kept", "fused") if name in calls}
     seconds = interleaved_seconds(calls, rounds=settings.rounds, warmup=2)
     row.speed |= {name: settings.batch / taken for name, taken in seconds.items()}
@@ -147,9 +151,13 @@ def notes(rows: list[Row]) -> str:
         f"{row.name}: " + ", ".join(f"{name} {'-' if n is None else n}" for name, n in row.faults.items())
         for row in rows
     ]
+    memory = [
+        f"{row.name}: " + ", ".join(f"{name} {n / 2**20:.1f} MiB" for name, n in row.memory.items()) for row in rows
+    ]
     report = cpu_report()
     calibration = str(report).replace(f"; {report.file}", "")  # a path of this machine
-    parts = {"Calibration": [calibration], "Page faults of a forward pass": faults, "Not measured": refused}
+    parts = {"Calibration": [calibration], "Page faults of a forward pass": faults}
+    parts |= {"Peak memory of a forward pass": memory, "Not measured": refused}
     return "\n".join(line for title, lines in parts.items() if lines for line in (title, *lines))
 
 

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,16 @@ def test_the_faster_library_of_the_nearest_shape_multiplies(measured):
         False, False, False, True, True,
     ]  # fmt: skip
     assert not report.takes_product(10**6, torch.bfloat16) and not report.takes_product(10**6, torch.float64)
+
+
+def test_the_report_says_where_bfloat16_does_not_pay(measured):
+    rates = {("float32", 64, 8, 8): (50.0, 60.0), ("bfloat16", 64, 8, 8): (40.0, 55.0)}
+    report = cpu_report()
+    for of_bfloat16, pays in ((rates, False), (rates | {("bfloat16", 9, 8, 8): (70.0, 1.0)}, True)):
+        found = replace(report, rates=of_bfloat16)
+        assert found.bfloat16_pays == pays == ("bfloat16 products are not faster" not in str(found))
+    assert not replace(report, rates={}, setting="torch").bfloat16_pays
+    assert "bfloat16 products" not in str(replace(report, rates={}, setting="torch"))
 
 
 @pytest.mark.parametrize("setting", ["onednn", "torch"])

@@ -12,6 +12,7 @@ from small_models import KINDS, alive, small
 from torch import nn
 
 import foveate
+from foveate.benchmarks._timing import peak_tensor_bytes
 from foveate.fusion import FuseError
 
 SIZE = (2, 3, 40, 56)
@@ -182,6 +183,16 @@ def test_sizes_and_batches_get_plans_of_their_own(van):
     for size in ((1, 3, 32, 32), (3, 3, 32, 32), (2, 3, 45, 67), (1, 3, 32, 32)):
         assert_same(fused, van, images(size))
         assert len(fused._plans) <= 2
+
+
+@pytest.mark.parametrize("name", [*KINDS, *TIMM])
+def test_a_fused_forward_pass_takes_no_more_memory(name):
+    model = alive(small(name)) if name in KINDS else timm.create_model(name, **TIMM[name]).eval()
+    px = SIZES.get(name, 64)
+    x = images((2, 3, px, px))
+    fused = foveate.fuse(model, x)
+    with torch.inference_mode():
+        assert peak_tensor_bytes(lambda: fused(x)) <= peak_tensor_bytes(lambda: model(x))
 
 
 def test_features_are_lists_as_before():
