@@ -3,6 +3,8 @@
 oneDNN's operators are in attention_ops/_onednn.py, which tries each of them before it is used.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch._guards import TracingContext
 from torch._ops import OpOverload
@@ -20,6 +22,7 @@ __all__ = [
     "prefers_flash_attention",
     "pytree",
     "transforms_are_on",
+    "without_compiler_caches",
 ]
 
 assert_async = torch._assert_async
@@ -56,3 +59,10 @@ def compiles() -> bool:
 def has_bfloat16_products() -> bool:
     """Say whether this CPU multiplies bfloat16 itself (AVX-512 BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def without_compiler_caches() -> AbstractContextManager[None]:
+    """Let torch.compile read and write no file of graphs that were compiled before."""
+    from torch._inductor import config  # imported here: it takes a second
+
+    return config.patch(force_disable_caches=True)

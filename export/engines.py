@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import printable
+from .._torch import without_compiler_caches
 from ..fusion import FuseError, fuse
 from .errors import ExportError, MissingExtraError
 from .graphs import INPUT_NAME, export_onnx, require_onnx
@@ -56,7 +57,8 @@ def _fused(model: nn.Module, x: Tensor) -> Run:
 def _compiled(model: nn.Module, x: Tensor) -> Run:
     compiled = torch.compile(model)
     run = torch.no_grad()(lambda: compiled(x))
-    run()  # compiles
+    with without_compiler_caches():  # a cached graph may be of another foveate's ops
+        run()  # compiles
     return run
 
 
