@@ -66,11 +66,38 @@ def neighborhood_attention_tiled(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> Tensor:
     """Tiles of queries against the one key tile that covers their neighborhoods; dilation groups are maps apart."""
+    body, bias = _body_and_bias(q, rpb, neighborhood, scale)
+    return body(q, k, v, bias)
+
+
+def _body_and_bias(
+    q: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
+) -> tuple[TiledAttention, Tensor | None]:
     size = (q.shape[1], q.shape[2])
     plan = tile_plan(neighborhood, size)
     mask = cached_tile_mask(neighborhood, size, plan, q.device, accumulator(q.dtype) if rpb is None else None)
     bias = None if rpb is None else _tile_bias(rpb, _cached_cells(neighborhood, size, plan, q.device))
-    return TiledAttention(plan, mask, scale)(q, k, v, bias)
+    return TiledAttention(plan, mask, scale), bias
+
+
+def tile_biases(q: Tensor, rpb: Tensor, neighborhood: Neighborhood, most: int) -> tuple[Tensor, Tensor] | None:
+    """Return bias and mask of `neighborhood_attention_biased` for maps like q; None above `most` numbers."""
+    plan = tile_plan(neighborhood, (q.shape[1], q.shape[2]))
+    if q.shape[3] * plan.logits > most:
+        return None
+    body, bias = _body_and_bias(q, rpb, neighborhood, 1.0)
+    additive = body.additive_mask(bias, q.dtype)
+    return None if bias is None or additive is None else (bias, additive)
+
+
+def neighborhood_attention_biased(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, additive: Tensor, neighborhood: Neighborhood, scale: float
+) -> Tensor:
+    """The tiled body for inference with a constant bias, which `tile_biases` laid out beforehand."""
+    size = (q.shape[1], q.shape[2])
+    plan = tile_plan(neighborhood, size)
+    mask = cached_tile_mask(neighborhood, size, plan, q.device, None)
+    return TiledAttention(plan, mask, scale, additive).forward(q, k, v, bias)
 
 
 def neighborhood_attention_graph(

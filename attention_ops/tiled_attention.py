@@ -30,15 +30,16 @@ class TiledAttention(EagerBody):
         plan: how maps are cut.
         mask: which query sees which key; None where every query sees all keys of its tile.
         scale: of the logits.
+        additive: mask and bias in one, as `additive_mask` gives it, where the bias is constant.
     """
 
     keeps_output = True
 
-    def __init__(self, plan: TilePlan, mask: TileMask | None, scale: float) -> None:
-        self.plan, self.mask, self.scale = plan, mask, scale
+    def __init__(self, plan: TilePlan, mask: TileMask | None, scale: float, additive: Tensor | None = None) -> None:
+        self.plan, self.mask, self.scale, self.additive = plan, mask, scale, additive
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        mask = self._additive(bias, q.dtype)
+        mask = self.additive_mask(bias, q.dtype)
         chunks = self._chunks(q)
         if len(chunks) == 1:
             return self._attend_checked(q, k, v, bias, mask).contiguous()
@@ -56,7 +57,7 @@ class TiledAttention(EagerBody):
     def backward(
         self, out: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        mask = self._additive(bias, q.dtype)
+        mask = self.additive_mask(bias, q.dtype)
         grads = [q.new_empty(q.shape) for _ in "qkv"]
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=accumulator(q.dtype))
         for part in self._chunks(q):
@@ -71,15 +72,17 @@ class TiledAttention(EagerBody):
         return *grads, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
 
     def graph(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        return self._attend(q, k, v, self._additive(bias, q.dtype))
+        return self._attend(q, k, v, self.additive_mask(bias, q.dtype))
 
     def _chunks(self, q: Tensor) -> list[slice]:
         """Cut the batch so that one chunk's logits fit `CHUNK_LOGITS` a thread."""
         step = max(1, torch.get_num_threads() * CHUNK_LOGITS // max(q.shape[3] * self.plan.logits, 1))
         return [slice(start, start + step) for start in range(0, q.shape[0], step)]
 
-    def _additive(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def additive_mask(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """A float mask for SDPA, (1, n, T, K) without a bias and (1, heads * n, T, K) with one; None for neither."""
+        if self.additive is not None:
+            return self.additive
         wide, mask = accumulator(dtype), self.mask
         if bias is None:
             if mask is None:

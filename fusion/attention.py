@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..attention_ops._op import OPS
+from ..attention_ops.neighborhood_cpu import Neighborhood, neighborhood_attention_biased, tile_biases
 from .graphs import Captured, argument, aten, calls, dtype, inputs, shape, sole_user, terms
 
+MOST_BIAS = 2**22  # numbers of a layer's bias tiles that are kept; larger maps make them at every call
 MOST_HEAD_DIM = 256  # wider products are no attention over tokens: torch's kernel is slow there
 _VIEWS = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints)
+_TILED = ("auto", "tiled")
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 
 
@@ -110,6 +114,27 @@ def _constant_bias(captured: Captured, between: list[fx.Node], logits: fx.Node) 
 
 def _at(captured: Captured, inner: fx.Node, total: Tensor, node: fx.Node) -> Tensor | None:
     return total if node is inner else captured.value(node)
+
+
+def lay_out_biases(captured: Captured) -> int:
+    """Make the tiles of constant position biases once, where neighborhood attention makes them at every call."""
+    op, done = OPS["neighborhood_attention"], 0
+    for node in calls(captured.graph, torch.ops.foveate.neighborhood_attention.default):
+        arguments = op.bind(*node.args, **node.kwargs)
+        q, k, v, rpb = (arguments[name] for name in ("q", "k", "v", "rpb"))
+        neighborhood = Neighborhood(**{name: arguments[name] for name in Neighborhood._fields})
+        if rpb is None or captured.value(rpb) is None or arguments["impl"] not in _TILED:
+            continue
+        found = tile_biases(q.meta["val"], captured.held(rpb), neighborhood, MOST_BIAS)
+        if found is None:
+            continue
+        scale = shape(q)[-1] ** -0.5 if arguments["scale"] is None else arguments["scale"]
+        with captured.graph.inserting_before(node):
+            biases = [captured.constant(tensor) for tensor in found]
+            new = captured.call(neighborhood_attention_biased, q, k, v, *biases, neighborhood, scale, like=node)
+            captured.replace(node, new)
+        done += 1
+    return done
 
 
 def multiply_and_add(captured: Captured) -> int:

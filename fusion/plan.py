@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._torch import pytree
-from .attention import fuse_attention, multiply_and_add
+from .attention import fuse_attention, lay_out_biases, multiply_and_add
 from .fold import fold_into_next, fold_norms, fold_scales, merge_shortcuts
 from .graphs import Captured
 from .lower import Chooser, lower
@@ -36,6 +36,7 @@ REWRITES: tuple[tuple[str, Callable[[Captured], int]], ...] = (
     ("shortcut of a norm", merge_shortcuts),
     ("attention", fuse_attention),
     ("constant", fold_constants),
+    ("position bias", lay_out_biases),
     ("permutation", move_permutations_behind_sums),
 )
 

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from foveate.benchmarks import engines
-from foveate.benchmarks.engines import Row, Settings, main, notes, page_faults, tabulate
+from foveate.benchmarks.engines import Row, Settings, main, notes, page_faults
 from foveate.export import ExportError
 from foveate.export.engines import ENGINES, prepare
 

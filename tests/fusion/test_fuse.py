@@ -12,6 +12,7 @@ from small_models import KINDS, alive, small
 from torch import nn
 
 import foveate
+from foveate.attention_ops import NeighborhoodAttention2d, neighborhood_cpu
 from foveate.benchmarks._timing import peak_tensor_bytes
 from foveate.fusion import FuseError
 
@@ -98,6 +99,33 @@ def test_layers_merge_as_the_report_says(van):
     assert report.fused["convolution"] == len(layers) - dilated > dilated > 0
     assert "batch_norm" not in report.left and "gelu" not in report.left and report.left["layer_norm"] == 2
     assert "layer_norm" in report.reasons and str(report).startswith("Van: fused ") and report.table().row_count > 5
+
+
+@pytest.mark.parametrize("most", [None, 0])
+def test_position_biases_are_laid_out_once_where_they_are_small(most, monkeypatch):
+    if most is not None:
+        monkeypatch.setattr("foveate.fusion.attention.MOST_BIAS", most)
+    model = alive(small("nat_mini", num_classes=5))
+    x, calls = images(), []
+    tiles = neighborhood_cpu._tile_bias
+    fused = foveate.fuse(model, x)
+    monkeypatch.setattr(neighborhood_cpu, "_tile_bias", lambda *args: calls.append(1) or tiles(*args))
+    assert_same(fused, model, x)
+    layers = sum(isinstance(module, NeighborhoodAttention2d) for module in model.modules())
+    assert fused.prepare(x).fused["position bias"] == (layers if most is None else 0)
+    calls.clear()
+    fused(x)
+    assert len(calls) == (0 if most is None else layers)
+
+
+def test_a_changed_position_bias_is_seen():
+    model = alive(small("nat_mini", num_classes=5))
+    fused, x = foveate.fuse(model, images()), images()
+    before = fused(x)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("rpb")).add_(1).mul_(3)
+    assert not torch.equal(fused(x), before)
+    assert_same(fused, model, x)
 
 
 DILATED = {  # (channels, out channels, kernel, options): a depthwise one that keeps the size runs by groups

@@ -1,0 +1,209 @@
+"""The ops as the papers define them, over all pairs of tokens in float64: slow, and without a line of attention_ops.
+
+Maps are (B, H, W, heads, d); tokens are counted row by row. A token sees a key if it sees it on both axes, but for
+circles and routes, which are no product of axes.
+"""
+
+import torch
+from torch import Tensor
+
+Axis = tuple[Tensor, Tensor]  # (queries, keys) bool: seen; int64: cell of the table of relative positions
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
+    """Attention of (B, T, heads, d) to (B, K, heads, d), with (T, K) or (B, 1, T, K) bool, bias (B|1, heads, T, K)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bthd,bkhd->bhtk", q, k) * scale
+    logits = logits if bias is None else logits + bias
+    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("bhtk,bkhd->bthd", weights, v)
+
+
+def of_both(rows: Tensor, cols: Tensor) -> Tensor:
+    """(H, Y), (W, X) -> (H * W, Y * X): seen on both axes."""
+    return (rows[:, None, :, None] & cols[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+
+
+def cells_of_both(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """(H, Y), (W, X) -> two of (H * W, Y * X): the row and the column of the table that a pair uses."""
+    shape = (*rows.shape, *cols.shape)
+    of_rows, of_cols = rows[:, :, None, None].expand(shape), cols[None, None].expand(shape)
+    return tuple(c.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1) for c in (of_rows, of_cols))
+
+
+def on_map(out: Tensor, like: Tensor) -> Tensor:
+    return out.unflatten(1, like.shape[1:3])
+
+
+def neighborhood(q, k, v, kernel_size, dilation, rpb, is_causal, scale) -> Tensor:
+    """arXiv:2204.07143 and 2209.15001; causal axes as in arXiv:2403.04690."""
+    settings = zip(q.shape[1:3], kernel_size, dilation, is_causal, strict=True)
+    rows, cols = (neighborhood_axis(*of_axis) for of_axis in settings)
+    bias = None
+    if rpb is not None:
+        of_rows, of_cols = cells_of_both(rows[1], cols[1])
+        bias = rpb[:, of_rows, of_cols][None]
+    out = attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), of_both(rows[0], cols[0]), scale, bias)
+    return on_map(out, q)
+
+
+def neighborhood_axis(length: int, kernel: int, dilation: int, causal: bool) -> Axis:
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    cells = torch.zeros(length, length, dtype=torch.int64)
+    for query in range(length):
+        group = range(query % dilation, length, dilation)
+        rank = query // dilation
+        first = max(rank - kernel + 1, 0) if causal else min(max(rank - kernel // 2, 0), len(group) - kernel)
+        last = rank if causal else first + kernel - 1
+        for other in range(first, last + 1):
+            seen[query, group[other]] = True
+            cells[query, group[other]] = other - rank + kernel - 1
+    return seen, cells
+
+
+def window(q, k, v, window_size, bias, mask, scale) -> Tensor:
+    """arXiv:2103.14030: windows of one size; a mask hides what a shift brought together."""
+    place = [torch.arange(length) for length in q.shape[1:3]]
+    number = [at // size for at, size in zip(place, window_size, strict=True)]
+    inside = [at % size for at, size in zip(place, window_size, strict=True)]
+    of_window = (number[0][:, None] * (q.shape[2] // window_size[1]) + number[1]).flatten()
+    of_token = (inside[0][:, None] * window_size[1] + inside[1]).flatten()
+    seen = of_window[:, None] == of_window
+    if mask is not None:
+        seen = seen & mask[of_window[:, None], of_token[:, None], of_token]
+    dense = None if bias is None else bias[:, of_token[:, None], of_token][None]
+    return on_map(attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), seen, scale, dense), q)
+
+
+def halo(q, k, v, block_size, halo, stride, rel_h, rel_w, scale) -> Tensor:
+    """arXiv:2103.12731: blocks see themselves and a border; zeros past the map are seen as keys."""
+    sides = [halo_axis(*of_axis, stride) for of_axis in zip(q.shape[1:3], block_size, halo, strict=True)]
+    (rows, _), (cols, _) = sides
+    keys, values = (_with_border(x, rows.shape[1], cols.shape[1], halo) for x in (k, v))
+    bias = None
+    if rel_h is not None:
+        of_rows, of_cols = cells_of_both(sides[0][1], sides[1][1])
+        bias = torch.einsum("bthd,tkd->bhtk", q.flatten(1, 2), rel_h[of_rows] + rel_w[of_cols])
+    return on_map(attend(q.flatten(1, 2), keys, values, of_both(rows, cols), scale, bias), q)
+
+
+def halo_axis(queries: int, block: int, halo: int, stride: int) -> Axis:
+    """Seen and cells of keys from `halo` before the map to `halo` past its last block."""
+    of_block = block // stride
+    blocks = -(-queries // of_block)
+    seen = torch.zeros(queries, blocks * block + 2 * halo, dtype=torch.bool)
+    cells = torch.zeros(seen.shape, dtype=torch.int64)
+    for query in range(queries):
+        for place in range(block + 2 * halo):
+            key = query // of_block * block + place
+            seen[query, key] = True
+            cells[query, key] = place - query % of_block + block + 2 * halo - 1
+    return seen, cells
+
+
+def _with_border(x: Tensor, rows: int, cols: int, halo: tuple[int, int]) -> Tensor:
+    wide = x.new_zeros(x.shape[0], rows + x.shape[1], cols + x.shape[2], *x.shape[3:])
+    wide[:, halo[0] : halo[0] + x.shape[1], halo[1] : halo[1] + x.shape[2]] = x
+    return wide[:, :rows, :cols].flatten(1, 2)
+
+
+def circle(q, k, v, radius, scale) -> Tensor:
+    """CLEAR, arXiv:2412.16112: keys at a distance below the radius."""
+    y, x = (at.flatten() for at in torch.meshgrid(*(torch.arange(n) for n in q.shape[1:3]), indexing="ij"))
+    seen = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < radius**2
+    return on_map(attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), seen, scale), q)
+
+
+def routed(q, k, v, routes, region_size, kv_region_size, scale) -> Tensor:
+    """BiFormer, arXiv:2303.08810: a region sees the regions that it is routed to."""
+    of_query, of_key = (_regions(x, size) for x, size in ((q, region_size), (k, kv_region_size)))
+    allowed = torch.zeros(len(q), routes.shape[1], int(of_key.max()) + 1, dtype=torch.bool)
+    for image, region, target in torch.cartesian_prod(*(torch.arange(n) for n in routes.shape)).tolist():
+        allowed[image, region, routes[image, region, target]] = True
+    seen = allowed[:, of_query[:, None], of_key][:, None]
+    return on_map(attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), seen, scale), q)
+
+
+def _regions(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H * W,): the region of every token."""
+    rows, cols = (torch.arange(length) // side for length, side in zip(x.shape[1:3], size, strict=True))
+    return (rows[:, None] * (int(cols[-1]) + 1) + cols).flatten()
+
+
+def hilo(hq, hk, hv, lq, lk, lv, window_size, scale) -> Tensor:
+    """LITv2, arXiv:2205.13213: some heads attend in windows, the others to a pooled map."""
+    low_seen = torch.ones(lq.shape[1] * lq.shape[2], lk.shape[1] * lk.shape[2], dtype=torch.bool)
+    low = on_map(attend(lq.flatten(1, 2), lk.flatten(1, 2), lv.flatten(1, 2), low_seen, scale), lq)
+    return torch.cat([window(hq, hk, hv, window_size, None, None, scale), low], 3)
+
+
+def channel(q, k, v, scale) -> Tensor:
+    """DaViT, arXiv:2204.03645: channels of a head attend to each other over all tokens."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    weights = (torch.einsum("byxhc,byxhd->bhcd", q, k) * scale).softmax(-1)
+    return torch.einsum("bhcd,byxhd->byxhc", weights, v)
+
+
+def channel_gate(x, weight) -> Tensor:
+    """ECA-Net, arXiv:1910.03151."""
+    return x * torch.sigmoid(strip_convolution(x.mean((2, 3))[:, None], weight))[:, 0, :, None, None]
+
+
+def strip_gate(x, weight, norm_weight, norm_bias, norm_groups, eps) -> Tensor:
+    """ELA, arXiv:2403.01123."""
+    rows, cols = (_strip(x.mean(axis), weight, norm_weight, norm_bias, norm_groups, eps) for axis in (3, 2))
+    return x * rows[:, :, :, None] * cols[:, :, None, :]
+
+
+def _strip(x, weight, norm_weight, norm_bias, norm_groups, eps) -> Tensor:
+    x = strip_convolution(x, weight).unflatten(1, (norm_groups, -1))
+    mean = x.mean((2, 3), keepdim=True)
+    variance = ((x - mean) ** 2).mean((2, 3), keepdim=True)
+    x = ((x - mean) / (variance + eps).sqrt()).flatten(1, 2)
+    return torch.sigmoid(x * norm_weight[:, None] + norm_bias[:, None])
+
+
+def strip_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, C, L), (D, C / groups, k) -> (B, D, L): zero padding keeps the length."""
+    out_channels, of_group, taps = weight.shape
+    groups, length, half = x.shape[1] // of_group, x.shape[2], taps // 2
+    wide = torch.cat([x.new_zeros(*x.shape[:2], half), x, x.new_zeros(*x.shape[:2], half)], 2)
+    wide = wide.unflatten(1, (groups, of_group))
+    by_group = weight.unflatten(0, (groups, out_channels // groups))
+    shifted = [torch.einsum("bgcl,gdc->bgdl", wide[..., tap : tap + length], by_group[..., tap]) for tap in range(taps)]
+    return torch.stack(shifted).sum(0).flatten(1, 2)
+
+
+def large_kernel(
+    x, local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias, dilation
+) -> Tensor:
+    """VAN, arXiv:2202.09741."""
+    gate = depthwise(depthwise(x, local_weight, local_bias, 1), dilated_weight, dilated_bias, dilation)
+    gate = torch.einsum("bcyx,dc->bdyx", gate, point_weight[:, :, 0, 0])
+    return x * (gate if point_bias is None else gate + point_bias[:, None, None])
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    (_, _, rows, cols), (height, width) = weight.shape, x.shape[2:]
+    top, left = rows // 2 * dilation, cols // 2 * dilation
+    wide = x.new_zeros(*x.shape[:2], height + 2 * top, width + 2 * left)
+    wide[:, :, top : top + height, left : left + width] = x
+    shifted = [
+        wide[:, :, i * dilation : i * dilation + height, j * dilation : j * dilation + width] * weight[:, :, i, j, None]
+        for i in range(rows)
+        for j in range(cols)
+    ]
+    total = torch.stack(shifted).sum(0)
+    return total if bias is None else total + bias[:, None, None]
+
+
+def dense(x, weight, bias, activation, residual) -> Tensor:
+    out = torch.einsum("...k,nk->...n", x, weight)
+    out = out if bias is None else out + bias
+    if activation == "relu":
+        out = out.clamp(min=0)
+    elif activation == "gelu":
+        out = out * (1 + torch.erf(out / 2**0.5)) / 2
+    elif activation == "silu":
+        out = out * torch.sigmoid(out)
+    return out if residual is None else out + residual
