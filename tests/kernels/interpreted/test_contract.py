@@ -15,7 +15,7 @@ OF_OTHERS = {"bi_level_routes"}  # an op without bodies to choose from
 KERNEL_OPS = {
     name.removeprefix("foveate::").partition(".")[0]
     for name in torch._C._dispatch_get_all_op_names()
-    if name.startswith("foveate::")
+    if name.startswith("foveate::") and not name.startswith("foveate::_")
 } - {*OPS, *OF_OTHERS}
 
 
