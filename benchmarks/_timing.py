@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -17,17 +18,33 @@ from pathlib import Path
 import torch
 from rich.console import Console, RenderableType
 
-H200_BYTES_PER_SECOND = 4.3e12  # of plain copies
+from .._errors import first_line
+
+FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
 REPORT_COLUMNS = 120
 _RESET_PEAK = "5"  # resets the peak when written to Linux's /proc/self/clear_refs
 
 
 def interleaved_seconds(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int, device: str = "cpu", warmup: int = 1
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    device: str = "cpu",
+    warmup: int = 1,
+    replay: bool = False,
 ) -> dict[str, float]:
-    """Return the median seconds of each call; calls take turns (A B C A B C ...), so that other load affects all."""
+    """Return the median seconds of each call; calls take turns (A B C A B C ...), so that other load affects all.
+
+    On a GPU a call is timed by events, after a flush of the L2 cache.
+
+    Args:
+        replay: on a GPU, time CUDA graphs of the calls: the GPU's work without Python and launches. A call that cannot
+            be captured is timed as it is.
+    """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if replay and device.startswith("cuda"):
+        calls = {name: captured(call)[0] for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + rounds):
         for name, call in calls.items():
@@ -117,17 +134,53 @@ def write_report(table: RenderableType, *, module: str, machine: str, out: Path 
         Console(file=file, width=REPORT_COLUMNS).print(table)
 
 
+def captured(call: Callable[[], object]) -> tuple[Callable[[], object], str | None]:
+    """Return a CUDA graph of the call, after three runs; the call itself and the reason where there can be none."""
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    except Exception as error:  # of any library that the call runs
+        return call, first_line(error)
+    return graph.replay, None
+
+
+def copy_bytes_per_second(device: str) -> float:
+    """Return bytes read and written per second by a copy larger than any cache."""
+    source = torch.empty(2**31 if device.startswith("cuda") else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = interleaved_seconds({"copy": lambda: target.copy_(source)}, rounds=7, device=device)["copy"]
+    return 2 * source.numel() / seconds
+
+
 def _seconds(call: Callable[[], object], device: str) -> float:
-    _synchronize(device)
+    if device.startswith("cuda"):
+        return _gpu_seconds(call)
     start = time.perf_counter()
     call()
-    _synchronize(device)
     return time.perf_counter() - start
 
 
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def _gpu_seconds(call: Callable[[], object]) -> float:
+    _flushed().zero_()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+@lru_cache(maxsize=1)
+def _flushed() -> torch.Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
 
 
 def _resident_bytes(field: str) -> int:

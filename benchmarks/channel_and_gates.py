@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..attention_ops import channel_attention, channel_gate, large_kernel_attention, strip_gate
 from ..backbones._layers import MapGELU
 from ._timing import (
-    H200_BYTES_PER_SECOND,
     common_parser,
+    copy_bytes_per_second,
     describe_machine,
     interleaved_seconds,
     parse_and_set_threads,
@@ -139,17 +139,19 @@ def _cells(case: Case, rounds: int, device: str) -> list[str]:
         difference, tolerance = (ours - plain).abs().max(), 1e-4 if ours.dtype == torch.float32 else 3e-2
         if difference > tolerance * plain.abs().max():
             raise RuntimeError(f"the two implementations differ by {difference}")
-        forward = interleaved_seconds(forms, rounds=rounds, device=device)
+        forward = interleaved_seconds(forms, rounds=rounds, device=device, replay=True)
     grad = torch.randn_like(ours)
     steps = {name: _step(call, leaves, grad) for name, call in forms.items()}
-    both = interleaved_seconds(steps, rounds=rounds, device=device)
+    both = interleaved_seconds(steps, rounds=rounds, device=device, replay=True)
     peaks = [peak_bytes(step, device) for step in steps.values()]
     cells = []
     for seconds in (forward, {name: both[name] - forward[name] for name in both}):
         cells += [f"{1e3 * seconds[name]:.2f}" for name in forms] + [f"{seconds['plain'] / seconds['ours']:.1f}"]
     cells += ["-" if peak is None else f"{peak / 1e6:.0f}" for peak in peaks]
-    floor = case.passes * grad.nbytes / H200_BYTES_PER_SECOND / forward["ours"]
-    return [*cells, f"{floor:.0%}" if device == "cuda" else "-"]
+    if device == "cpu":
+        return [*cells, "-"]
+    floor = case.passes * grad.nbytes / copy_bytes_per_second(device) / forward["ours"]
+    return [*cells, f"{floor:.0%}"]
 
 
 def _step(call: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> Callable[[], object]:

@@ -31,6 +31,7 @@ from ..attention_ops import circle_attention, halo_attention, neighborhood_atten
 from ..attention_ops.neighborhood import axis_window
 from ._timing import (
     common_parser,
+    copy_bytes_per_second,
     describe_machine,
     interleaved_seconds,
     parse_and_set_threads,
@@ -49,7 +50,6 @@ OPS = {
 PEERS = ("gather", "composed", "dense", "flex", "natten")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_COPIES = 2**31  # limit of the bytes that gather copies
-GPU_REPEATS = 20  # calls between two synchronizations
 PASSES = {"forward": 4, "both": 12}  # maps read or written: q, k, v, out; then q, k, v, out, grad, dq, dk, dv
 
 
@@ -208,33 +208,16 @@ def check(shape: Shape, dtype: torch.dtype, device: str) -> None:
         raise RuntimeError(f"{shape.name}: the result is wrong, so it is not timed")
 
 
-def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(times):
-            call()
-
-    return run
-
-
 def seconds_of(calls: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    """Return median seconds of each call that does not run out of memory. On a GPU calls are timed in sequence."""
-    times = GPU_REPEATS if device == "cuda" else 1
+    """Return median seconds of each call that does not run out of memory; on a GPU, of its CUDA graph."""
     fit = {}
     for name, call in calls.items():
         try:
             call()
-            fit[name] = repeated(call, times)
+            fit[name] = call
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-    return {name: s / times for name, s in interleaved_seconds(fit, rounds=rounds, device=device).items()}
-
-
-def copy_bytes_per_second(device: str) -> float:
-    """Return bytes read and written per second by a copy larger than any cache."""
-    source = torch.empty(2**31 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = repeated(lambda: target.copy_(source), 5)
-    return 5 * 2 * source.numel() / interleaved_seconds({"copy": copy}, rounds=5, device=device)["copy"]
+    return interleaved_seconds(fit, rounds=rounds, device=device, replay=True)
 
 
 def rows_of(

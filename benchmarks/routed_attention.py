@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..attention_ops import BiLevelRoutingAttention, bi_level_routes, routed_attention
 from ._timing import (
-    H200_BYTES_PER_SECOND,
     common_parser,
+    copy_bytes_per_second,
     describe_machine,
     interleaved_seconds,
     parse_and_set_threads,
@@ -126,11 +126,11 @@ def _cells(shape: tuple[int, int, int, int], batch: int, rounds: int, device: st
     with torch.no_grad():
         tolerance = {"rtol": 1e-4, "atol": 1e-5} if leaves[0].dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(forms["ours"](), forms["gather"](), **tolerance)  # refuse to time a wrong result
-        forward = interleaved_seconds(forms, rounds=rounds, device=device)
+        forward = interleaved_seconds(forms, rounds=rounds, device=device, replay=True)
     grad = torch.randn_like(forms["ours"]())
     leaves = [leaf.requires_grad_() for leaf in leaves]
     steps = {name: both_ways(call, leaves, grad) for name, call in forms.items()}
-    both = interleaved_seconds(steps, rounds=rounds, device=device)
+    both = interleaved_seconds(steps, rounds=rounds, device=device, replay=True)
     peaks = [peak_tensor_bytes(step, device) for step in steps.values()]
     peaks.append(peak_bytes(steps["ours"]) if device == "cpu" else None)
     backward = {name: both[name] - forward[name] for name in both}
@@ -140,8 +140,10 @@ def _cells(shape: tuple[int, int, int, int], batch: int, rounds: int, device: st
         ours, gather = seconds["ours"], seconds["gather"]
         cells += [f"{1e3 * ours:.2f}", f"{1e3 * gather:.2f}", f"{gather / ours:.1f}"]
     cells += ["-" if peak is None else f"{peak / maps:.2f}" for peak in peaks]
-    floor = maps / H200_BYTES_PER_SECOND / forward["ours"]
-    return [*cells, f"{floor:.0%}" if device == "cuda" else "-"]
+    if device == "cpu":
+        return [*cells, "-"]
+    floor = maps / copy_bytes_per_second(device) / forward["ours"]
+    return [*cells, f"{floor:.0%}"]
 
 
 def models(device: str) -> dict[str, nn.Module]:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from .session import Session, first_line
+from .._timing import FLUSHED_BYTES, captured
+from .session import Session
 
 Call = Callable[[], object]
-FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
 REPEATS = 15
 LOOP_SECONDS = 0.08
 
@@ -51,20 +51,8 @@ class Clock:
         """Return the time of a replayed CUDA graph; where the call cannot be captured, `events_us` and the reason."""
         if not self.session.gpu:
             return self._once(call), None
-        try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    call()
-            torch.cuda.current_stream().wait_stream(side)
-            self.session.sync()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call()
-            return self.events_us(graph.replay), None
-        except Exception as error:
-            return self.events_us(call), first_line(error)
+        replay, reason = captured(call)
+        return self.events_us(replay), reason
 
     def bytes_per_second(self) -> float:
         """Return the bandwidth of a plain copy, reads and writes together."""

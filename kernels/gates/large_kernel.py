@@ -59,8 +59,8 @@ def launch_dilated_gate(x, y, taps, taps_bias, weight, bias, dilation: int, out)
     batch, channels, height, width = x.shape
     block_p, block_k, block_n, warps = large_kernel_tiles(channels, x.itemsize)
     dilated_gate_kernel[(triton.cdiv(batch * height * width, block_p),)](
-        x, y, taps.flatten(1).t().contiguous(), taps_bias.contiguous(), weight.flatten(1).contiguous(), bias.contiguous(),
-        out,
+        x, y, taps.flatten(1).t().contiguous(), taps_bias.contiguous(),
+        weight.flatten(1).contiguous(), bias.contiguous(), out,
         batch * height * width, height, width,
         C=channels, ROWS=taps.shape[2], COLS=taps.shape[3], DILATION=dilation,
         BLOCK_P=block_p, BLOCK_K=block_k, BLOCK_N=block_n, PRECISION=dot_precision(x.dtype),

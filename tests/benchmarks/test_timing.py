@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from foveate.benchmarks import _timing
 from foveate.benchmarks._timing import (
+    captured,
     describe_machine,
     interleaved_seconds,
     peak_tensor_bytes,
@@ -32,6 +34,39 @@ def test_the_median_of_the_rounds_is_taken_and_the_warm_up_is_not(monkeypatch):
 def test_no_rounds_are_refused():
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         interleaved_seconds({"a": lambda: None}, rounds=0)
+
+
+def test_a_call_that_cannot_be_captured_is_timed_as_it_is():
+    def call() -> None:
+        raise RuntimeError("not on this machine\nmore")
+
+    found, reason = captured(call)  # without a GPU, too, where no stream exists
+    assert found is call and reason and "\n" not in reason
+
+
+def test_on_a_gpu_a_replayed_graph_is_timed_by_events_after_a_flush(monkeypatch):
+    seen = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            seen.append("event")
+
+        def elapsed_time(self, other):
+            return 250.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronize"))
+    monkeypatch.setattr(_timing, "_flushed", lambda: SimpleNamespace(zero_=lambda: seen.append("flush")))
+    monkeypatch.setattr(_timing, "captured", lambda call: (lambda: seen.append("graph"), None))
+    calls = {"a": lambda: seen.append("call")}
+    one = ["flush", "event", "call", "event", "synchronize"]
+    assert interleaved_seconds(calls, rounds=1, device="cuda", warmup=0) == {"a": 0.25} and seen == one
+    seen.clear()
+    interleaved_seconds(calls, rounds=1, device="cuda", warmup=0, replay=True)
+    assert seen == ["flush", "event", "graph", "event", "synchronize"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
