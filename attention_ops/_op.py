@@ -242,7 +242,11 @@ def register(promise: Callable[..., Tensor], body: Callable[..., Tensor]) -> Non
     """Define `foveate::NAME` with the schema of a public function, made of the operations of `body`."""
     qualified = f"foveate::{promise.__name__}"
     torch.library.define(qualified, _schema(promise))
-    for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):  # under vmap, too, the operations of the body
+    for key in (
+        "CompositeImplicitAutograd",
+        "FuncTorchBatched",
+        "Tracer",
+    ):  # vmap and torch.jit.trace see the operations
         torch.library.impl(qualified, key, body)
 
 
