@@ -92,7 +92,8 @@ def halo_attention_graph(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
 ) -> Tensor:
     """Attend by differentiable operations."""
-    return HaloTiles(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w)
+    out = HaloTiles(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w)
+    return out.clone(memory_format=torch.contiguous_format)  # see TiledAttention.graph
 
 
 class HaloTiles(EagerBody):

@@ -45,7 +45,8 @@ def routed_attention_tiled(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regi
 
 def routed_attention_graph(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, scale: float) -> Tensor:
     """Attend by differentiable operations."""
-    return RoutedAttention(routes, RegionPlan(regions.region_size, regions.of_keys, scale)).graph(q, k, v)
+    out = RoutedAttention(routes, RegionPlan(regions.region_size, regions.of_keys, scale)).graph(q, k, v)
+    return out.clone(memory_format=torch.contiguous_format)  # see TiledAttention.graph
 
 
 class RegionPlan(NamedTuple):

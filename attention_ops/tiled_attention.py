@@ -72,7 +72,8 @@ class TiledAttention(EagerBody):
         return *grads, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
 
     def graph(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        return self._attend(q, k, v, self.additive_mask(bias, q.dtype))
+        # A copy, whatever kernel SDPA takes: a recorded graph must fit the strides of a later decomposition.
+        return self._attend(q, k, v, self.additive_mask(bias, q.dtype)).clone(memory_format=torch.contiguous_format)
 
     def _chunks(self, q: Tensor) -> list[slice]:
         """Cut the batch so that one chunk's logits fit `CHUNK_LOGITS` a thread."""

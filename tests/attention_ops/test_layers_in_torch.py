@@ -114,6 +114,22 @@ def test_export_with_dynamic_size(kind, export_any_size):
         torch.testing.assert_close(program.module()(x), module(x))
 
 
+ONE_TILE = "a map of one tile"
+
+
+@pytest.mark.parametrize("kind", [ONE_TILE, *(pytest.param(kind, marks=pytest.mark.slow) for kind in LAYERS)])
+def test_onnx_export_where_gradients_are_recorded(kind, tmp_path):
+    """The exporter decomposes SDPA by another rule than the one by which it recorded the graph."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    module = NeighborhoodAttention2d(16, 2, 3).eval() if kind == ONE_TILE else layer(kind).eval()
+    x = as_input(kind, image(2, 6, 6))
+    torch.onnx.export(module, (x,), dynamo=True, verbose=False).save(str(tmp_path / "layer.onnx"))
+    session = runtime.InferenceSession(str(tmp_path / "layer.onnx"), providers=["CPUExecutionProvider"])
+    [out] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), module(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 @every_layer
 def test_script(kind, tmp_path):
