@@ -3,8 +3,9 @@
 Papers     Hassani et al. 2023, arXiv:2204.07143 (NAT); Hassani and Shi 2022, arXiv:2209.15001 (DiNAT, dilation).
 Semantics  those of the authors' library while it had a bias (up to 0.17): the window is clamped at the borders, so
            every query sees exactly kernel x kernel keys, and the bias is indexed by the difference of ranks inside a
-           dilation group. Causal axes (NATTEN, arXiv:2403.04690) take the clamped window and drop the keys behind
-           the query.
+           dilation group. On a causal axis (NATTEN, arXiv:2403.04690) the window ends at the query, and queries near
+           the first border see fewer keys.
+We differ  NATTEN has no bias on causal axes; here both may be given.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,13 @@ from torch import Tensor, nn
 from ._attend import accumulator
 from ._checks import check_at_least, check_device, check_qkv, pair, why_no_local_kernel
 from ._op import Flags, Impl, Size, declare, run
-from .neighborhood_cpu import Neighborhood, neighborhood_attention_graph, neighborhood_attention_tiled
+from .neighborhood_cpu import (
+    Neighborhood,
+    axis_intervals,
+    first_key,
+    neighborhood_attention_graph,
+    neighborhood_attention_tiled,
+)
 from .tiling import AxisWindow
 
 OP = "neighborhood_attention"
@@ -37,7 +44,8 @@ def neighborhood_attention(
     """Attend from every token to the kernel_size x kernel_size neighborhood around it.
 
     On one axis, tokens with the same remainder modulo `dilation` form a group; a query of rank p in a group of L tokens
-    sees ranks [s, s + kernel) with s = clamp(p - kernel // 2, 0, L - kernel).
+    sees ranks [s, s + kernel) with s = clamp(p - kernel // 2, 0, L - kernel). On a causal axis it sees ranks
+    max(p - kernel + 1, 0) to p.
 
     Cost: H * W * kernel_rows * kernel_cols * head_dim multiply-adds per head, twice. The tiled and the fused body
     compute 2.5 to 5 times as many in exchange for dense products, and keep no logits for the backward pass. The fused
@@ -49,7 +57,8 @@ def neighborhood_attention(
         dilation: step between neighbors in tokens, an int or (rows, columns), at least 1.
         rpb: (heads, 2 * kernel_rows - 1, 2 * kernel_cols - 1), added to the scaled logits; cell [key rank - query rank
             + kernel - 1] on each axis.
-        is_causal: a bool or (rows, columns); on a causal axis, keys behind the query are not seen.
+        is_causal: a bool or (rows, columns); on a causal axis, a query sees itself and the kernel_size - 1 tokens of
+            its group before it, fewer at the border.
         scale: multiplies q . k; head_dim ** -0.5 when None.
         impl: "auto", "fused", "tiled" or "reference".
 
@@ -85,11 +94,10 @@ def _check(
 def axis_window(
     length: int, kernel: int, dilation: int, causal: bool, device: torch.device | str = "cpu"
 ) -> AxisWindow:
-    """Say what every query of one axis sees: `kernel` keys, of which a causal axis hides those behind the query."""
+    """Say what every query of one axis sees: `kernel` keys, of which a causal axis hides those after the query."""
     position = torch.arange(length, device=device)
     group, rank = position % dilation, position // dilation
-    group_length = (length - group + dilation - 1) // dilation
-    start = (rank - kernel // 2).clamp(min=0).minimum(group_length - kernel)
+    start = first_key(rank, (length - group + dilation - 1) // dilation, kernel, causal)
     ranks = start[:, None] + torch.arange(kernel, device=device)
     cells = ranks - rank[:, None] + kernel - 1
     seen = (cells < kernel) if causal else torch.ones_like(cells, dtype=torch.bool)
@@ -120,8 +128,15 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Ne
     return local_attention(q, k, v, pattern, bias=rpb, scale=scale)
 
 
-def _macs(q: Tensor, kernel_size: tuple[int, int]) -> int:
-    return 2 * q.numel() * kernel_size[0] * kernel_size[1]  # q k^T and probs v, for every channel of every token
+def _macs(q: Tensor, neighborhood: Neighborhood) -> int:
+    rows, cols = (_pairs(*axis) for axis in zip(q.shape[1:3], *neighborhood, strict=True))
+    return 2 * q.shape[0] * q.shape[3] * q.shape[4] * rows * cols  # q k^T and probs v, for every channel of every pair
+
+
+def _pairs(length: int, kernel: int, dilation: int, causal: bool) -> int:
+    """Count the pairs of a query and a key that it sees, on one axis."""
+    groups = [(length - group + dilation - 1) // dilation for group in range(dilation)]
+    return sum(end - start for group in groups for start, end in axis_intervals(group, kernel, causal))
 
 
 declare(

@@ -24,10 +24,10 @@ class Neighborhood(NamedTuple):
     is_causal: tuple[bool, bool]
 
     def reach(self, axis: int, length: int, tile: int) -> tuple[int, int]:
-        kernel, dilation = self.kernel_size[axis], self.dilation[axis]
+        kernel, dilation, causal = self.kernel_size[axis], self.dilation[axis], self.is_causal[axis]
         if not isinstance(length, int):
-            return kernel - 1, kernel - 1
-        return _tightest_reach(length, kernel, dilation, tile)
+            return kernel - 1, 0 if causal else kernel - 1
+        return _tightest_reach(length, kernel, dilation, causal, tile)
 
     def axis_table(self, axis: int, length: int, tiling: AxisTiling, device: torch.device) -> Tensor:
         """Bool: the keys of its tile that a query of each group sees; none past the end."""
@@ -35,10 +35,9 @@ class Neighborhood(NamedTuple):
         group = torch.arange(dilation, device=device)[:, None, None, None]
         query, key = positions(tiling, device)
         group_length = (length - group + dilation - 1) // dilation
-        start = (query - kernel // 2).clamp(min=0).minimum(group_length - kernel)
-        seen = (key >= start) & (key < start + kernel)
-        if self.is_causal[axis]:
-            seen = seen & (key <= query)
+        causal = self.is_causal[axis]
+        start = first_key(query, group_length, kernel, causal)
+        seen = (key >= start) & ((key <= query) if causal else (key < start + kernel))
         return seen & (query < group_length)
 
     def seen(self, rows: Tensor, cols: Tensor) -> Tensor:
@@ -49,16 +48,31 @@ class Neighborhood(NamedTuple):
         return not any(self.is_causal) and all(length == kernel * dilation for length, kernel, dilation in windows)
 
 
+def first_key(rank: Tensor, length: Tensor, kernel: int, causal: bool) -> Tensor:
+    """Return the rank of the first key that queries see, in dilation groups of `length` tokens."""
+    if causal:
+        return (rank - kernel + 1).clamp(min=0)
+    return (rank - kernel // 2).clamp(min=0).minimum(length - kernel)
+
+
 @lru_cache(maxsize=256)
-def _tightest_reach(length: int, kernel: int, dilation: int, tile: int) -> tuple[int, int]:
+def axis_intervals(length: int, kernel: int, causal: bool) -> tuple[tuple[int, int], ...]:
+    """Return the ranks [first, last) that each query of one dilation group sees."""
+    if causal:
+        return tuple((max(rank - kernel + 1, 0), rank + 1) for rank in range(length))
+    starts = (min(max(rank - kernel // 2, 0), length - kernel) for rank in range(length))
+    return tuple((start, start + kernel) for start in starts)
+
+
+@lru_cache(maxsize=256)
+def _tightest_reach(length: int, kernel: int, dilation: int, causal: bool, tile: int) -> tuple[int, int]:
     """The fewest keys before and after any tile that cover the neighborhoods of its queries."""
     before = after = 0
     for group_length in {(length - g + dilation - 1) // dilation for g in (0, dilation - 1)}:
-        for rank in range(group_length):
-            start = min(max(rank - kernel // 2, 0), group_length - kernel)
+        for rank, (start, end) in enumerate(axis_intervals(group_length, kernel, causal)):
             first = rank // tile * tile
             before = max(before, first - start)
-            after = max(after, start + kernel - first - tile)
+            after = max(after, end - first - tile)
     return before, after
 
 

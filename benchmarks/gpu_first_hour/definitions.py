@@ -20,10 +20,9 @@ def neighborhood_axis(
     group, rank = position % dilation, position // dilation
     group_length = (length - group + dilation - 1) // dilation
     start = torch.minimum((rank - kernel // 2).clamp(min=0), group_length - kernel)
+    start = rank - kernel + 1 if causal else start
     from_start = rank[None] - start[:, None]
     seen = (group[:, None] == group[None]) & (from_start >= 0) & (from_start < kernel)
-    if causal:
-        seen &= rank[None] <= rank[:, None]
     return seen, (rank[None] - rank[:, None] + kernel - 1).clamp(0, 2 * kernel - 2)
 
 

@@ -24,17 +24,17 @@ def interval(x, walked, AXIS: tl.constexpr):
         else:
             low = x // AXIS.queries * SIZE - REACH
             high = low + SIZE + 2 * REACH
-    else:
+    elif AXIS.causal:
         if AXIS.inverse:
-            low = tl.where(x < SIZE, 0, x - SIZE + 1 + SIZE // 2)
-            high = tl.where(x >= walked - SIZE, walked, x + SIZE // 2 + 1)
-            if AXIS.causal:
-                low = tl.maximum(low, x)
+            low, high = x, tl.minimum(x + SIZE, walked)
         else:
-            low = tl.maximum(tl.minimum(x - SIZE // 2, walked - SIZE), 0)
-            high = low + SIZE
-            if AXIS.causal:
-                high = tl.minimum(high, x + 1)
+            low, high = tl.maximum(x - SIZE + 1, 0), x + 1
+    elif AXIS.inverse:
+        low = tl.where(x < SIZE, 0, x - SIZE + 1 + SIZE // 2)
+        high = tl.where(x >= walked - SIZE, walked, x + SIZE // 2 + 1)
+    else:
+        low = tl.maximum(tl.minimum(x - SIZE // 2, walked - SIZE), 0)
+        high = low + SIZE
     return low, high
 
 

@@ -74,11 +74,12 @@ class Axis:
         if self.kind == "block":
             low = x // self.queries * size - self.reach
             return low, low + size + 2 * self.reach
+        if self.causal:
+            return (x, min(x + size, walked)) if self.inverse else (max(x - size + 1, 0), x + 1)
         if self.inverse:
-            low = 0 if x < size else x - size + 1 + half
-            return max(low, x) if self.causal else low, walked if x >= walked - size else x + half + 1
+            return 0 if x < size else x - size + 1 + half, walked if x >= walked - size else x + half + 1
         low = max(min(x - half, walked - size), 0)
-        return low, min(low + size, x + 1) if self.causal else low + size
+        return low, low + size
 
     def walked(self, tile: int, owners: int, walked: int) -> tuple[int, int]:
         """The interval that covers those of all owners of a tile (intervals only move forward)."""

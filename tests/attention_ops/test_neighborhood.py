@@ -47,8 +47,8 @@ def brute_force(q, k, v, kernel, dilation, rpb, causal):
         line = list(range(position % step, length, step))
         rank = line.index(position)
         start = min(max(rank - kernel // 2, 0), len(line) - kernel)
-        pairs = [(line[r], r - rank + kernel - 1) for r in range(start, start + kernel)]
-        return [(p, cell) for p, cell in pairs if p <= position or not causal]
+        ranks = range(max(rank - kernel + 1, 0), rank + 1) if causal else range(start, start + kernel)
+        return [(line[r], r - rank + kernel - 1) for r in ranks]
 
     for y in range(height):
         rows = seen(y, height, kernel[0], dilation[0], causal[0])
@@ -75,7 +75,7 @@ def test_reference_equals_brute_force(size, kernel, dilation, causal):
     torch.testing.assert_close(out, brute_force(q, k, v, kernel, dilation, rpb, causal), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("causal", [(False, False), (False, True)], ids=["two-sided", "causal columns"])
+@pytest.mark.parametrize("causal", [(False, False), (False, True), (True, True)], ids=["two-sided", "columns", "both"])
 @pytest.mark.parametrize("biased", [True, False], ids=["rpb", "plain"])
 @pytest.mark.parametrize(("size", "kernel", "dilation"), CASES)
 def test_tiled_equals_reference_with_every_gradient(size, kernel, dilation, biased, causal):
@@ -157,6 +157,30 @@ def test_axis_tables_equal_the_official_ones(golden):
         assert keys.tolist() == table["key_index"], name
         assert cells.tolist() == table["bias_index"], name
         assert seen.all()
+
+
+def seen_by_queries(size, impl, **arguments):
+    """(H * W, H * W) bool: the keys that a query sees. Attention is uniform, and every value is a unit vector."""
+    tokens = size[0] * size[1]
+    unit = torch.eye(tokens, -(-tokens // 16) * 16).view(1, *size, -1, 16)
+    weights = neighborhood_attention(torch.zeros_like(unit), torch.zeros_like(unit), unit, impl=impl, **arguments)
+    return weights.flatten(3).flatten(1, 2)[0, :, :tokens] > 0
+
+
+def check_the_official_masks(golden, impl):
+    made, arrays = golden("module__natten_masks")
+    cases = [case for case in made["cases"] if case["stride"] == [1, 1]]
+    assert any(all(case["is_causal"]) for case in cases)
+    for case in cases:
+        size, name = case.pop("hw"), case.pop("name")
+        tokens, _, _ = size[0] * size[1], case.pop("keys_per_query"), case.pop("stride")
+        mask = torch.from_numpy(np.unpackbits(arrays[name], axis=1)[:, :tokens]).bool()
+        assert torch.equal(seen_by_queries(size, impl, **case), mask), (name, case)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+def test_a_query_sees_the_keys_that_it_sees_in_natten(golden, impl):
+    check_the_official_masks(golden, impl)
 
 
 @pytest.mark.parametrize("impl", ["tiled", "reference"])

@@ -11,6 +11,7 @@ from foveate.kernels.local.plan import Pattern, launch_shape, make_plan
 CASES = [  # pattern, queries, keys; both axes differ, so that a swap shows
     (Pattern("neighborhood", (7, 3)), (56, 14), (56, 14)),
     (Pattern("neighborhood", (6, 13), causal=(True, False)), (11, 19), (11, 19)),
+    (Pattern("neighborhood", (2, 7), dilation=(1, 2), causal=(True, True)), (30, 41), (30, 41)),
     (Pattern("neighborhood", (3, 4), dilation=(4, 3)), (30, 14), (30, 14)),
     (Pattern("neighborhood", (25, 2)), (33, 7), (33, 7)),
     (Pattern("block", (7, 12)), (21, 24), (21, 24)),

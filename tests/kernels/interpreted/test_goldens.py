@@ -18,6 +18,10 @@ def op_tests(op):
     return module
 
 
+def test_neighborhood_attention_sees_the_keys_that_natten_sees(golden):
+    op_tests("neighborhood").check_the_official_masks(golden, "fused")
+
+
 def test_channel_attention_equals_the_official_code(det, golden, relative_error):
     op_tests("channel").test_the_layer_equals_the_official_ones(det, golden, relative_error)
 
