@@ -132,8 +132,8 @@ def _fused(
 ) -> Tensor:
     from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
 
-    tables = None if rel_h is None or rel_w is None else (rel_h, rel_w)
-    return local_attention(q, k, v, Pattern("block", *blocks), tables=tables, scale=scale)
+    tables, (block_size, halo, stride) = None if rel_h is None or rel_w is None else (rel_h, rel_w), blocks
+    return local_attention(q, k, v, Pattern("block", block_size, halo, (stride, stride)), tables=tables, scale=scale)
 
 
 def _macs(q: Tensor, v: Tensor, block_size: tuple[int, int], halo: tuple[int, int], rel_h: Tensor | None) -> int:

@@ -1,11 +1,12 @@
-"""Neighborhood attention in two dimensions, with dilation, causal axes and a relative position bias.
+"""Neighborhood attention in two dimensions, with dilation, stride, causal axes and a relative position bias.
 
-Papers     Hassani et al. 2023, arXiv:2204.07143 (NAT); Hassani and Shi 2022, arXiv:2209.15001 (DiNAT, dilation).
+Papers     Hassani et al. 2023, arXiv:2204.07143 (NAT); Hassani and Shi 2022, arXiv:2209.15001 (DiNAT, dilation);
+           Hassani et al. 2025, arXiv:2504.16922 (stride).
 Semantics  those of the authors' library while it had a bias (up to 0.17): the window is clamped at the borders, so
            every query sees exactly kernel x kernel keys, and the bias is indexed by the difference of ranks inside a
            dilation group. On a causal axis (NATTEN, arXiv:2403.04690) the window ends at the query, and queries near
            the first border see fewer keys.
-We differ  NATTEN has no bias on causal axes; here both may be given.
+We differ  NATTEN had no bias on causal axes, and has none with a stride; here both may be given.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ._attend import accumulator
 from ._checks import check_at_least, check_device, check_qkv, pair, why_no_local_kernel
-from ._op import Flags, Impl, Size, declare, run
+from ._op import Flags, Impl, Pair, Size, declare, run
 from .neighborhood_cpu import (
     Neighborhood,
     axis_intervals,
@@ -36,6 +37,7 @@ def neighborhood_attention(
     kernel_size: Size,
     dilation: Size = 1,
     *,
+    stride: Size = 1,
     rpb: Tensor | None = None,
     is_causal: Flags = False,
     scale: float | None = None,
@@ -45,7 +47,10 @@ def neighborhood_attention(
 
     On one axis, tokens with the same remainder modulo `dilation` form a group; a query of rank p in a group of L tokens
     sees ranks [s, s + kernel) with s = clamp(p - kernel // 2, 0, L - kernel). On a causal axis it sees ranks
-    max(p - kernel + 1, 0) to p.
+    max(p - kernel + 1, 0) to p. With a stride, `stride` queries in a row share the window of their leader g: in s, p is
+    replaced by g = p // stride * stride + stride // 2. On a causal axis their window begins at max(g - kernel + 1, 0)
+    with g = min(p // stride * stride + stride - 1, L - 1), and still ends at p. `stride=kernel_size` is window
+    attention where kernel_size divides L.
 
     Cost: H * W * kernel_rows * kernel_cols * head_dim multiply-adds per head, twice. The tiled and the fused body
     compute 2.5 to 5 times as many in exchange for dense products, and keep no logits for the backward pass. The fused
@@ -55,6 +60,7 @@ def neighborhood_attention(
         q, k, v: (B, H, W, heads, head_dim), one shape, dtype and device; strided views are fine.
         kernel_size: neighborhood in tokens, an int or (rows, columns); odd or even, at least 1.
         dilation: step between neighbors in tokens, an int or (rows, columns), at least 1.
+        stride: queries that share one window, an int or (rows, columns), 1 to kernel_size.
         rpb: (heads, 2 * kernel_rows - 1, 2 * kernel_cols - 1), added to the scaled logits; cell [key rank - query rank
             + kernel - 1] on each axis.
         is_causal: a bool or (rows, columns); on a causal axis, a query sees itself and the kernel_size - 1 tokens of
@@ -66,19 +72,20 @@ def neighborhood_attention(
         (B, H, W, heads, head_dim), dtype of q (under autocast: the autocast dtype).
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, a size is below 1, or a side of the map is shorter than
-            kernel_size * dilation.
+        ValueError: shapes, dtypes or devices disagree, a size is below 1, stride is above kernel_size, or a side of
+            the map is shorter than kernel_size * dilation.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
     return run(OP, locals())
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int], rpb: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, kernel_size: Pair, dilation: Pair, stride: Pair, rpb: Tensor | None
 ) -> None:
     check_qkv(OP, q, k, v)
     check_at_least(OP, "kernel_size", kernel_size, 1)
     check_at_least(OP, "dilation", dilation, 1)
+    _check_stride(OP, stride, kernel_size)
     least = [size * step for size, step in zip(kernel_size, dilation, strict=True)]
     if q.shape[1] < least[0] or q.shape[2] < least[1]:
         raise ValueError(
@@ -91,13 +98,19 @@ def _check(
         check_device(OP, "rpb", rpb, "q", q)
 
 
+def _check_stride(op: str, stride: Sequence[int], kernel_size: Sequence[int]) -> None:
+    check_at_least(op, "stride", stride, 1)
+    if stride[0] > kernel_size[0] or stride[1] > kernel_size[1]:
+        raise ValueError(f"{op}: stride must be at most kernel_size {tuple(kernel_size)}, got {tuple(stride)}")
+
+
 def axis_window(
-    length: int, kernel: int, dilation: int, causal: bool, device: torch.device | str = "cpu"
+    length: int, kernel: int, dilation: int, causal: bool, stride: int = 1, device: torch.device | str = "cpu"
 ) -> AxisWindow:
     """Say what every query of one axis sees: `kernel` keys, of which a causal axis hides those after the query."""
     position = torch.arange(length, device=device)
     group, rank = position % dilation, position // dilation
-    start = first_key(rank, (length - group + dilation - 1) // dilation, kernel, causal)
+    start = first_key(rank, (length - group + dilation - 1) // dilation, kernel, causal, stride)
     ranks = start[:, None] + torch.arange(kernel, device=device)
     cells = ranks - rank[:, None] + kernel - 1
     seen = (cells < kernel) if causal else torch.ones_like(cells, dtype=torch.bool)
@@ -123,8 +136,8 @@ def neighborhood_attention_reference(
 def _fused(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float) -> Tensor:
     from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
 
-    kernel_size, dilation, is_causal = neighborhood
-    pattern = Pattern("neighborhood", kernel_size, dilation=dilation, causal=is_causal)
+    kernel_size, dilation, is_causal, stride = neighborhood
+    pattern = Pattern("neighborhood", kernel_size, stride=stride, dilation=dilation, causal=is_causal)
     return local_attention(q, k, v, pattern, bias=rpb, scale=scale)
 
 
@@ -133,10 +146,10 @@ def _macs(q: Tensor, neighborhood: Neighborhood) -> int:
     return 2 * q.shape[0] * q.shape[3] * q.shape[4] * rows * cols  # q k^T and probs v, for every channel of every pair
 
 
-def _pairs(length: int, kernel: int, dilation: int, causal: bool) -> int:
+def _pairs(length: int, kernel: int, dilation: int, causal: bool, stride: int) -> int:
     """Count the pairs of a query and a key that it sees, on one axis."""
     groups = [(length - group + dilation - 1) // dilation for group in range(dilation)]
-    return sum(end - start for group in groups for start, end in axis_intervals(group, kernel, causal))
+    return sum(end - start for group in groups for start, end in axis_intervals(group, kernel, causal, stride))
 
 
 declare(
@@ -162,7 +175,7 @@ class NeighborhoodAttention2d(nn.Module):
     Args:
         dim: channels; heads must divide it.
         heads: number of heads.
-        kernel_size, dilation, is_causal: as in `neighborhood_attention`.
+        kernel_size, dilation, stride, is_causal: as in `neighborhood_attention`.
         rel_pos_bias: learn a (heads, 2 * kernel_rows - 1, 2 * kernel_cols - 1) table `rpb`.
         qkv_bias: give the qkv projection a bias.
         scale: multiplies the logits; (dim // heads) ** -0.5 when None.
@@ -176,6 +189,7 @@ class NeighborhoodAttention2d(nn.Module):
         kernel_size: int | Sequence[int] = 7,
         dilation: int | Sequence[int] = 1,
         *,
+        stride: int | Sequence[int] = 1,
         is_causal: bool | Sequence[bool] = False,
         rel_pos_bias: bool = True,
         qkv_bias: bool = True,
@@ -191,9 +205,11 @@ class NeighborhoodAttention2d(nn.Module):
         self.heads = heads
         self.kernel_size = pair("NeighborhoodAttention2d", "kernel_size", kernel_size)
         self.dilation = pair("NeighborhoodAttention2d", "dilation", dilation)
+        self.stride = pair("NeighborhoodAttention2d", "stride", stride)
         self.is_causal = pair("NeighborhoodAttention2d", "is_causal", is_causal)
         check_at_least("NeighborhoodAttention2d", "kernel_size", self.kernel_size, 1)
         check_at_least("NeighborhoodAttention2d", "dilation", self.dilation, 1)
+        _check_stride("NeighborhoodAttention2d", self.stride, self.kernel_size)
         self.scale = (dim // heads) ** -0.5 if scale is None else scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         rows, cols = self.kernel_size
@@ -218,9 +234,18 @@ class NeighborhoodAttention2d(nn.Module):
             x = F.pad(x, [0, 0, 0, pad_w, 0, pad_h])
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         out = torch.ops.foveate.neighborhood_attention(
-            q, k, v, self.kernel_size, self.dilation, rpb=self.rpb, is_causal=self.is_causal, scale=self.scale
+            q,
+            k,
+            v,
+            self.kernel_size,
+            self.dilation,
+            stride=self.stride,
+            rpb=self.rpb,
+            is_causal=self.is_causal,
+            scale=self.scale,
         )
         return self.proj_drop(self.proj(out.flatten(3)[:, :height, :width]))
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+        sizes = f"kernel_size={self.kernel_size}, dilation={self.dilation}, stride={self.stride}"
+        return f"heads={self.heads}, {sizes}, is_causal={self.is_causal}"

@@ -17,17 +17,18 @@ from .tiling import AxisTiling
 
 
 class Neighborhood(NamedTuple):
-    """The window that follows a query, clamped at the border; each as (rows, columns)."""
+    """The window that follows a query, or a group of `stride` queries, clamped at the border; (rows, columns)."""
 
     kernel_size: tuple[int, int]
     dilation: tuple[int, int]
     is_causal: tuple[bool, bool]
+    stride: tuple[int, int] = (1, 1)
 
     def reach(self, axis: int, length: int, tile: int) -> tuple[int, int]:
-        kernel, dilation, causal = self.kernel_size[axis], self.dilation[axis], self.is_causal[axis]
+        kernel, causal = self.kernel_size[axis], self.is_causal[axis]
         if not isinstance(length, int):
             return kernel - 1, 0 if causal else kernel - 1
-        return _tightest_reach(length, kernel, dilation, causal, tile)
+        return _tightest_reach(length, kernel, self.dilation[axis], causal, self.stride[axis], tile)
 
     def axis_table(self, axis: int, length: int, tiling: AxisTiling, device: torch.device) -> Tensor:
         """Bool: the keys of its tile that a query of each group sees; none past the end."""
@@ -36,7 +37,7 @@ class Neighborhood(NamedTuple):
         query, key = positions(tiling, device)
         group_length = (length - group + dilation - 1) // dilation
         causal = self.is_causal[axis]
-        start = first_key(query, group_length, kernel, causal)
+        start = first_key(query, group_length, kernel, causal, self.stride[axis])
         seen = (key >= start) & ((key <= query) if causal else (key < start + kernel))
         return seen & (query < group_length)
 
@@ -48,28 +49,31 @@ class Neighborhood(NamedTuple):
         return not any(self.is_causal) and all(length == kernel * dilation for length, kernel, dilation in windows)
 
 
-def first_key(rank: Tensor, length: Tensor, kernel: int, causal: bool) -> Tensor:
+def first_key(rank: Tensor, length: Tensor, kernel: int, causal: bool, stride: int) -> Tensor:
     """Return the rank of the first key that queries see, in dilation groups of `length` tokens."""
+    leader = rank if stride == 1 else rank // stride * stride + (stride - 1 if causal else stride // 2)
     if causal:
-        return (rank - kernel + 1).clamp(min=0)
-    return (rank - kernel // 2).clamp(min=0).minimum(length - kernel)
+        return (leader.minimum(length - 1) - kernel + 1).clamp(min=0)
+    return (leader - kernel // 2).clamp(min=0).minimum(length - kernel)
 
 
 @lru_cache(maxsize=256)
-def axis_intervals(length: int, kernel: int, causal: bool) -> tuple[tuple[int, int], ...]:
+def axis_intervals(length: int, kernel: int, causal: bool, stride: int) -> tuple[tuple[int, int], ...]:
     """Return the ranks [first, last) that each query of one dilation group sees."""
+    place = stride - 1 if causal else stride // 2
+    leaders = [min(rank // stride * stride + place, length - 1) for rank in range(length)]
     if causal:
-        return tuple((max(rank - kernel + 1, 0), rank + 1) for rank in range(length))
-    starts = (min(max(rank - kernel // 2, 0), length - kernel) for rank in range(length))
+        return tuple((max(leader - kernel + 1, 0), rank + 1) for rank, leader in enumerate(leaders))
+    starts = (min(max(leader - kernel // 2, 0), length - kernel) for leader in leaders)
     return tuple((start, start + kernel) for start in starts)
 
 
 @lru_cache(maxsize=256)
-def _tightest_reach(length: int, kernel: int, dilation: int, causal: bool, tile: int) -> tuple[int, int]:
+def _tightest_reach(length: int, kernel: int, dilation: int, causal: bool, stride: int, tile: int) -> tuple[int, int]:
     """The fewest keys before and after any tile that cover the neighborhoods of its queries."""
     before = after = 0
     for group_length in {(length - g + dilation - 1) // dilation for g in (0, dilation - 1)}:
-        for rank, (start, end) in enumerate(axis_intervals(group_length, kernel, causal)):
+        for rank, (start, end) in enumerate(axis_intervals(group_length, kernel, causal, stride)):
             first = rank // tile * tile
             before = max(before, first - start)
             after = max(after, end - first - tile)

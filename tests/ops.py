@@ -130,6 +130,16 @@ CASES = {
         local=True,
         names=QKV_RPB,
     ),
+    "neighborhood, causal, stride": Case(
+        neighborhood_attention,
+        (*_maps(2, 7, 10, 2, 3), (2, 5, 7)),
+        lambda q, k, v, rpb, impl="auto": neighborhood_attention(
+            q, k, v, (3, 4), (1, 2), stride=(2, 3), rpb=rpb, is_causal=(True, False), impl=impl
+        ),
+        batched=(True, True, True, False),
+        local=True,
+        names=QKV_RPB,
+    ),
     "dense": Case(
         dense,
         ((2, 5, 6), (4, 6), (4,), (2, 5, 4)),

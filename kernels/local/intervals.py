@@ -24,17 +24,21 @@ def interval(x, walked, AXIS: tl.constexpr):
         else:
             low = x // AXIS.queries * SIZE - REACH
             high = low + SIZE + 2 * REACH
-    elif AXIS.causal:
-        if AXIS.inverse:
-            low, high = x, tl.minimum(x + SIZE, walked)
-        else:
-            low, high = tl.maximum(x - SIZE + 1, 0), x + 1
-    elif AXIS.inverse:
-        low = tl.where(x < SIZE, 0, x - SIZE + 1 + SIZE // 2)
-        high = tl.where(x >= walked - SIZE, walked, x + SIZE // 2 + 1)
     else:
-        low = tl.maximum(tl.minimum(x - SIZE // 2, walked - SIZE), 0)
-        high = low + SIZE
+        STRIDE: tl.constexpr = AXIS.stride
+        HALF: tl.constexpr = SIZE // 2 - STRIDE // 2
+        if AXIS.causal:
+            if AXIS.inverse:
+                low, high = x, tl.where(x + SIZE >= walked, walked, (x + SIZE) // STRIDE * STRIDE)
+            else:
+                low = tl.maximum(tl.minimum(x // STRIDE * STRIDE + STRIDE, walked) - SIZE, 0)
+                high = x + 1
+        elif AXIS.inverse:
+            low = tl.where(x < SIZE, 0, (x + HALF - SIZE + STRIDE) // STRIDE * STRIDE)
+            high = tl.where(x >= walked - SIZE, walked, ((x + HALF) // STRIDE + 1) * STRIDE)
+        else:
+            low = tl.maximum(tl.minimum(x // STRIDE * STRIDE - HALF, walked - SIZE), 0)
+            high = low + SIZE
     return low, high
 
 

@@ -97,7 +97,7 @@ def _rel_logits(launch: Launch, q: Tensor, tables: tuple[Tensor, Tensor] | None)
 
 
 def _per_block(pattern: Pattern) -> tuple[int, int]:
-    return pattern.keys[0] // pattern.stride, pattern.keys[1] // pattern.stride
+    return pattern.keys[0] // pattern.stride[0], pattern.keys[1] // pattern.stride[1]
 
 
 def launch_forward(launch: Launch, q, k, v, bias, rel, out, lse) -> None:
@@ -151,7 +151,8 @@ def launch_dbias(launch: Launch, q, k, v, bias, grad, lse, delta) -> Tensor:
 @torch.library.custom_op("foveate::local_attention_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None,
-    kind: str, keys: list[int], reach: list[int], stride: int, dilation: list[int], causal: list[bool], scale: float,
+    kind: str, keys: list[int], reach: list[int], stride: list[int], dilation: list[int], causal: list[bool],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = empty_results(q, v)
     if out.numel() > 0:
@@ -165,7 +166,7 @@ def _forward(
 
 
 def _pattern(kind, keys, reach, stride, dilation, causal) -> Pattern:
-    return Pattern(kind, tuple(keys), tuple(reach), stride, tuple(dilation), tuple(causal))
+    return Pattern(kind, tuple(keys), tuple(reach), tuple(stride), tuple(dilation), tuple(causal))
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +184,8 @@ def _(q, k, v, bias, rel_h, rel_w, kind, keys, reach, stride, dilation, causal, 
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None,
     out: Tensor, lse: Tensor, grad: Tensor, bias_grad: bool,
-    kind: str, keys: list[int], reach: list[int], stride: int, dilation: list[int], causal: list[bool], scale: float,
+    kind: str, keys: list[int], reach: list[int], stride: list[int], dilation: list[int], causal: list[bool],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return gradients of q, k, v, bias, rel_h, rel_w; an empty tensor for what is not given or not needed."""
     dq, dk, dv, dbias, drel_h, drel_w = _empty_gradients(q, k, v, bias if bias_grad else None, rel_h, rel_w)
@@ -262,7 +264,7 @@ def local_attention(
     rel_h, rel_w = (None, None) if tables is None else tables
     p = pattern
     out, _ = _forward(
-        q, k, v, bias, rel_h, rel_w, p.kind, list(p.keys), list(p.reach), p.stride, list(p.dilation), list(p.causal),
-        scale,
+        q, k, v, bias, rel_h, rel_w, p.kind, list(p.keys), list(p.reach), list(p.stride), list(p.dilation),
+        list(p.causal), scale,
     )  # fmt: skip
     return out

@@ -16,16 +16,16 @@ WORD_BITS = 32
 class Pattern:
     """Which keys a query sees, as (rows, columns) where two numbers can differ.
 
-    kind          keys                    reach
-    neighborhood  kernel size             -
-    block         keys of a block         halo; 0 for windows
-    circle        radius                  radius - 1
+    kind          keys                    reach                   stride
+    neighborhood  kernel size             -                       queries that share one window
+    block         keys of a block         halo; 0 for windows     keys per query
+    circle        radius                  radius - 1              -
     """
 
     kind: str
     keys: tuple[int, int]
     reach: tuple[int, int] = (0, 0)
-    stride: int = 1  # keys per query on each axis of a block
+    stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     causal: tuple[bool, bool] = (False, False)
 
@@ -48,6 +48,7 @@ class Axis:
     walk_split: int = 1  # the same for the walked side
     walk_step: int = 0
     walks: int = 0  # walked tiles an owner tile visits at most
+    stride: int = 1  # of a neighborhood
 
     @property
     def wide(self) -> bool:
@@ -65,7 +66,7 @@ class Axis:
 
     def interval(self, x: int, walked: int) -> tuple[int, int]:
         """The walked tokens [low, high) that owner `x` sees; past the map where a halo's zeros are seen."""
-        size, half = self.keys, self.keys // 2
+        size = self.keys
         if self.kind == "circle":
             return max(x - self.reach, 0), min(x + self.reach + 1, walked)
         if self.kind == "block" and self.inverse:
@@ -74,12 +75,24 @@ class Axis:
         if self.kind == "block":
             low = x // self.queries * size - self.reach
             return low, low + size + 2 * self.reach
+        return self._seers(x, walked) if self.inverse else self._neighborhood(x, walked)
+
+    def _neighborhood(self, x: int, walked: int) -> tuple[int, int]:
+        """The keys of query `x`: those of its leader's window."""
+        size, leader = self.keys, x // self.stride * self.stride
         if self.causal:
-            return (x, min(x + size, walked)) if self.inverse else (max(x - size + 1, 0), x + 1)
-        if self.inverse:
-            return 0 if x < size else x - size + 1 + half, walked if x >= walked - size else x + half + 1
-        low = max(min(x - half, walked - size), 0)
+            return max(min(leader + self.stride, walked) - size, 0), x + 1
+        low = max(min(leader + self.stride // 2 - size // 2, walked - size), 0)
         return low, low + size
+
+    def _seers(self, x: int, walked: int) -> tuple[int, int]:
+        """The queries that see key `x`: whole groups of `stride`, but for the first of a causal axis."""
+        size, stride = self.keys, self.stride
+        if self.causal:
+            return x, walked if x + size >= walked else (x + size) // stride * stride
+        half = size // 2 - stride // 2
+        low = 0 if x < size else -((size - 1 - half - x) // stride) * stride
+        return low, walked if x >= walked - size else ((x + half) // stride + 1) * stride
 
     def walked(self, tile: int, owners: int, walked: int) -> tuple[int, int]:
         """The interval that covers those of all owners of a tile (intervals only move forward)."""
@@ -169,9 +182,11 @@ def _axis_options(
 ) -> list[tuple[Axis, int, int]]:
     """Return every way to lay tiles of this size on the axis: axis, tiles, and walked tiles of all tiles together."""
     size, reach = pattern.keys[i], pattern.reach[i]
-    queries = size // pattern.stride
+    queries = size // pattern.stride[i]
     block = size if inverse else queries
     axis = Axis(pattern.kind, size, reach, queries, pattern.causal[i], inverse, tile, step=tile, walk=walk)
+    if pattern.kind == "neighborhood":
+        axis = replace(axis, stride=pattern.stride[i])
     axes = [axis]
     if pattern.kind == "block":
         first = size // 2 - size if inverse and 0 < reach <= size // 2 else 0  # then a tile straddles two blocks only

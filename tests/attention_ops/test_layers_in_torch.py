@@ -30,6 +30,7 @@ class Circle(nn.Module):
 LAYERS = {
     "circle": Circle,
     "neighborhood": lambda: NeighborhoodAttention2d(16, 2, 3, 2),
+    "strided neighborhood": lambda: NeighborhoodAttention2d(16, 2, 3, stride=(2, 3), is_causal=(True, False)),
     "large kernel": lambda: LargeKernelAttention(16),
     "window": lambda: WindowAttention2d(16, 2, (3, 5)),
     "routed": lambda: BiLevelRoutingAttention(16, 2, 3, 2),

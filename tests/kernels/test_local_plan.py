@@ -1,12 +1,13 @@
 """How local attention is cut: every owner in one tile, every pair in one step. No Triton needed."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from foveate.attention_ops.halo import axis_window as halo_window
 from foveate.attention_ops.neighborhood import axis_window
-from foveate.kernels.local.plan import Pattern, launch_shape, make_plan
+from foveate.kernels.local.plan import Axis, Pattern, launch_shape, make_plan
 
 CASES = [  # pattern, queries, keys; both axes differ, so that a swap shows
     (Pattern("neighborhood", (7, 3)), (56, 14), (56, 14)),
@@ -14,11 +15,13 @@ CASES = [  # pattern, queries, keys; both axes differ, so that a swap shows
     (Pattern("neighborhood", (2, 7), dilation=(1, 2), causal=(True, True)), (30, 41), (30, 41)),
     (Pattern("neighborhood", (3, 4), dilation=(4, 3)), (30, 14), (30, 14)),
     (Pattern("neighborhood", (25, 2)), (33, 7), (33, 7)),
+    (Pattern("neighborhood", (6, 9), stride=(5, 2), dilation=(2, 1)), (37, 24), (37, 24)),
+    (Pattern("neighborhood", (4, 7), stride=(3, 7), causal=(True, True)), (26, 40), (26, 40)),
     (Pattern("block", (7, 12)), (21, 24), (21, 24)),
     (Pattern("block", (4, 2)), (12, 10), (12, 10)),
     (Pattern("block", (40, 5)), (40, 15), (40, 15)),
     (Pattern("block", (8, 7), (3, 2)), (16, 21), (16, 21)),
-    (Pattern("block", (8, 4), (3, 5), stride=2), (7, 5), (13, 9)),
+    (Pattern("block", (8, 4), (3, 5), (2, 2)), (7, 5), (13, 9)),
     (Pattern("circle", (4, 9), (3, 8)), (17, 30), (17, 30)),
 ]
 
@@ -26,9 +29,10 @@ CASES = [  # pattern, queries, keys; both axes differ, so that a swap shows
 def seen_by(pattern, i, queries, keys):
     """The pairs (query, key) of one axis, by the tables of the ops' references."""
     if pattern.kind == "neighborhood":
-        table, seen, _ = axis_window(queries, pattern.keys[i], pattern.dilation[i], pattern.causal[i])
+        sizes = (pattern.keys[i], pattern.dilation[i], pattern.causal[i], pattern.stride[i])
+        table, seen, _ = axis_window(queries, *sizes)
     elif pattern.kind == "block":
-        table, seen, _ = halo_window(queries, keys, pattern.keys[i], pattern.reach[i], pattern.stride)
+        table, seen, _ = halo_window(queries, keys, pattern.keys[i], pattern.reach[i], pattern.stride[i])
     else:
         return {(q, k) for q, k in product(range(queries), range(keys)) if abs(q - k) <= pattern.reach[i]}
     return {(q, int(k)) for q in range(queries) for k, ok in zip(table[q], seen[q], strict=True) if ok}
@@ -70,6 +74,37 @@ def test_every_pair_is_met_once(pattern, queries, keys, by_block, walked, invers
         pairs = [(t, owner) if inverse else (owner, t) for owner, t in met if 0 <= t < others]
         assert len(pairs) == len(set(pairs))
         assert set(pairs) == seen_by(pattern, i, queries[i], keys[i])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["two-sided", "causal"])
+@pytest.mark.parametrize("kernel", range(1, 10))
+def test_the_interval_of_a_key_is_that_of_the_queries_that_see_it(kernel, causal):
+    for stride, length in product(range(1, kernel + 1), range(kernel, 25)):
+        axis = Axis("neighborhood", kernel, 0, 1, causal, inverse=False, tile=4, stride=stride)
+        pairs = neighborhood_pairs(length, kernel, stride, causal)
+        seen = [[k for q, k in pairs if q == x] for x in range(length)]
+        seers = [[q for q, k in pairs if k == x] for x in range(length)]
+        assert [list(range(*axis.interval(x, length))) for x in range(length)] == seen
+        inverse = replace(axis, inverse=True)
+        assert [list(range(*inverse.interval(x, length))) for x in range(length)] == seers
+        assert all(abs(q - k) < kernel for q, k in pairs)  # a bias table has a cell for every pair
+
+
+def neighborhood_pairs(length, kernel, stride, causal):
+    """(query, key) of one axis: the windows of leaders, by the words of the definition."""
+    pairs = []
+    for query in range(length):
+        first = query - query % stride
+        if causal:
+            leader = min(first + stride - 1, length - 1)
+            keys = range(max(leader - (kernel - 1), 0), query + 1)
+        else:
+            leader = min(first + stride // 2, length - 1)
+            keys = range(kernel)
+            while keys[-1] < length - 1 and keys[kernel // 2] < leader:
+                keys = range(keys[0] + 1, keys[-1] + 2)
+        pairs += [(query, key) for key in keys]
+    return pairs
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,8 @@ class Case:
         return OPS[self.op](*qkv, **arguments, impl=impl)
 
 
-def na(size, kernel, dilation=(1, 1), causal=(False, False), **more) -> Case:
-    arguments = {"kernel_size": kernel, "dilation": dilation, "is_causal": causal}
+def na(size, kernel, dilation=(1, 1), causal=(False, False), stride=(1, 1), **more) -> Case:
+    arguments = {"kernel_size": kernel, "dilation": dilation, "is_causal": causal, "stride": stride}
     return Case("neighborhood", size, arguments, **more)
 
 
@@ -97,6 +97,10 @@ CASES = [
     na((9, 10), (3, 4), (1, 1), (False, True)),
     na((13, 14), (13, 9), table=True),
     na((9, 8), (3, 3), dim=20),
+    na((14, 20), (7, 5), stride=(7, 5), table=True),
+    na((19, 23), (6, 4), (1, 3), stride=(4, 3), table=True, heads=2),
+    na((18, 11), (7, 4), causal=(True, False), stride=(3, 2)),
+    na((13, 20), (3, 5), (2, 1), (True, True), stride=(2, 4), table=True),
     Case("window", (14, 21), {"window_size": (7, 7)}, table=True),
     Case("window", (12, 20), {"window_size": (4, 4)}, table=True, heads=2),
     Case("window", (6, 10), {"window_size": (2, 2)}),
@@ -112,7 +116,7 @@ CASES = [
     halos((7, 13), (4, 4), (5, 0), table=True),
     halos((2, 3), (4, 5), (1, 1), table=True),
 ]
-SOME = [CASES[i] for i in (3, 4, 8, 13, 17)]  # one of each pattern, with what it can have
+SOME = [CASES[i] for i in (3, 4, 12, 17, 21)]  # one of each pattern, with what it can have
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 some_cases = pytest.mark.parametrize("case", SOME, ids=str)
 
@@ -151,7 +155,8 @@ def random_case(seed: int) -> Case:
         kernel, dilation = [draw.randint(1, 9) for _ in "yx"], [draw.randint(1, 3) for _ in "yx"]
         size = tuple(k * d + draw.randint(0, 9) for k, d in zip(kernel, dilation, strict=True))
         causal = tuple(draw.random() < 0.3 for _ in "yx")
-        return na(size, tuple(kernel), tuple(dilation), causal, table=table, dim=dim)
+        stride = tuple(draw.choice((1, draw.randint(1, k))) for k in kernel)
+        return na(size, tuple(kernel), tuple(dilation), causal, stride, table=table, dim=dim)
     if op == "circle":
         size = (draw.randint(1, 20), draw.randint(1, 20))
         return Case("circle", size, {"radius": draw.randint(1, 12)}, dim=dim)
@@ -216,7 +221,7 @@ def test_opcheck(kind, table):
     halo = kind == "block"
     bias = torch.randn(1, 3, 3, requires_grad=True) if table and not halo else None
     rel_h, rel_w = torch.randn(2, 7, 16, requires_grad=True) if table and halo else (None, None)
-    pattern = (kind, (2, 2), (1, 1) if halo else (0, 0), 1, (1, 1), (False, False))
+    pattern = (kind, (2, 2), (1, 1) if halo else (0, 0), (1, 1), (1, 1), (False, False))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     found = torch.library.opcheck(
         local._forward, (q, k, v, bias, rel_h, rel_w, *pattern, 0.25), test_utils=checks, rtol=1e-4, atol=1e-4
