@@ -10,10 +10,11 @@ from .halo import HaloAttention2d, halo_attention
 from .hilo import HiLoAttention, hilo_attention
 from .insert import insert_attention
 from .large_kernel import LargeKernelAttention, large_kernel_attention
-from .neighborhood import NeighborhoodAttention2d, neighborhood_attention
+from .merge import merge_attention
+from .neighborhood import NeighborhoodAttention2d, neighborhood_attention, neighborhood_attention_lse
 from .routed import bi_level_routes, routed_attention
 from .strip_gate import EfficientLocalAttention, strip_gate
-from .window import WindowAttention2d, window_attention
+from .window import WindowAttention2d, window_attention, window_attention_lse
 
 __all__ = [
     "BiLevelRoutingAttention",
@@ -37,8 +38,11 @@ __all__ = [
     "hilo_attention",
     "insert_attention",
     "large_kernel_attention",
+    "merge_attention",
     "neighborhood_attention",
+    "neighborhood_attention_lse",
     "routed_attention",
     "strip_gate",
     "window_attention",
+    "window_attention_lse",
 ]

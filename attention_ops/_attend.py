@@ -22,12 +22,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 class EagerBody:
     """A forward pass with a custom backward pass; an instance holds all arguments that are not tensors.
 
-    Tensors are given in one order everywhere; some may be None. Subclasses name them.
+    Tensors are given in one order everywhere; some may be None. Subclasses name them. A body with several outputs
+    returns a tuple; its `backward` then gets a tuple of outputs and a tuple of their gradients.
     """
 
     keeps_output: ClassVar[bool] = False  # whether `backward` reads the output of the forward pass
 
-    def forward(self, *tensors: Any, **_: Any) -> Tensor:
+    def forward(self, *tensors: Any, **_: Any) -> Any:
         raise NotImplementedError
 
     def backward(self, *tensors: Any, **_: Any) -> Sequence[Tensor | None]:
@@ -37,11 +38,11 @@ class EagerBody:
         """
         raise NotImplementedError
 
-    def graph(self, *tensors: Any, **_: Any) -> Tensor:
+    def graph(self, *tensors: Any, **_: Any) -> Any:
         """The forward pass by differentiable operations, for gradients of gradients."""
         raise NotImplementedError
 
-    def __call__(self, *tensors: Tensor | None) -> Tensor:
+    def __call__(self, *tensors: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             for t in tensors:
                 if t is not None and t.requires_grad:
@@ -53,24 +54,26 @@ class _Eager(torch.autograd.Function):
     """Without `setup_context`, which costs 60 us a call: torch.func, which needs it, takes the graph body instead."""
 
     @staticmethod
-    def forward(ctx: Any, body: EagerBody, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, body: EagerBody, *tensors: Tensor | None) -> Any:
         out = body.forward(*tensors)
         ctx.body = body
-        ctx.save_for_backward(*tensors, *([out] if body.keeps_output else []))
+        kept = () if not body.keeps_output else out if isinstance(out, tuple) else (out,)
+        ctx.save_for_backward(*tensors, *kept)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        body, saved = ctx.body, ctx.saved_tensors
-        *tensors, out = saved if body.keeps_output else (*saved, None)
-        with no_autocast(grad):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        body, saved, count = ctx.body, ctx.saved_tensors, len(ctx.needs_input_grad) - 1
+        tensors, kept = saved[:count], saved[count:]
+        out, grad = (kept, grads) if len(grads) > 1 else (kept[0] if kept else None, grads[0])
+        with no_autocast(grads[0]):
             if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
                 return None, *_differentiable(body.graph, tensors, grad, ctx.needs_input_grad[1:])
             return None, *body.backward(out, grad, *tensors)
 
 
 def _differentiable(
-    graph: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]
+    graph: Callable[..., Any], tensors: Sequence[Tensor | None], grad: Any, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     apart = [None if t is None else t.view_as(t) for t in tensors]  # one tensor may be given as q, k and v
     wanted = [t for t, need in zip(apart, needed, strict=True) if need and t is not None]
@@ -139,6 +142,11 @@ def product_of_seen(weights: Tensor, seen: Tensor, x: Tensor) -> Tensor:
 
 def probabilities_of_seen(q: Tensor, k: Tensor, seen: Tensor, bias: Tensor | None) -> Tensor:
     """Softmax of q @ k^T + bias over seen pairs, 0 for the others; a row that sees nothing is 0."""
+    return torch.where(seen, logits_of_seen(q, k, seen, bias).softmax(-1), 0)
+
+
+def logits_of_seen(q: Tensor, k: Tensor, seen: Tensor, bias: Tensor | None) -> Tensor:
+    """q @ k^T + bias for seen pairs, -inf for the others."""
     logits = torch.matmul(q, k.mT)
     logits = logits if bias is None else logits + bias
-    return torch.where(seen, logits.masked_fill(~seen, -torch.inf).softmax(-1), 0)
+    return logits.masked_fill(~seen, -torch.inf)

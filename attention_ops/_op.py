@@ -62,7 +62,7 @@ _SCHEMA_TYPES = {
     str | None: "str?",
     Impl | str: "str",
 }
-Body = Callable[..., Tensor]
+Body = Callable[..., Any]  # returns what the public function returns: one tensor, or a tuple of them
 Bundles = Mapping[str, Callable[..., Any]]  # by name, NamedTuples whose fields are arguments
 
 
@@ -82,7 +82,7 @@ class Op:
     macs: Callable[..., int] | None
     bundles: Bundles
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.bind(*args, **kwargs)
         impl, tensors = arguments.pop("impl"), _tensors(arguments)
         first = tensors[0]
@@ -180,7 +180,7 @@ OPS: dict[str, Op] = {}
 
 
 def declare(
-    promise: Callable[..., Tensor],
+    promise: Callable[..., Any],
     *,
     check: Callable[..., None],
     reference: Body,
@@ -198,6 +198,7 @@ def declare(
 
     Args:
         promise: the public function; the schema is that of its signature, with the same names, order and defaults.
+            It returns a Tensor, or tuple[Tensor, Tensor].
         check: raises ValueError for arguments that do not fit; takes those that it names.
         reference, tiled, graph, fused: the bodies, described in the module's docstring; each takes all arguments.
         why_not_fused: returns the reason why the kernel cannot run, or None; takes those that it names.
@@ -238,7 +239,7 @@ def declare(
         _register_opaque(promise, op)
 
 
-def register(promise: Callable[..., Tensor], body: Callable[..., Tensor]) -> None:
+def register(promise: Callable[..., Any], body: Body) -> None:
     """Define `foveate::NAME` with the schema of a public function, made of the operations of `body`."""
     qualified = f"foveate::{promise.__name__}"
     torch.library.define(qualified, _schema(promise))
@@ -259,21 +260,25 @@ def _opaque_body(name: str, names: tuple[str, ...]) -> Body:
     return call
 
 
-def _register_opaque(promise: Callable[..., Tensor], op: Op) -> None:
+def _register_opaque(promise: Callable[..., Any], op: Op) -> None:
     """Define `foveate::_NAME`: the tiled body on a CPU, without gradients; the graph body tells compilers its shape."""
     qualified, tiled = f"foveate::_{op.name}", op.calling(op.bodies[Impl.TILED])
 
-    def on_cpu(*args: Any, **kwargs: Any) -> Tensor:
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast("cpu", enabled=False):  # its arguments are cast; autocast may be on where the graph runs
-            return tiled(*args, **kwargs).contiguous()
+            return _contiguous(tiled(*args, **kwargs))
 
     torch.library.define(qualified, _schema(promise, without=("impl",)))
     torch.library.impl(qualified, "CPU", on_cpu)
     graph = op.calling(op.graph)
-    torch.library.register_fake(qualified, lambda *args, **kwargs: graph(*args, **kwargs).contiguous())
+    torch.library.register_fake(qualified, lambda *args, **kwargs: _contiguous(graph(*args, **kwargs)))
 
 
-def _schema(promise: Callable[..., Tensor], without: tuple[str, ...] = ()) -> str:
+def _contiguous(out: Any) -> Any:
+    return tuple(t.contiguous() for t in out) if isinstance(out, tuple) else out.contiguous()
+
+
+def _schema(promise: Callable[..., Any], without: tuple[str, ...] = ()) -> str:
     hints = get_type_hints(promise, include_extras=True)
     words, keyword_only = [], False
     for name, parameter in inspect.signature(promise).parameters.items():
@@ -283,10 +288,11 @@ def _schema(promise: Callable[..., Tensor], without: tuple[str, ...] = ()) -> st
             words.append("*")
             keyword_only = True
         words.append(f"{_schema_type(hints[name])} {name}{_schema_default(parameter.default, hints[name])}")
-    return f"({', '.join(words)}) -> Tensor"
+    outputs = "Tensor" if hints["return"] is Tensor else f"({', '.join('Tensor' for _ in get_args(hints['return']))})"
+    return f"({', '.join(words)}) -> {outputs}"
 
 
-def run(name: str, arguments: dict[str, Any]) -> Tensor:
+def run(name: str, arguments: dict[str, Any]) -> Any:
     """Call the op `name` with the arguments of its public function, as `locals()` gives them on the first line."""
     op = OPS[name]
     for key in op.pairs:

@@ -10,11 +10,13 @@ We differ  NATTEN had no bias on causal axes, and has none with a stride; here b
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.local.plan import Pattern
 from ._attend import accumulator
 from ._checks import check_at_least, check_device, check_qkv, pair, why_no_local_kernel
 from ._op import Flags, Impl, Pair, Size, declare, run
@@ -23,11 +25,14 @@ from .neighborhood_cpu import (
     axis_intervals,
     first_key,
     neighborhood_attention_graph,
+    neighborhood_attention_lse_graph,
+    neighborhood_attention_lse_tiled,
     neighborhood_attention_tiled,
 )
 from .tiling import AxisWindow
 
 OP = "neighborhood_attention"
+OP_LSE = "neighborhood_attention_lse"
 
 
 def neighborhood_attention(
@@ -79,23 +84,54 @@ def neighborhood_attention(
     return run(OP, locals())
 
 
+def neighborhood_attention_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: Size,
+    dilation: Size = 1,
+    *,
+    stride: Size = 1,
+    rpb: Tensor | None = None,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> tuple[Tensor, Tensor]:
+    """Run `neighborhood_attention`, and return the log-sum-exp of the logits too, for `merge_attention`.
+
+    Both results are differentiable. The tiled body is slower than that of `neighborhood_attention`: SDPA in torch
+    returns no log-sum-exp.
+
+    Args:
+        q, k, v, kernel_size, dilation, stride, rpb, is_causal, scale, impl: see `neighborhood_attention`.
+
+    Returns:
+        The output, (B, H, W, heads, head_dim), dtype of q, and the natural logarithm of the sum of exp(logit) over the
+        keys that a query sees, with logits scaled and biased: (B, H, W, heads), float32, or float64 for float64.
+
+    Raises:
+        ValueError, NotImplementedError: in the cases of `neighborhood_attention`.
+    """
+    return run(OP_LSE, locals())
+
+
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, kernel_size: Pair, dilation: Pair, stride: Pair, rpb: Tensor | None
+    op: str, q: Tensor, k: Tensor, v: Tensor, kernel_size: Pair, dilation: Pair, stride: Pair, rpb: Tensor | None
 ) -> None:
-    check_qkv(OP, q, k, v)
-    check_at_least(OP, "kernel_size", kernel_size, 1)
-    check_at_least(OP, "dilation", dilation, 1)
-    _check_stride(OP, stride, kernel_size)
+    check_qkv(op, q, k, v)
+    check_at_least(op, "kernel_size", kernel_size, 1)
+    check_at_least(op, "dilation", dilation, 1)
+    _check_stride(op, stride, kernel_size)
     least = [size * step for size, step in zip(kernel_size, dilation, strict=True)]
     if q.shape[1] < least[0] or q.shape[2] < least[1]:
         raise ValueError(
-            f"{OP}: the map must be at least kernel_size * dilation = {tuple(least)} tokens, got {tuple(q.shape[1:3])}"
+            f"{op}: the map must be at least kernel_size * dilation = {tuple(least)} tokens, got {tuple(q.shape[1:3])}"
         )
     if rpb is not None:
         table = (q.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
         if tuple(rpb.shape) != table:
-            raise ValueError(f"{OP}: rpb must be (heads, 2 * kernel_size - 1) = {table}, got {tuple(rpb.shape)}")
-        check_device(OP, "rpb", rpb, "q", q)
+            raise ValueError(f"{op}: rpb must be (heads, 2 * kernel_size - 1) = {table}, got {tuple(rpb.shape)}")
+        check_device(op, "rpb", rpb, "q", q)
 
 
 def _check_stride(op: str, stride: Sequence[int], kernel_size: Sequence[int]) -> None:
@@ -121,6 +157,13 @@ def neighborhood_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> Tensor:
     """The definition: gather every query's own keys, kernel_size ** 2 copies of k and v. float32 inside at least."""
+    return neighborhood_attention_lse_reference(q, k, v, rpb, neighborhood, scale)[0]
+
+
+def neighborhood_attention_lse_reference(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The definition, with the log-sum-exp of every query's logits."""
     wide = accumulator(q.dtype)
     rows, cols = (axis_window(*axis, q.device) for axis in zip(q.shape[1:3], *neighborhood, strict=True))
     near = (rows.keys[:, None, :, None], cols.keys[None, :, None, :])  # index (H, W, kh, kw)
@@ -129,16 +172,29 @@ def neighborhood_attention_reference(
     logits = torch.einsum("bhwnd,bhwijnd->bnhwij", q.to(wide) * scale, k)
     if rpb is not None:
         logits = logits + rpb.to(wide)[:, rows.cells[:, None, :, None], cols.cells[None, :, None, :]]
-    probs = logits.masked_fill(unseen, -torch.inf).flatten(-2).softmax(-1).view_as(logits)
-    return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v).to(q.dtype)
+    seen_logits = logits.masked_fill(unseen, -torch.inf).flatten(-2)  # (B, heads, H, W, keys)
+    probs = seen_logits.softmax(-1).view_as(logits)
+    out = torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v).to(q.dtype)
+    return out, seen_logits.logsumexp(-1).permute(0, 2, 3, 1)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float) -> Tensor:
-    from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
+    from ..kernels.local.launch import local_attention  # here, so that CPU users need no Triton
 
+    return local_attention(q, k, v, _pattern(neighborhood), bias=rpb, scale=scale)
+
+
+def _fused_lse(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
+) -> tuple[Tensor, Tensor]:
+    from ..kernels.local.launch import local_attention_lse
+
+    return local_attention_lse(q, k, v, _pattern(neighborhood), bias=rpb, scale=scale)
+
+
+def _pattern(neighborhood: Neighborhood) -> Pattern:
     kernel_size, dilation, is_causal, stride = neighborhood
-    pattern = Pattern("neighborhood", kernel_size, stride=stride, dilation=dilation, causal=is_causal)
-    return local_attention(q, k, v, pattern, bias=rpb, scale=scale)
+    return Pattern("neighborhood", kernel_size, stride=stride, dilation=dilation, causal=is_causal)
 
 
 def _macs(q: Tensor, neighborhood: Neighborhood) -> int:
@@ -154,11 +210,22 @@ def _pairs(length: int, kernel: int, dilation: int, causal: bool, stride: int) -
 
 declare(
     neighborhood_attention,
-    check=_check,
+    check=partial(_check, OP),
     reference=neighborhood_attention_reference,
     tiled=neighborhood_attention_tiled,
     graph=neighborhood_attention_graph,
     fused=_fused,
+    why_not_fused=why_no_local_kernel,
+    macs=_macs,
+    bundles={"neighborhood": Neighborhood},
+)
+declare(
+    neighborhood_attention_lse,
+    check=partial(_check, OP_LSE),
+    reference=neighborhood_attention_lse_reference,
+    tiled=neighborhood_attention_lse_tiled,
+    graph=neighborhood_attention_lse_graph,
+    fused=_fused_lse,
     why_not_fused=why_no_local_kernel,
     macs=_macs,
     bundles={"neighborhood": Neighborhood},

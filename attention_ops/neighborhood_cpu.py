@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ._attend import accumulator
-from .tile_plan import SMALL_MASK, TilePlan, cached_tile_mask, positions, tile_mask, tile_plan
-from .tiled_attention import TiledAttention
+from .tile_plan import SMALL_MASK, TileMask, TilePlan, cached_tile_mask, positions, tile_mask, tile_plan
+from .tiled_attention import TiledAttention, TiledAttentionLse
 from .tiling import AxisTiling
 
 
@@ -89,13 +89,17 @@ def neighborhood_attention_tiled(
 
 
 def _body_and_bias(
-    q: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
+    q: Tensor,
+    rpb: Tensor | None,
+    neighborhood: Neighborhood,
+    scale: float,
+    kind: type[TiledAttention] = TiledAttention,
 ) -> tuple[TiledAttention, Tensor | None]:
     size = (q.shape[1], q.shape[2])
     plan = tile_plan(neighborhood, size)
     mask = cached_tile_mask(neighborhood, size, plan, q.device, accumulator(q.dtype) if rpb is None else None)
     bias = None if rpb is None else _tile_bias(rpb, _cached_cells(neighborhood, size, plan, q.device))
-    return TiledAttention(plan, mask, scale), bias
+    return kind(plan, mask, scale), bias
 
 
 def tile_biases(q: Tensor, rpb: Tensor, neighborhood: Neighborhood, most: int) -> tuple[Tensor, Tensor] | None:
@@ -118,15 +122,35 @@ def neighborhood_attention_biased(
     return TiledAttention(plan, mask, scale, additive).forward(q, k, v, bias)
 
 
+def neighborhood_attention_lse_tiled(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same tiles; also the log-sum-exp of the logits of every query."""
+    body, bias = _body_and_bias(q, rpb, neighborhood, scale, TiledAttentionLse)
+    return body(q, k, v, bias)
+
+
 def neighborhood_attention_graph(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
 ) -> Tensor:
     """Attend by differentiable operations; the mask becomes part of a traced graph."""
+    plan, mask, bias = _new_tiles(q, rpb, neighborhood)
+    return TiledAttention(plan, mask, scale).graph(q, k, v, bias)
+
+
+def neighborhood_attention_lse_graph(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend by differentiable operations; also the log-sum-exp."""
+    plan, mask, bias = _new_tiles(q, rpb, neighborhood)
+    return TiledAttentionLse(plan, mask, scale).graph(q, k, v, bias)
+
+
+def _new_tiles(q: Tensor, rpb: Tensor | None, neighborhood: Neighborhood) -> tuple[TilePlan, TileMask, Tensor | None]:
     size = (q.shape[1], q.shape[2])
     plan = tile_plan(neighborhood, size)
     mask = tile_mask(neighborhood, size, plan, q.device)
-    bias = None if rpb is None else _tile_bias(rpb, _cells(neighborhood, plan, q.device))
-    return TiledAttention(plan, mask, scale).graph(q, k, v, bias)
+    return plan, mask, None if rpb is None else _tile_bias(rpb, _cells(neighborhood, plan, q.device))
 
 
 def _tile_bias(rpb: Tensor, cells: Tensor) -> Tensor:

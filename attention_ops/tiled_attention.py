@@ -6,12 +6,13 @@ whose result is not finite is computed again without the masked pairs: a NaN rea
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._attend import EagerBody, accumulator, is_finite, probabilities_of_seen, product_of_seen
+from ._attend import EagerBody, accumulator, is_finite, logits_of_seen, probabilities_of_seen, product_of_seen
 from .tile_plan import TileMask, TilePlan, additive_mask
 from .tiling import cut_regions, gather_keys, join_regions, merge_queries, pieces, scatter_keys, split_queries
 
@@ -38,7 +39,7 @@ class TiledAttention(EagerBody):
     def __init__(self, plan: TilePlan, mask: TileMask | None, scale: float, additive: Tensor | None = None) -> None:
         self.plan, self.mask, self.scale, self.additive = plan, mask, scale, additive
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Any:
         mask = self.additive_mask(bias, q.dtype)
         chunks = self._chunks(q)
         if len(chunks) == 1:
@@ -48,20 +49,25 @@ class TiledAttention(EagerBody):
             out[part] = self._attend_checked(q[part], k[part], v[part], bias, mask)
         return out
 
-    def _attend_checked(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _attend_checked(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> Any:
         out = self._attend(q, k, v, mask)
-        if self.mask is not None and not is_finite(out):
+        if self.mask is not None and not is_finite(*(out if isinstance(out, tuple) else (out,))):
             return self._attend_exactly(q, k, v, bias, self.mask.seen)
         return out
 
     def backward(
-        self, out: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+        self, out: Any, grad: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return self._backward(out, grad, None, q, k, v, bias)
+
+    def _backward(
+        self, out: Tensor, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         mask = self.additive_mask(bias, q.dtype)
         grads = [q.new_empty(q.shape) for _ in "qkv"]
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=accumulator(q.dtype))
         for part in self._chunks(q):
-            few = q[part], k[part], v[part], out[part], grad[part]
+            few = q[part], k[part], v[part], out[part], grad[part], None if grad_lse is None else grad_lse[part]
             *parts, dlogits = self._gradients(*few, mask)
             if self.mask is not None and not is_finite(*parts):
                 *parts, dlogits = self._gradients_exactly(*few, bias, self.mask.seen)
@@ -71,7 +77,7 @@ class TiledAttention(EagerBody):
                 grad_bias += dlogits.unflatten(1, (grad_bias.shape[0], -1)).sum((0, 2))
         return *grads, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
 
-    def graph(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def graph(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Any:
         # A copy, whatever kernel SDPA takes: a recorded graph must fit the strides of a later decomposition.
         return self._attend(q, k, v, self.additive_mask(bias, q.dtype)).clone(memory_format=torch.contiguous_format)
 
@@ -113,7 +119,7 @@ class TiledAttention(EagerBody):
         groups = merge(tiles.reshape(batch, heads, dy, dx, *shape), rows, cols)  # (B, heads, dy, dx, Y, X, d)
         return join_regions(groups.permute(0, 4, 5, 2, 3, 1, 6))[:, :height, :width]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
         per = self.plan.per_map if mask is None else mask.shape[1]
         q_tiles = self._to_tiles(q, split_queries, per)
         k_tiles, v_tiles = self._to_tiles(k, gather_keys, per), self._to_tiles(v, gather_keys, per)
@@ -121,7 +127,14 @@ class TiledAttention(EagerBody):
         return self._from_tiles(out, merge_queries, like=q)
 
     def _gradients(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, mask: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        grad: Tensor,
+        grad_lse: Tensor | None,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return dq, dk, dv and the gradient of the tiles' logits, for one chunk of images."""
         per, wide = self.plan.per_map if mask is None else mask.shape[1], accumulator(q.dtype)
@@ -131,13 +144,13 @@ class TiledAttention(EagerBody):
         logits = torch.matmul(q_tiles, k_tiles.mT)  # (., n, T, K)
         probs = (logits if mask is None else logits.add_(mask)).softmax(-1)
         dv = torch.matmul(probs.mT, grad_tiles)
-        delta = (out_tiles * grad_tiles).sum(-1, keepdim=True)
+        delta = self._delta(out_tiles, grad_tiles, grad_lse)
         dlogits = torch.matmul(grad_tiles, v_tiles.mT).sub_(delta).mul_(probs)
         dq = torch.matmul(dlogits, k_tiles).mul_(self.scale)
         dk = torch.matmul(dlogits.mT, q_tiles)
         return *self._to_maps(dq, dk, dv, q), dlogits
 
-    def _attend_exactly(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor) -> Tensor:
+    def _attend_exactly(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor) -> Any:
         (seen, bias), wide = self._by_head(bias, seen, q), accumulator(q.dtype)
         q_tiles = self._to_tiles(q, split_queries, len(seen)).to(wide) * self.scale
         k_tiles, v_tiles = (self._to_tiles(x, gather_keys, len(seen)).to(wide) for x in (k, v))
@@ -145,18 +158,33 @@ class TiledAttention(EagerBody):
         return self._from_tiles(out, merge_queries, like=q)
 
     def _gradients_exactly(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, bias: Tensor | None, seen: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        grad: Tensor,
+        grad_lse: Tensor | None,
+        bias: Tensor | None,
+        seen: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (seen, bias), wide = self._by_head(bias, seen, q), accumulator(q.dtype)
         q_tiles, out_tiles, grad_tiles = (self._to_tiles(x, split_queries, len(seen)).to(wide) for x in (q, out, grad))
         k_tiles, v_tiles = (self._to_tiles(x, gather_keys, len(seen)).to(wide) for x in (k, v))
         q_tiles = q_tiles * self.scale
         probs = probabilities_of_seen(q_tiles, k_tiles, seen, bias)
-        delta = (out_tiles * grad_tiles).sum(-1, keepdim=True)
+        delta = self._delta(out_tiles, grad_tiles, grad_lse)
         dlogits = torch.where(seen, probs * (torch.matmul(grad_tiles, v_tiles.mT) - delta), 0)
         dq = product_of_seen(dlogits, seen, k_tiles) * self.scale
         dk, dv = (product_of_seen(x.mT, seen.mT, y) for x, y in ((dlogits, q_tiles), (probs, grad_tiles)))
         return *self._to_maps(dq, dk, dv, q), dlogits
+
+    def _delta(self, out_tiles: Tensor, grad_tiles: Tensor, grad_lse: Tensor | None) -> Tensor:
+        """What is subtracted from every probability's gradient: (., tiles, queries, 1)."""
+        delta = (out_tiles * grad_tiles).sum(-1, keepdim=True)
+        if grad_lse is None:
+            return delta
+        return delta - self._to_tiles(grad_lse[..., None], split_queries, delta.shape[1])
 
     def _to_maps(self, dq: Tensor, dk: Tensor, dv: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dk, dv = (self._from_tiles(x, scatter_keys, like) for x in (dk, dv))
@@ -166,3 +194,48 @@ class TiledAttention(EagerBody):
         """Both for the tiles of one head after the other: (heads * n, T, K)."""
         wide = None if bias is None else bias.to(accumulator(q.dtype)).repeat_interleave(len(seen), 0)
         return seen.repeat(q.shape[3], 1, 1), wide
+
+
+class TiledAttentionLse(TiledAttention):
+    """`TiledAttention` that also returns the log-sum-exp of the logits of every query, (B, H, W, heads).
+
+    SDPA returns none, so that the logits of a chunk are made here.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        mask = self.additive_mask(bias, q.dtype)
+        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=accumulator(q.dtype))
+        for part in self._chunks(q):
+            out[part], lse[part] = self._attend_checked(q[part], k[part], v[part], bias, mask)
+        return out, lse
+
+    def backward(
+        self, out: Any, grad: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return self._backward(out[0], grad[0], grad[1], q, k, v, bias)
+
+    def graph(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse = self._attend(q, k, v, self.additive_mask(bias, q.dtype))
+        return out.clone(memory_format=torch.contiguous_format), lse.clone(memory_format=torch.contiguous_format)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        per, wide = self.plan.per_map if mask is None else mask.shape[1], accumulator(q.dtype)
+        q_tiles = self._to_tiles(q, split_queries, per).to(wide) * self.scale
+        k_tiles, v_tiles = (self._to_tiles(x, gather_keys, per).to(wide) for x in (k, v))
+        logits = torch.matmul(q_tiles, k_tiles.mT)
+        logits = logits if mask is None else logits + mask
+        return self._results(torch.matmul(logits.softmax(-1), v_tiles), logits, q)
+
+    def _attend_exactly(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (seen, bias), wide = self._by_head(bias, seen, q), accumulator(q.dtype)
+        q_tiles = self._to_tiles(q, split_queries, len(seen)).to(wide) * self.scale
+        k_tiles, v_tiles = (self._to_tiles(x, gather_keys, len(seen)).to(wide) for x in (k, v))
+        logits = logits_of_seen(q_tiles, k_tiles, seen, bias)
+        return self._results(product_of_seen(torch.where(seen, logits.softmax(-1), 0), seen, v_tiles), logits, q)
+
+    def _results(self, out_tiles: Tensor, logits: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        out = self._from_tiles(out_tiles.to(q.dtype), merge_queries, like=q)
+        lse = self._from_tiles(logits.logsumexp(-1, keepdim=True), merge_queries, like=q)
+        return out, lse.squeeze(-1)

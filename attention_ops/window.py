@@ -7,19 +7,22 @@ Tiled      without bias and mask this is SDPA on windows, a view where one windo
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.local.plan import Pattern
 from ._attend import accumulator, sdpa
 from ._checks import check_at_least, check_device, check_qkv, pair, why_no_local_kernel
 from ._op import Impl, Pair, SymSize, declare, run
 from .tile_plan import TileMask, plan_tiles
-from .tiled_attention import TiledAttention
+from .tiled_attention import TiledAttention, TiledAttentionLse
 from .tiling import cover_with_windows, cut_windows, merge_windows, split_windows
 
 OP = "window_attention"
+OP_LSE = "window_attention_lse"
 
 
 def window_attention(
@@ -57,22 +60,53 @@ def window_attention(
     return run(OP, locals())
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None) -> None:
-    check_qkv(OP, q, k, v)
-    check_at_least(OP, "window_size", window_size, 1)
+def window_attention_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: SymSize,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> tuple[Tensor, Tensor]:
+    """Run `window_attention`, and return the log-sum-exp of the logits too, for `merge_attention`.
+
+    Both results are differentiable. The tiled body is slower than that of `window_attention`: torch's SDPA returns no
+    log-sum-exp.
+
+    Args:
+        q, k, v, window_size, bias, mask, scale, impl: see `window_attention`.
+
+    Returns:
+        The output, (B, H, W, heads, head_dim), dtype of q, and the natural logarithm of the sum of exp(logit) over the
+        keys that a query sees, with logits scaled and biased: (B, H, W, heads), float32, or float64 for float64.
+
+    Raises:
+        ValueError, NotImplementedError: in the cases of `window_attention`.
+    """
+    return run(OP_LSE, locals())
+
+
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None
+) -> None:
+    check_qkv(op, q, k, v)
+    check_at_least(op, "window_size", window_size, 1)
     (height, width), (rows, cols) = q.shape[1:3], window_size
     if height % rows or width % cols:
-        raise ValueError(f"{OP}: window_size {(rows, cols)} must divide the map {(height, width)}")
+        raise ValueError(f"{op}: window_size {(rows, cols)} must divide the map {(height, width)}")
     tokens, windows = rows * cols, (height // rows) * (width // cols)
     for name, t, shape, words in (
         ("bias", bias, (q.shape[3], tokens, tokens), "(heads, window tokens, window tokens)"),
         ("mask", mask, (windows, tokens, tokens), "(windows, window tokens, window tokens)"),
     ):
         if t is not None and tuple(t.shape) != shape:
-            raise ValueError(f"{OP}: {name} must be {words} = {shape}, got {tuple(t.shape)}")
-        check_device(OP, name, t, "q", q)
+            raise ValueError(f"{op}: {name} must be {words} = {shape}, got {tuple(t.shape)}")
+        check_device(op, name, t, "q", q)
     if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"{OP}: mask must be bool, got {mask.dtype}")
+        raise ValueError(f"{op}: mask must be bool, got {mask.dtype}")
 
 
 def window_attention_reference(
@@ -82,6 +116,13 @@ def window_attention_reference(
 
     With a mask every query has keys and values of its own, zeros where it sees none: T copies of k and v.
     """
+    return window_attention_lse_reference(q, k, v, window_size, bias, mask, scale)[0]
+
+
+def window_attention_lse_reference(
+    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The definition, with the log-sum-exp of every query's logits."""
     wide = accumulator(q.dtype)
     queries, keys, values = (split_windows(x.to(wide), window_size) for x in (q, k, v))  # (B, heads, windows, T, d)
     queries = queries * scale
@@ -93,8 +134,9 @@ def window_attention_reference(
     if bias is not None:
         logits = logits + bias.to(wide)[:, None]
     equation = "bnwtk,bnwkd->bnwtd" if mask is None else "bnwtk,bnwtkd->bnwtd"
-    out = torch.einsum(equation, logits.softmax(-1), values)
-    return merge_windows(out, (q.shape[1], q.shape[2]), window_size).to(q.dtype)
+    out, size = torch.einsum(equation, logits.softmax(-1), values), (q.shape[1], q.shape[2])
+    lse = merge_windows(logits.logsumexp(-1, keepdim=True), size, window_size).squeeze(-1)
+    return merge_windows(out, size, window_size).to(q.dtype), lse
 
 
 def window_attention_tiled(
@@ -103,7 +145,7 @@ def window_attention_tiled(
     """SDPA on windows; with a bias or a mask the body that local patterns share."""
     if bias is None and mask is None:
         return _on_windows(sdpa, q, k, v, window_size, scale)
-    return _tiles(q, window_size, mask, scale)(q, k, v, bias)
+    return _tiles(TiledAttention, q, window_size, mask, scale)(q, k, v, bias)
 
 
 def window_attention_graph(
@@ -112,7 +154,21 @@ def window_attention_graph(
     """Attend by differentiable operations."""
     if bias is None and mask is None:
         return _on_windows(F.scaled_dot_product_attention, q, k, v, window_size, scale)
-    return _tiles(q, window_size, mask, scale).graph(q, k, v, bias)
+    return _tiles(TiledAttention, q, window_size, mask, scale).graph(q, k, v, bias)
+
+
+def window_attention_lse_tiled(
+    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The body that local patterns share."""
+    return _tiles(TiledAttentionLse, q, window_size, mask, scale)(q, k, v, bias)
+
+
+def window_attention_lse_graph(
+    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend by differentiable operations; also the log-sum-exp."""
+    return _tiles(TiledAttentionLse, q, window_size, mask, scale).graph(q, k, v, bias)
 
 
 def _on_windows(
@@ -123,18 +179,29 @@ def _on_windows(
     return merge_windows(out.unflatten(1, (q.shape[3], -1)), (q.shape[1], q.shape[2]), window_size)
 
 
-def _tiles(q: Tensor, window_size: tuple[int, int], mask: Tensor | None, scale: float) -> TiledAttention:
+def _tiles(
+    kind: type[TiledAttention], q: Tensor, window_size: tuple[int, int], mask: Tensor | None, scale: float
+) -> TiledAttention:
     plan = plan_tiles(*cut_windows((q.shape[1], q.shape[2]), window_size))
-    return TiledAttention(plan, None if mask is None else TileMask.of(mask), scale)
+    return kind(plan, None if mask is None else TileMask.of(mask), scale)
 
 
 def window_attention_fused(
     q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     """The kernel of local patterns; it takes no mask (see `why_not_fused`)."""
-    from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
+    from ..kernels.local.launch import local_attention  # here, so that CPU users need no Triton
 
     return local_attention(q, k, v, Pattern("block", window_size), bias=bias, scale=scale)
+
+
+def window_attention_lse_fused(
+    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same kernel; also the log-sum-exp."""
+    from ..kernels.local.launch import local_attention_lse
+
+    return local_attention_lse(q, k, v, Pattern("block", window_size), bias=bias, scale=scale)
 
 
 def why_not_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
@@ -149,8 +216,18 @@ def _macs(q: Tensor, window_size: tuple[int, int]) -> int:
 
 
 declare(
+    window_attention_lse,
+    check=partial(_check, OP_LSE),
+    reference=window_attention_lse_reference,
+    tiled=window_attention_lse_tiled,
+    graph=window_attention_lse_graph,
+    fused=window_attention_lse_fused,
+    why_not_fused=why_not_fused,
+    macs=_macs,
+)
+declare(
     window_attention,
-    check=_check,
+    check=partial(_check, OP),
     reference=window_attention_reference,
     tiled=window_attention_tiled,
     graph=window_attention_graph,

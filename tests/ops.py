@@ -20,9 +20,11 @@ from foveate.attention_ops import (
     hilo_attention,
     large_kernel_attention,
     neighborhood_attention,
+    neighborhood_attention_lse,
     routed_attention,
     strip_gate,
     window_attention,
+    window_attention_lse,
 )
 
 
@@ -33,12 +35,12 @@ class Case:
     Args:
         op: the public function.
         shapes: of the tensors that have gradients, in the order of the call; the first has the batch first.
-        call: takes those tensors and `impl=`.
+        call: takes those tensors and `impl=`; returns one tensor, several outputs joined.
         batched: which of them have a batch dimension.
         local: whether a key outside what a query sees exists, so that it must not change the query's result.
     """
 
-    op: Callable[..., Tensor]
+    op: Callable[..., Tensor | tuple[Tensor, Tensor]]
     shapes: tuple[tuple[int, ...], ...]
     call: Callable[..., Tensor]
     batched: tuple[bool, ...] = (True, True, True)
@@ -100,6 +102,12 @@ def _regions(region, kv_region=None):
     return call
 
 
+def _with_lse(results: tuple[Tensor, Tensor]) -> Tensor:
+    """The log-sum-exp as one more channel of the output."""
+    out, lse = results
+    return torch.cat([out, lse[..., None].to(out.dtype)], -1)
+
+
 LKA_SHAPES = ((2, 3, 5, 6), (3, 1, 3, 3), (3,), (3, 1, 3, 3), (3,), (3, 3, 1, 1), (3,))
 QKV_RPB = ("q", "k", "v", "rpb")
 
@@ -140,6 +148,22 @@ CASES = {
         local=True,
         names=QKV_RPB,
     ),
+    "neighborhood, log-sum-exp": Case(
+        neighborhood_attention_lse,
+        (*_maps(2, 6, 9, 2, 3), (2, 5, 3)),
+        lambda q, k, v, rpb, impl="auto": _with_lse(
+            neighborhood_attention_lse(q, k, v, (3, 2), (2, 3), rpb=rpb, is_causal=(True, False), impl=impl)
+        ),
+        batched=(True, True, True, False),
+        local=True,
+        names=QKV_RPB,
+    ),
+    "neighborhood, log-sum-exp, no bias": Case(
+        neighborhood_attention_lse,
+        _maps(2, 6, 7, 2, 3),
+        lambda q, k, v, impl="auto": _with_lse(neighborhood_attention_lse(q, k, v, 3, stride=2, impl=impl)),
+        local=True,
+    ),
     "dense": Case(
         dense,
         ((2, 5, 6), (4, 6), (4,), (2, 5, 4)),
@@ -166,6 +190,22 @@ CASES = {
         (*_maps(2, 4, 6, 2, 3), (2, 6, 6)),
         lambda q, k, v, bias, impl="auto": window_attention(
             q, k, v, (2, 3), bias=bias, mask=shifted(6, 4), scale=0.5, impl=impl
+        ),
+        batched=(True, True, True, False),
+        local=True,
+        names=("q", "k", "v", "bias"),
+    ),
+    "window, log-sum-exp": Case(
+        window_attention_lse,
+        _maps(2, 4, 6, 2, 3),
+        lambda q, k, v, impl="auto": _with_lse(window_attention_lse(q, k, v, (2, 3), impl=impl)),
+        local=True,
+    ),
+    "window, bias, mask, log-sum-exp": Case(
+        window_attention_lse,
+        (*_maps(2, 4, 6, 2, 3), (2, 6, 6)),
+        lambda q, k, v, bias, impl="auto": _with_lse(
+            window_attention_lse(q, k, v, (2, 3), bias=bias, mask=shifted(6, 4), scale=0.5, impl=impl)
         ),
         batched=(True, True, True, False),
         local=True,

@@ -1,74 +1,11 @@
 """Calls of every op with a fused body, and their definitions: layers of published models, odd sizes, strided views."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ... import attention_ops as ops
 from . import definitions as exact
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-Pair = tuple[int, int]
-
-
-class Made(NamedTuple):
-    """Tensors, and two functions of them: the fused body and the definition."""
-
-    leaves: list[Tensor]
-    ours: Callable[[list[Tensor]], Tensor]
-    exact: Callable[[list[Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call. `make` takes the device; `differentiable` is False where the fused body has no gradient."""
-
-    name: str
-    dtype: torch.dtype
-    make: Callable[[str], Made]
-    differentiable: bool = True
-
-    @property
-    def op(self) -> str:
-        return self.name.split()[0]
-
-
-def normal(*shape: int, device: str, dtype: torch.dtype = FP32, factor: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device=device) * factor).to(dtype)
-
-
-def qkv(
-    layout: str, shape: tuple[int, ...], device: str, dtype: torch.dtype, factor: float = 1.0
-) -> tuple[list[Tensor], Callable[[list[Tensor]], list[Tensor]]]:
-    """Return tensors, and the function that views them as q, k, v: (B, H, W, heads, head_dim).
-
-    Args:
-        layout: "packed", "heads first", "nchw", "crop" or "expanded".
-    """
-    batch, height, width, heads, dim = shape
-
-    def three(*sizes: int) -> list[Tensor]:
-        return [normal(*sizes, device=device, dtype=dtype, factor=factor) for _ in "qkv"]
-
-    if layout == "packed":
-        packed = normal(batch, height, width, 3, heads, dim, device=device, dtype=dtype, factor=factor)
-        return [packed], lambda t: list(t[0].unbind(3))
-    if layout == "heads first":
-        return three(batch, heads, height, width, dim), lambda t: [x.permute(0, 2, 3, 1, 4) for x in t]
-    if layout == "nchw":
-        leaves = three(batch, heads * dim, height, width)
-        return leaves, lambda t: [x.permute(0, 2, 3, 1).unflatten(-1, (heads, dim)) for x in t]
-    if layout == "crop":
-        leaves = three(batch, height + 2, width + 3, heads, dim + 3)
-        return leaves, lambda t: [x[:, 1:-1, 2:-1, :, 1:-2] for x in t]
-    if layout == "expanded":
-        shapes = (shape, (batch, height, width, 1, dim), (1, height, width, heads, dim))
-        leaves = [normal(*s, device=device, dtype=dtype, factor=factor) for s in shapes]
-        return leaves, lambda t: [x.expand(shape) for x in t]
-    raise ValueError(f"no such layout: {layout!r}")
+from .inputs import BF16, FP16, FP32, Case, Made, Pair, normal, qkv
 
 
 def neighborhood(
@@ -80,8 +17,12 @@ def neighborhood(
     dtype: torch.dtype = BF16,
     layout: str = "packed",
     causal: tuple[bool, bool] = (False, False),
+    stride: Pair = (1, 1),
+    lse: bool = False,
     factor: float = 1.0,
 ) -> Case:
+    op = "neighborhood_attention_lse" if lse else "neighborhood_attention"
+
     def make(device: str) -> Made:
         leaves, view = qkv(layout, shape, device, dtype, factor)
         maps = len(leaves)
@@ -89,19 +30,47 @@ def neighborhood(
             leaves.append(normal(shape[3], 2 * kernel[0] - 1, 2 * kernel[1] - 1, device=device))
         return Made(
             leaves,
-            lambda t: ops.neighborhood_attention(
-                *view(t[:maps]), kernel, dilation, rpb=t[maps] if rpb else None, is_causal=causal, impl="fused"
+            lambda t: _joined(
+                getattr(ops, op)(
+                    *view(t[:maps]),
+                    kernel,
+                    dilation,
+                    stride=stride,
+                    rpb=t[maps] if rpb else None,
+                    is_causal=causal,
+                    impl="fused",
+                )
             ),
-            lambda t: exact.neighborhood(*view(t[:maps]), kernel, dilation, t[maps] if rpb else None, causal),
+            lambda t: _joined(
+                getattr(exact, op)(*view(t[:maps]), kernel, dilation, t[maps] if rpb else None, causal, stride)
+            ),
         )
 
     words = (" rpb" if rpb else "") + (" causal" if any(causal) else "") + (f" x{factor:g}" if factor != 1 else "")
-    return Case(f"neighborhood {_of(shape)} kernel {kernel} dilation {dilation}{words} {layout}", dtype, make)
+    words += f" stride {stride}" if stride != (1, 1) else ""
+    name = op.removesuffix("_attention")
+    return Case(f"{name} {_of(shape)} kernel {kernel} dilation {dilation}{words} {layout}", dtype, make)
+
+
+def _joined(results: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """An output with its log-sum-exp as one more channel, or an output without one."""
+    if isinstance(results, Tensor):
+        return results
+    out, lse = results
+    return torch.cat([out, lse[..., None].to(out.dtype)], -1)
 
 
 def window(
-    shape: tuple[int, ...], size: Pair, *, bias: bool = True, dtype: torch.dtype = BF16, layout: str = "packed"
+    shape: tuple[int, ...],
+    size: Pair,
+    *,
+    bias: bool = True,
+    dtype: torch.dtype = BF16,
+    layout: str = "packed",
+    lse: bool = False,
 ) -> Case:
+    op = "window_attention_lse" if lse else "window_attention"
+
     def make(device: str) -> Made:
         leaves, view = qkv(layout, shape, device, dtype)
         maps, tokens = len(leaves), size[0] * size[1]
@@ -109,11 +78,12 @@ def window(
             leaves.append(normal(shape[3], tokens, tokens, device=device))
         return Made(
             leaves,
-            lambda t: ops.window_attention(*view(t[:maps]), size, bias=t[maps] if bias else None, impl="fused"),
-            lambda t: exact.window(*view(t[:maps]), size, t[maps] if bias else None),
+            lambda t: _joined(getattr(ops, op)(*view(t[:maps]), size, bias=t[maps] if bias else None, impl="fused")),
+            lambda t: _joined(getattr(exact, op)(*view(t[:maps]), size, t[maps] if bias else None)),
         )
 
-    return Case(f"window {_of(shape)} window {size}{' bias' if bias else ''} {layout}", dtype, make)
+    name = op.removesuffix("_attention")
+    return Case(f"{name} {_of(shape)} window {size}{' bias' if bias else ''} {layout}", dtype, make)
 
 
 def circle(shape: tuple[int, ...], radius: int, *, dtype: torch.dtype = BF16) -> Case:
@@ -278,7 +248,9 @@ def small_cases() -> list[Case]:
         neighborhood((1, 9, 11, 2, 16), (3, 4), (2, 1), **low),
         neighborhood((1, 8, 9, 1, 24), (5, 3), dtype=FP32, layout="crop"),
         neighborhood((1, 7, 7, 1, 16), (3, 3), layout="expanded", **low),
+        neighborhood((1, 9, 12, 1, 16), (4, 5), (1, 2), causal=(True, False), stride=(3, 4), lse=True, **low),
         window((1, 14, 7, 1, 16), (7, 7), **low),
+        window((1, 8, 6, 1, 16), (4, 3), lse=True, **low),
         circle((1, 7, 9, 1, 16), 3, **low),
         halo((1, 9, 8, 1, 16), 24, (4, 4), (1, 2), **low),
         routed(2, (2, 3), (3, 2), 1, 16, 8, 3, key_region=(2, 2), **low),
@@ -320,6 +292,9 @@ def _neighborhoods() -> list[Case]:
         neighborhood((1, 26, 26, 1, 128), seven, dtype=FP32),
         *(neighborhood(map_2, seven, layout=layout) for layout in ("heads first", "nchw", "crop", "expanded")),
         neighborhood(map_2, (6, 5), causal=(True, False), rpb=False),
+        neighborhood(map_2, seven, causal=(True, True), lse=True),
+        neighborhood(map_2, (8, 6), (2, 1), stride=(4, 6), rpb=False, lse=True, dtype=FP16),
+        neighborhood((2, 42, 35, 2, 32), seven, stride=seven),
         neighborhood(map_2, (1, 1)),
         neighborhood((1, 64, 64, 1, 16), (33, 33), rpb=False),
         neighborhood(map_2, seven, factor=30.0, dtype=FP32),
@@ -336,6 +311,7 @@ def _windows_and_circles() -> list[Case]:
         window((2, 32, 32, 2, 64), (16, 16)),
         window((2, 36, 40, 2, 96), (4, 5), layout="crop"),
         window((2, 28, 28, 2, 32), (7, 7), dtype=FP32),
+        window((2, 28, 28, 2, 32), (7, 7), lse=True),
         circle((1, 40, 44, 2, 64), 8),
         circle((2, 20, 23, 2, 32), 3, dtype=FP16),
         circle((1, 24, 24, 1, 128), 6),

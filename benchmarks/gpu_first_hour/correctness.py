@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cases import BF16, FP16, FP32, Case, full_cases, small_cases
+from .cases import full_cases, small_cases
+from .inputs import BF16, FP16, FP32, Case
 from .session import Session, first_line, say
 
 # Largest error of the output and of the gradients, as a share of the largest value of each.

@@ -13,16 +13,24 @@ Pair = tuple[int, int]
 
 
 def neighborhood_axis(
-    length: int, kernel: int, dilation: int, causal: bool = False, device: str | torch.device = "cpu"
+    length: int,
+    kernel: int,
+    dilation: int,
+    causal: bool = False,
+    stride: int = 1,
+    device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Return (length, length): whether a query sees a key, and the cell of the relative position table."""
     position = torch.arange(length, device=device)
     group, rank = position % dilation, position // dilation
     group_length = (length - group + dilation - 1) // dilation
-    start = torch.minimum((rank - kernel // 2).clamp(min=0), group_length - kernel)
-    start = rank - kernel + 1 if causal else start
+    leader = torch.minimum(rank - rank % stride + (stride - 1 if causal else stride // 2), group_length - 1)
+    start = torch.minimum((leader - kernel // 2).clamp(min=0), group_length - kernel)
+    start = leader - kernel + 1 if causal else start
     from_start = rank[None] - start[:, None]
     seen = (group[:, None] == group[None]) & (from_start >= 0) & (from_start < kernel)
+    if causal:
+        seen &= rank[None] <= rank[:, None]
     return seen, (rank[None] - rank[:, None] + kernel - 1).clamp(0, 2 * kernel - 2)
 
 
@@ -33,20 +41,33 @@ def by_head(x: Tensor) -> Tensor:
 
 def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
     """Attention of all tokens to all tokens where `seen`, (tokens, tokens) bool."""
+    return dense_lse(q, k, v, seen, bias, scale)[0]
+
+
+def dense_lse(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same, with the log-sum-exp of every query's logits: (B, H, W, heads)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = by_head(q) @ by_head(k).mT * scale
     if bias is not None:
         logits = logits + bias
-    out = logits.masked_fill(~seen, -math.inf).softmax(-1) @ by_head(v)
-    return out.transpose(1, 2).unflatten(1, q.shape[1:3])
+    logits = logits.masked_fill(~seen, -math.inf)
+    out, lse = logits.softmax(-1) @ by_head(v), logits.logsumexp(-1)
+    return out.transpose(1, 2).unflatten(1, q.shape[1:3]), lse.transpose(1, 2).unflatten(1, q.shape[1:3])
 
 
 def neighborhood_masks(
-    size: Pair, kernel: Pair, dilation: Pair, causal: tuple[bool, bool], device: torch.device
+    size: Pair,
+    kernel: Pair,
+    dilation: Pair,
+    causal: tuple[bool, bool],
+    device: torch.device,
+    stride: Pair = (1, 1),
 ) -> tuple[Tensor, Tensor]:
     """Return (tokens, tokens): whether a query sees a key, and the cell of the flattened table."""
     (seen_y, cell_y), (seen_x, cell_x) = (
-        neighborhood_axis(*axis, device) for axis in zip(size, kernel, dilation, causal, strict=True)
+        neighborhood_axis(*axis, device) for axis in zip(size, kernel, dilation, causal, stride, strict=True)
     )
     tokens = size[0] * size[1]
     seen = (seen_y[:, None, :, None] & seen_x[None, :, None, :]).reshape(tokens, tokens)
@@ -54,7 +75,11 @@ def neighborhood_masks(
     return seen, cells.reshape(tokens, tokens)
 
 
-def neighborhood(
+def neighborhood_attention(*args, **kwargs) -> Tensor:
+    return neighborhood_attention_lse(*args, **kwargs)[0]
+
+
+def neighborhood_attention_lse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -62,10 +87,11 @@ def neighborhood(
     dilation: Pair,
     rpb: Tensor | None = None,
     causal: tuple[bool, bool] = (False, False),
+    stride: Pair = (1, 1),
     scale: float | None = None,
-) -> Tensor:
-    seen, cells = neighborhood_masks(tuple(q.shape[1:3]), kernel, dilation, causal, q.device)
-    return dense(q, k, v, seen, None if rpb is None else rpb.flatten(1)[:, cells], scale)
+) -> tuple[Tensor, Tensor]:
+    seen, cells = neighborhood_masks(tuple(q.shape[1:3]), kernel, dilation, causal, q.device, stride)
+    return dense_lse(q, k, v, seen, None if rpb is None else rpb.flatten(1)[:, cells], scale)
 
 
 def _positions(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,12 +100,18 @@ def _positions(q: Tensor) -> tuple[Tensor, Tensor]:
     return y.flatten(), x.flatten()
 
 
-def window(q: Tensor, k: Tensor, v: Tensor, size: Pair, bias: Tensor | None = None) -> Tensor:
+def window_attention(*args, **kwargs) -> Tensor:
+    return window_attention_lse(*args, **kwargs)[0]
+
+
+def window_attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, size: Pair, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     y, x = _positions(q)
     of_window = (y // size[0]) * q.shape[2] + x // size[1]
     place = (y % size[0]) * size[1] + x % size[1]
     bias = None if bias is None else bias[:, place[:, None], place[None]]
-    return dense(q, k, v, of_window[:, None] == of_window[None], bias, None)
+    return dense_lse(q, k, v, of_window[:, None] == of_window[None], bias, None)
 
 
 def circle(q: Tensor, k: Tensor, v: Tensor, radius: int) -> Tensor:

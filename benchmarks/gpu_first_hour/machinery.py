@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import attention_ops as ops
 from ...kernels.local import bias as local_bias
 from ...kernels.local.plan import Pattern, make_plan
-from .cases import normal
+from .inputs import normal
 from .session import Session, first_line, say
 
 LEAST_SECONDS = 30.0  # that must be left before a check starts

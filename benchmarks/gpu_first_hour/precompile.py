@@ -122,7 +122,7 @@ def run_backward_after_forward() -> None:
         setattr(module, name, both)
 
     def local_backward(inputs, out, kept, grad):
-        local._backward._init_fn(*inputs[:6], out, *kept, grad, inputs[3] is not None, *inputs[6:])
+        local._backward._init_fn(*inputs[:6], out, *kept, grad, None, inputs[3] is not None, *inputs[6:])
 
     replace(local, "_forward", local_backward)
     replace(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ... import attention_ops as ops
 from . import definitions as exact
-from .cases import FP32, gate, normal
+from .cases import gate
 from .clock import Call, Clock
+from .inputs import FP32, normal
 from .session import Session, first_line, say
 
 MOST_SECONDS = 170.0

@@ -1,7 +1,8 @@
 """Local attention, backward (Triton): queries walk over keys for dq, keys over the queries that see them for dk, dv.
 
 Paper      as in forward.py; probabilities are recomputed from lse as in Dao et al. 2022, arXiv:2205.14135.
-Tensors    as in forward.py; grad: as out, any strides; delta: (B, heads, H, W) fp32, written by dq, read by dkv.
+Tensors    as in forward.py; grad: as out, any strides; grad_lse: as lse, or none; delta: (B, heads, H, W) fp32, what is
+           subtracted from the gradients of probabilities: written by dq, read by dkv.
 Grid       B * dilation groups * tiles * heads, heads fastest: one program owns one tile of one head. No atomics.
 Numerics   logits and sums in fp32; probabilities and logit gradients are rounded to the dtype of q for products.
 Memory     O(tile) on chip; no logits reach HBM.
@@ -23,15 +24,18 @@ from .intervals import (
     walk,
 )
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def local_dq_kernel(
-    q_ptr, k_ptr, v_ptr, rel_ptr, bias_ptr, variants_y_ptr, variants_x_ptr, out_ptr, grad_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, rel_ptr, bias_ptr, variants_y_ptr, variants_x_ptr, out_ptr, grad_ptr, lse_ptr, grad_lse_ptr,
     dq_ptr, drel_ptr, delta_ptr,
     q_strides, k_strides, v_strides, rel_strides, out_strides, grad_strides, dq_strides,
     heads, tiles, dilation, queries, keys, variants, scale, scale_log2,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    PAD: tl.constexpr, PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
+    PAD: tl.constexpr, PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+    PLACES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS.tile * COLS.tile
     N: tl.constexpr = ROWS.walk * COLS.walk
@@ -55,6 +59,8 @@ def local_dq_kernel(
     out = load_tokens(out_ptr, map_offsets(y, x, group_y, group_x, dilation, out_strides), valid, DIM_V, PAD_V)
     grad = load_tokens(grad_ptr, map_offsets(y, x, group_y, group_x, dilation, grad_strides), valid, DIM_V, PAD_V)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)  # [M]
+    if HAS_GRAD_LSE:  # lse is in base 2
+        delta -= tl.load(grad_lse_ptr + lse_offs, mask=valid, other=0.0) * LOG2_E
     tl.store(delta_ptr + lse_offs, delta, mask=valid)
     lse = tl.load(lse_ptr + lse_offs, mask=valid, other=0.0)
     if PLACES > 0:

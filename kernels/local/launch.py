@@ -111,15 +111,16 @@ def launch_forward(launch: Launch, q, k, v, bias, rel, out, lse) -> None:
     )  # fmt: skip
 
 
-def launch_dq(launch: Launch, q, k, v, bias, rel, out, grad, lse, dq, drel, delta) -> None:
+def launch_dq(launch: Launch, q, k, v, bias, rel, out, grad, lse, dq, drel, delta, grad_lse=None) -> None:
     plan = launch.plan("dq")
     layout, bias_arguments = _bias_arguments(launch, plan, bias, q)
     rel_or_q, drel_or_dq = (q, dq) if rel is None else (rel, drel)
     local_dq_kernel[launch.grid(plan)](
-        q, k, v, rel_or_q, *bias_arguments, out, grad, lse, dq, drel_or_dq, delta,
-        *_strides(q, k, v, rel_or_q, out, grad, dq),
+        q, k, v, rel_or_q, *bias_arguments, out, grad, lse, lse if grad_lse is None else grad_lse,
+        dq, drel_or_dq, delta, *_strides(q, k, v, rel_or_q, out, grad, dq),
         *launch.sizes(plan, layout), launch.scale, launch.scale * math.log2(math.e),
-        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, **launch.constants("dq"),
+        HAS_BIAS=bias is not None, HAS_GRAD_LSE=grad_lse is not None,
+        PLACES=0 if rel is None else rel.shape[-1] // 2, **launch.constants("dq"),
     )  # fmt: skip
 
 
@@ -183,7 +184,7 @@ def _(q, k, v, bias, rel_h, rel_w, kind, keys, reach, stride, dilation, causal, 
 @torch.library.custom_op("foveate::local_attention_backward", mutates_args=())
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None,
-    out: Tensor, lse: Tensor, grad: Tensor, bias_grad: bool,
+    out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, bias_grad: bool,
     kind: str, keys: list[int], reach: list[int], stride: list[int], dilation: list[int], causal: list[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -192,6 +193,7 @@ def _backward(
     if out.numel() == 0:
         return dq, dk, dv, dbias.zero_(), drel_h.zero_(), drel_w.zero_()
     q, k, v, grad = (_contiguous_dim(t) for t in (q, k, v, grad))
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     tables = None if rel_h is None or rel_w is None else (rel_h.contiguous(), rel_w.contiguous())
     launch = Launch(
         q, k, v, _pattern(kind, keys, reach, stride, dilation, causal), scale, bias is not None, tables is not None
@@ -200,7 +202,7 @@ def _backward(
     with on_device(q):
         rel = _rel_logits(launch, q, tables)
         drel = None if rel is None else torch.empty_like(rel)
-        launch_dq(launch, q, k, v, bias, rel, out, grad, lse, dq, drel, delta)
+        launch_dq(launch, q, k, v, bias, rel, out, grad, lse, dq, drel, delta, grad_lse)
         launch_dkv(launch, q, k, v, bias, rel, grad, lse, delta, dk, dv)
         if bias is not None and bias_grad:
             dbias.copy_(launch_dbias(launch, q, k, v, bias, grad, lse, delta).view_as(bias))
@@ -218,7 +220,7 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor | None) ->
 
 
 @_backward.register_fake
-def _(q, k, v, bias, rel_h, rel_w, out, lse, grad, bias_grad, *pattern):
+def _(q, k, v, bias, rel_h, rel_w, out, lse, grad, grad_lse, bias_grad, *pattern):
     return _empty_gradients(q, k, v, bias if bias_grad else None, rel_h, rel_w)
 
 
@@ -226,13 +228,15 @@ refuse_second_derivative(_backward, "local_attention")
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # most callers use no lse
     ctx.pattern = inputs[6:]
     ctx.save_for_backward(*inputs[:6], *output)
 
 
-def _differentiate(ctx, grad, _):
+def _differentiate(ctx, grad, grad_lse):
     saved = ctx.saved_tensors  # read once: checkpointing refuses a second read
-    grads = _backward(*saved, grad, ctx.needs_input_grad[3], *ctx.pattern)
+    grad = torch.zeros_like(saved[6]) if grad is None else grad  # of the output
+    grads = _backward(*saved, grad, grad_lse, ctx.needs_input_grad[3], *ctx.pattern)
     wanted = [t is not None and needed for t, needed in zip(saved[:6], ctx.needs_input_grad, strict=False)]
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None for _ in ctx.pattern)
 
@@ -262,9 +266,16 @@ def local_attention(
         (B, H, W, heads, head_dim of v), contiguous.
     """
     rel_h, rel_w = (None, None) if tables is None else tables
-    p = pattern
-    out, _ = _forward(
-        q, k, v, bias, rel_h, rel_w, p.kind, list(p.keys), list(p.reach), list(p.stride), list(p.dilation),
-        list(p.causal), scale,
-    )  # fmt: skip
-    return out
+    return _forward(q, k, v, bias, rel_h, rel_w, *_fields(pattern), scale)[0]
+
+
+def local_attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, bias: Tensor | None = None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend as `local_attention` does, and return the log-sum-exp of the logits too, (B, H, W, heads) fp32."""
+    out, lse = _forward(q, k, v, bias, None, None, *_fields(pattern), scale)
+    return out, (lse * math.log(2)).permute(0, 2, 3, 1)
+
+
+def _fields(p: Pattern) -> tuple:
+    return p.kind, list(p.keys), list(p.reach), list(p.stride), list(p.dilation), list(p.causal)

@@ -205,7 +205,7 @@ def test_axis_tables_equal_the_official_ones(golden):
 def seen_by_queries(size, impl, **arguments):
     """(H * W, H * W) bool: the keys that a query sees. Attention is uniform, and every value is a unit vector."""
     tokens = size[0] * size[1]
-    unit = torch.eye(tokens, -(-tokens // 16) * 16).view(1, *size, -1, 16)
+    unit = torch.eye(tokens, -(-tokens // 128) * 128).view(1, *size, -1, 128)
     weights = neighborhood_attention(torch.zeros_like(unit), torch.zeros_like(unit), unit, impl=impl, **arguments)
     return weights.flatten(3).flatten(1, 2)[0, :, :tokens] > 0
 

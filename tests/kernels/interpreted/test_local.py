@@ -18,6 +18,7 @@ from foveate.attention_ops import (
     halo_attention,
     neighborhood,
     neighborhood_attention,
+    neighborhood_attention_lse,
     window,
     window_attention,
 )
@@ -300,6 +301,24 @@ def test_a_head_dim_apart_in_memory_is_copied():
 def test_an_empty_batch_gives_empty_results_and_no_gradient(case):
     out, *grads = results(case, case.inputs(batch=0), "fused")
     assert out.numel() == 0 and all(not g.any() for g in grads)
+
+
+@pytest.mark.parametrize("used", ["out", "lse", "both"])
+def test_log_sum_exps_have_gradients(used):
+    """Dilation, stride and a bias at once; a result that is not used has no gradient at all."""
+    packed, table = na((11, 14), (5, 4), (2, 1), stride=(3, 2), table=True, heads=2).inputs(batch=2)
+    found = []
+    for impl, dtype in (("fused", torch.float32), ("reference", torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (packed, table)]
+        results = neighborhood_attention_lse(
+            *leaves[0].unbind(3), (5, 4), (2, 1), stride=(3, 2), rpb=leaves[1], is_causal=(True, False), impl=impl
+        )
+        values = [x.detach() for x in results]
+        picked = {"out": results[:1], "lse": results[1:], "both": results}[used]
+        loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=dtype).view(x.shape)).sum() for x in picked)
+        found.append([*values, *torch.autograd.grad(loss, leaves)])
+    assert found[0][1].dtype == torch.float32
+    assert max(errors(*found)) < 1e-5
 
 
 def test_there_is_no_double_backward():
