@@ -12,11 +12,19 @@ Axis = tuple[Tensor, Tensor]  # (queries, keys) bool: seen; int64: cell of the t
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None, bias: Tensor | None = None) -> Tensor:
     """Attention of (B, T, heads, d) to (B, K, heads, d), with (T, K) or (B, 1, T, K) bool, bias (B|1, heads, T, K)."""
+    return attend_lse(q, k, v, seen, scale, bias)[..., :-1]
+
+
+def attend_lse(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None, bias: Tensor | None = None
+) -> Tensor:
+    """The same with one more channel: the logarithm of the sum of exp(logit), (B, T, heads, d + 1)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = torch.einsum("bthd,bkhd->bhtk", q, k) * scale
     logits = logits if bias is None else logits + bias
-    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("bhtk,bkhd->bthd", weights, v)
+    logits = logits.masked_fill(~seen, -torch.inf)
+    out = torch.einsum("bhtk,bkhd->bthd", logits.softmax(-1), v)
+    return torch.cat([out, logits.logsumexp(-1).transpose(1, 2)[..., None]], -1)
 
 
 def of_both(rows: Tensor, cols: Tensor) -> Tensor:
@@ -35,9 +43,9 @@ def on_map(out: Tensor, like: Tensor) -> Tensor:
     return out.unflatten(1, like.shape[1:3])
 
 
-def neighborhood(q, k, v, kernel_size, dilation, rpb, is_causal, scale) -> Tensor:
-    """arXiv:2204.07143 and 2209.15001; causal axes as in arXiv:2403.04690."""
-    settings = zip(q.shape[1:3], kernel_size, dilation, is_causal, strict=True)
+def neighborhood(q, k, v, kernel_size, dilation, stride, rpb, is_causal, scale, attend=attend) -> Tensor:
+    """arXiv:2204.07143 and 2209.15001; causal axes as in arXiv:2403.04690, strides as in arXiv:2504.16922."""
+    settings = zip(q.shape[1:3], kernel_size, dilation, is_causal, stride, strict=True)
     rows, cols = (neighborhood_axis(*of_axis) for of_axis in settings)
     bias = None
     if rpb is not None:
@@ -47,13 +55,14 @@ def neighborhood(q, k, v, kernel_size, dilation, rpb, is_causal, scale) -> Tenso
     return on_map(out, q)
 
 
-def neighborhood_axis(length: int, kernel: int, dilation: int, causal: bool) -> Axis:
+def neighborhood_axis(length: int, kernel: int, dilation: int, causal: bool, stride: int) -> Axis:
     seen = torch.zeros(length, length, dtype=torch.bool)
     cells = torch.zeros(length, length, dtype=torch.int64)
     for query in range(length):
         group = range(query % dilation, length, dilation)
         rank = query // dilation
-        first = max(rank - kernel + 1, 0) if causal else min(max(rank - kernel // 2, 0), len(group) - kernel)
+        leader = min(rank // stride * stride + (stride - 1 if causal else stride // 2), len(group) - 1)
+        first = max(leader - kernel + 1, 0) if causal else min(max(leader - kernel // 2, 0), len(group) - kernel)
         last = rank if causal else first + kernel - 1
         for other in range(first, last + 1):
             seen[query, group[other]] = True
@@ -61,7 +70,7 @@ def neighborhood_axis(length: int, kernel: int, dilation: int, causal: bool) -> 
     return seen, cells
 
 
-def window(q, k, v, window_size, bias, mask, scale) -> Tensor:
+def window(q, k, v, window_size, bias, mask, scale, attend=attend) -> Tensor:
     """arXiv:2103.14030: windows of one size; a mask hides what a shift brought together."""
     place = [torch.arange(length) for length in q.shape[1:3]]
     number = [at // size for at, size in zip(place, window_size, strict=True)]

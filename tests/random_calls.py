@@ -141,7 +141,25 @@ class Maker:
         return self.between(1, 3), self.between(1, 3), self.one_of(1, 3, 8, 16, 17, 24, 32, 40)
 
 
+def joined(results: tuple[Tensor, Tensor]) -> Tensor:
+    """The log-sum-exp as one more channel of the output."""
+    out, lse = results
+    assert lse.dtype == torch.promote_types(out.dtype, torch.float32)
+    return torch.cat([out, lse[..., None].to(out.dtype)], -1)
+
+
 def neighborhood_attention(make: Maker) -> Call:
+    return _neighborhood(make, ops.neighborhood_attention, definitions.attend)
+
+
+def neighborhood_attention_lse(make: Maker) -> Call:
+    def op(*args, **kwargs):
+        return joined(ops.neighborhood_attention_lse(*args, **kwargs))
+
+    return _neighborhood(make, op, definitions.attend_lse)
+
+
+def _neighborhood(make: Maker, op: Callable[..., Tensor], attend: Callable[..., Tensor]) -> Call:
     kernel, dilation = make.pair(1, 6), make.pair(1, 3)
     size = tuple(k * d + make.between(0, 5) for k, d in zip(kernel, dilation, strict=True))
     batch, heads, dim = make.of_attention()
@@ -149,18 +167,30 @@ def neighborhood_attention(make: Maker) -> Call:
     if make.one_of(True, False):
         tensors["rpb"] = make.tensor(heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
     causal, scale = (make.one_of(True, False, False), make.one_of(True, False, False)), make.scale()
+    stride = tuple(make.one_of(1, make.between(1, k)) for k in kernel)
 
     def run(q, k, v, rpb=None, *, impl):
-        return ops.neighborhood_attention(q, k, v, kernel, dilation, rpb=rpb, is_causal=causal, scale=scale, impl=impl)
+        return op(q, k, v, kernel, dilation, stride=stride, rpb=rpb, is_causal=causal, scale=scale, impl=impl)
 
     def define(q, k, v, rpb=None):
-        return definitions.neighborhood(q, k, v, kernel, dilation, rpb, causal, scale)
+        return definitions.neighborhood(q, k, v, kernel, dilation, stride, rpb, causal, scale, attend)
 
-    options = {"kernel": kernel, "dilation": dilation, "causal": causal, "scale": scale}
+    options = {"kernel": kernel, "dilation": dilation, "stride": stride, "causal": causal, "scale": scale}
     return Call("", 0, tensors, run, define, options)
 
 
 def window_attention(make: Maker) -> Call:
+    return _window(make, ops.window_attention, definitions.attend)
+
+
+def window_attention_lse(make: Maker) -> Call:
+    def op(*args, **kwargs):
+        return joined(ops.window_attention_lse(*args, **kwargs))
+
+    return _window(make, op, definitions.attend_lse)
+
+
+def _window(make: Maker, op: Callable[..., Tensor], attend: Callable[..., Tensor]) -> Call:
     size = make.pair(1, 7)
     tokens, windows = size[0] * size[1], make.pair(1, 3)
     batch, heads, dim = make.of_attention()
@@ -173,10 +203,10 @@ def window_attention(make: Maker) -> Call:
         mask = (mask | torch.eye(tokens, dtype=torch.bool)).to(make.device)
 
     def run(q, k, v, bias=None, *, impl):
-        return ops.window_attention(q, k, v, size, bias=bias, mask=mask, scale=scale, impl=impl)
+        return op(q, k, v, size, bias=bias, mask=mask, scale=scale, impl=impl)
 
     def define(q, k, v, bias=None):
-        return definitions.window(q, k, v, size, bias, mask, scale)
+        return definitions.window(q, k, v, size, bias, mask, scale, attend)
 
     return Call("", 0, tensors, run, define, {"window": size, "mask": mask is not None, "scale": scale})
 
@@ -338,6 +368,7 @@ MAKERS: dict[str, Callable[[Maker], Call]] = {
     make.__name__: make
     for make in (
         *(neighborhood_attention, window_attention, halo_attention, circle_attention, routed_attention),
+        *(neighborhood_attention_lse, window_attention_lse),
         *(hilo_attention, channel_attention, channel_gate, strip_gate, large_kernel_attention, dense),
     )
 }

@@ -245,12 +245,12 @@ def small_cases() -> list[Case]:
     """One small call of every op, for the interpreter."""
     low = {"dtype": FP16}
     return [
-        neighborhood((1, 9, 11, 2, 16), (3, 4), (2, 1), **low),
+        neighborhood((1, 9, 11, 2, 16), (3, 4), (2, 1), dtype=FP16),
         neighborhood((1, 8, 9, 1, 24), (5, 3), dtype=FP32, layout="crop"),
         neighborhood((1, 7, 7, 1, 16), (3, 3), layout="expanded", **low),
-        neighborhood((1, 9, 12, 1, 16), (4, 5), (1, 2), causal=(True, False), stride=(3, 4), lse=True, **low),
+        neighborhood((1, 9, 12, 1, 16), (4, 5), (1, 2), causal=(True, False), stride=(3, 4), lse=True, dtype=FP16),
         window((1, 14, 7, 1, 16), (7, 7), **low),
-        window((1, 8, 6, 1, 16), (4, 3), lse=True, **low),
+        window((1, 8, 6, 1, 16), (4, 3), lse=True, dtype=FP16),
         circle((1, 7, 9, 1, 16), 3, **low),
         halo((1, 9, 8, 1, 16), 24, (4, 4), (1, 2), **low),
         routed(2, (2, 3), (3, 2), 1, 16, 8, 3, key_region=(2, 2), **low),

@@ -7,7 +7,7 @@ from random_calls import MAKERS, check, draw
 from foveate.attention_ops._op import OPS
 
 SEEDS = range(6)
-MANY = range(100, 380)  # times 11 ops: more than 3000 calls
+MANY = range(100, 380)  # times 13 ops: more than 3000 calls
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -118,6 +118,15 @@ def test_position_biases_are_laid_out_once_where_they_are_small(most, monkeypatc
     assert len(calls) == (0 if most is None else layers)
 
 
+def test_a_position_bias_is_laid_out_for_strides_and_causal_axes():
+    torch.manual_seed(0)
+    layer = NeighborhoodAttention2d(8, 2, 4, 2, stride=(3, 4), is_causal=(True, False)).eval()
+    x = torch.randn(2, 13, 17, 8)
+    fused = foveate.fuse(layer)
+    assert fused.prepare(x).fused["position bias"] == 1
+    torch.testing.assert_close(fused(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_changed_position_bias_is_seen():
     model = alive(small("nat_mini", num_classes=5))
     fused, x = foveate.fuse(model, images()), images()

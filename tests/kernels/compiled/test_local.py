@@ -133,6 +133,21 @@ def test_the_loop_is_short_and_does_not_spill(compile_for, shared_limit_bytes, n
     assert broken_bounds(compile_for, shared_limit_bytes, name, kernel, capability, dim) == {}
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_strides_and_gradients_of_log_sum_exps_stay_out_of_the_loop(compile_for, capability):
+    pattern = Pattern("neighborhood", (7, 7), stride=(3, 2), causal=(False, True))
+    call = Call(Case(pattern, (56, 56), 2, False), 32, torch.bfloat16)
+    q, k, v, out, lse = call.q, call.k, call.v, call.out, call.lse
+
+    def launch_dq():
+        local.launch_dq(call.launch, q, k, v, None, None, out, out, lse, out, None, lse, grad_lse=lse)
+
+    for kernel, launch in {"dq": launch_dq, "dkv": lambda: call.run("dkv")}.items():
+        found, plan = compile_for(capability, launch)[-1], call.launch.plan(kernel)
+        bound = BOUNDS["neighborhood", kernel][0][capability // 90]
+        assert found.loop_instructions_per(plan.owners * plan.walked) <= bound and found.stack_bytes == 0
+
+
 @pytest.mark.parametrize(
     ("shape", "bound"),
     [((64, 1), "asynchronous copies"), ((128, 3), "stack"), ((16, 3), "instructions a logit")],

@@ -98,10 +98,8 @@ CASES = [
     na((9, 10), (3, 4), (1, 1), (False, True)),
     na((13, 14), (13, 9), table=True),
     na((9, 8), (3, 3), dim=20),
-    na((14, 20), (7, 5), stride=(7, 5), table=True),
-    na((19, 23), (6, 4), (1, 3), stride=(4, 3), table=True, heads=2),
-    na((18, 11), (7, 4), causal=(True, False), stride=(3, 2)),
-    na((13, 20), (3, 5), (2, 1), (True, True), stride=(2, 4), table=True),
+    na((9, 17), (6, 4), (1, 3), stride=(4, 3), table=True),
+    na((11, 13), (3, 5), (2, 1), (True, False), stride=(2, 4), table=True),
     Case("window", (14, 21), {"window_size": (7, 7)}, table=True),
     Case("window", (12, 20), {"window_size": (4, 4)}, table=True, heads=2),
     Case("window", (6, 10), {"window_size": (2, 2)}),
@@ -117,7 +115,7 @@ CASES = [
     halos((7, 13), (4, 4), (5, 0), table=True),
     halos((2, 3), (4, 5), (1, 1), table=True),
 ]
-SOME = [CASES[i] for i in (3, 4, 12, 17, 21)]  # one of each pattern, with what it can have
+SOME = [CASES[i] for i in (3, 4, 10, 15, 19)]  # one of each pattern, with what it can have
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 some_cases = pytest.mark.parametrize("case", SOME, ids=str)
 
@@ -156,8 +154,8 @@ def random_case(seed: int) -> Case:
         kernel, dilation = [draw.randint(1, 9) for _ in "yx"], [draw.randint(1, 3) for _ in "yx"]
         size = tuple(k * d + draw.randint(0, 9) for k, d in zip(kernel, dilation, strict=True))
         causal = tuple(draw.random() < 0.3 for _ in "yx")
-        stride = tuple(draw.choice((1, draw.randint(1, k))) for k in kernel)
-        return na(size, tuple(kernel), tuple(dilation), causal, stride, table=table, dim=dim)
+        strides = tuple(draw.choice((1, draw.randint(1, k))) for k in kernel)
+        return na(size, tuple(kernel), tuple(dilation), causal, strides, table=table, dim=dim)
     if op == "circle":
         size = (draw.randint(1, 20), draw.randint(1, 20))
         return Case("circle", size, {"radius": draw.randint(1, 12)}, dim=dim)
@@ -303,18 +301,18 @@ def test_an_empty_batch_gives_empty_results_and_no_gradient(case):
     assert out.numel() == 0 and all(not g.any() for g in grads)
 
 
-@pytest.mark.parametrize("used", ["out", "lse", "both"])
+@pytest.mark.parametrize("used", ["lse", "both"])
 def test_log_sum_exps_have_gradients(used):
-    """Dilation, stride and a bias at once; a result that is not used has no gradient at all."""
-    packed, table = na((11, 14), (5, 4), (2, 1), stride=(3, 2), table=True, heads=2).inputs(batch=2)
+    """Dilation, stride and a bias at once; an output that is not used has no gradient at all."""
+    packed, table = na((7, 9), (3, 4), (2, 1), stride=(3, 2), table=True, heads=2).inputs()
     found = []
     for impl, dtype in (("fused", torch.float32), ("reference", torch.float64)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (packed, table)]
         results = neighborhood_attention_lse(
-            *leaves[0].unbind(3), (5, 4), (2, 1), stride=(3, 2), rpb=leaves[1], is_causal=(True, False), impl=impl
+            *leaves[0].unbind(3), (3, 4), (2, 1), stride=(3, 2), rpb=leaves[1], is_causal=(True, False), impl=impl
         )
         values = [x.detach() for x in results]
-        picked = {"out": results[:1], "lse": results[1:], "both": results}[used]
+        picked = {"lse": results[1:], "both": results}[used]
         loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=dtype).view(x.shape)).sum() for x in picked)
         found.append([*values, *torch.autograd.grad(loss, leaves)])
     assert found[0][1].dtype == torch.float32
