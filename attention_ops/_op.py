@@ -256,7 +256,8 @@ def _opaque_body(name: str, names: tuple[str, ...]) -> Body:
         return getattr(torch.ops.foveate, f"_{name}")(**dict(zip(names, values, strict=True)))
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    call.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # what `_call` asks for
+    taken = inspect.Signature([inspect.Parameter(n, kind) for n in names])
+    vars(call)["__signature__"] = taken  # what `_call` asks for
     return call
 
 

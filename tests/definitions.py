@@ -36,7 +36,12 @@ def cells_of_both(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
     """(H, Y), (W, X) -> two of (H * W, Y * X): the row and the column of the table that a pair uses."""
     shape = (*rows.shape, *cols.shape)
     of_rows, of_cols = rows[:, :, None, None].expand(shape), cols[None, None].expand(shape)
-    return tuple(c.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1) for c in (of_rows, of_cols))
+    return _by_tokens(of_rows), _by_tokens(of_cols)
+
+
+def _by_tokens(pairs: Tensor) -> Tensor:
+    """(H, Y, W, X) -> (H * W, Y * X)."""
+    return pairs.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1)
 
 
 def on_map(out: Tensor, like: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class Maker:
         numbers = torch.randn(list(shape), generator=self.generator, dtype=torch.float64) * scale
         return numbers.to(self.dtype).to(self.device)
 
-    def qkv(self, batch: int, size: tuple[int, int], heads: int, dim: int) -> dict[str, Tensor]:
+    def qkv(self, batch: int, size: tuple[int, ...], heads: int, dim: int) -> dict[str, Tensor]:
         """Three maps, at times out of one packed tensor."""
         shape = (batch, *size, heads, dim)
         if self.rng.random() < 0.4:
