@@ -3,22 +3,28 @@
 oneDNN's operators are in attention_ops/_onednn.py, which tries each of them before it is used.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
+from torch.library import CustomOpDef
 from torch.nn.attention import SDPBackend
 from torch.utils import _pytree as pytree
 
 __all__ = [
     "OpOverload",
     "assert_async",
+    "body_of",
     "compiles",
+    "dispatch_modes_are_on",
     "forward_ad_is_on",
     "has_bfloat16_products",
     "is_faked_or_recorded",
+    "name_of",
     "prefers_flash_attention",
     "pytree",
     "transforms_are_on",
@@ -38,9 +44,24 @@ def forward_ad_is_on() -> bool:
     return forward_ad._current_level >= 0
 
 
+def dispatch_modes_are_on() -> bool:
+    """Say whether a TorchDispatchMode sees the operations of this thread: a tracer, FakeTensorMode, a user's own."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def body_of(op: CustomOpDef) -> Callable[..., Any]:
+    """Return the function that a custom op was made of."""
+    return op._init_fn
+
+
+def name_of(op: CustomOpDef) -> str:
+    """Return the name of a custom op, with its namespace."""
+    return op._qualname
+
+
 def is_faked_or_recorded() -> bool:
     """Say whether FakeTensorMode or a tracer of operations is at work."""
-    if not torch._C._len_torch_dispatch_stack():
+    if not dispatch_modes_are_on():
         return False
     modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)

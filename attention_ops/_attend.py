@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._torch import prefers_flash_attention
-from ._op import no_autocast
+from ..kernels._launch import no_autocast
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels._launch import MOST_HEAD_DIM, why_no_triton
+from ..kernels._launch import LEAST_SCALE, MOST_HEAD_DIM, why_no_triton
 
 T = TypeVar("T", int, bool)
 _NUMBERS = (int, torch.SymInt)  # bool is an int
@@ -74,7 +74,10 @@ def why_no_kernel(*tensors: Tensor) -> str | None:
         known = ", ".join(str(d).removeprefix("torch.") for d in _KERNEL_DTYPES)
         return f"the kernels take {known}, got {x.dtype}"
     for t in tensors:
-        if sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) > _MOST_ELEMENTS:
+        span, shape, strides = 0, t.shape, t.stride()
+        for axis in range(1, len(strides)):
+            span += (shape[axis] - 1) * strides[axis]
+        if span > _MOST_ELEMENTS:
             return f"one image spans more than {_MOST_ELEMENTS} elements in memory"
     return None
 
@@ -88,6 +91,6 @@ def why_no_attention_kernel(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def why_no_local_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     """Return the reason why the kernels of kernels/local cannot run on these tensors, or None."""
-    if scale <= 0:
-        return f"the kernels need a scale above 0, got {scale}"
+    if scale < LEAST_SCALE:
+        return f"the kernels need a scale of at least {LEAST_SCALE}, got {scale}"
     return why_no_attention_kernel(q, k, v)

@@ -21,7 +21,7 @@ need no registration.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -34,6 +34,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._torch import compiles, forward_ad_is_on, is_faked_or_recorded, transforms_are_on
+from ..kernels._launch import autocasts, no_autocast
 from ._checks import pair
 
 Size = Annotated[int | Sequence[int], "int[2]"]  # tokens, one number or (rows, columns); a constant under tracers
@@ -343,20 +344,6 @@ def _cast(value: Any) -> Any:
         return [_cast(v) for v in value]
     eligible = value.is_floating_point() and value.dtype != torch.float64
     return value.to(torch.get_autocast_dtype(value.device.type)) if eligible and autocasts(value) else value
-
-
-def autocasts(x: Tensor) -> bool:
-    """Say whether autocast is on for the device of `x`."""
-    device = x.device.type
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
-
-
-_has_autocast = lru_cache(maxsize=16)(torch.amp.is_autocast_available)
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Switch autocast off for the device of `x`, where it is on: entering torch.autocast takes 5 us."""
-    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 def under_transform(tensors: Sequence[Tensor]) -> bool:

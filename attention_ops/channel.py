@@ -60,9 +60,9 @@ def channel_attention_tiled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Te
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from ..kernels.channel import channel_attention_forward  # here, so that CPU users need no Triton
+    from ..kernels.channel import channel_attention as kernels  # here, so that CPU users need no Triton
 
-    return channel_attention_forward(q, k, v, scale)[0]
+    return kernels(q, k, v, scale)[0]
 
 
 def _macs(q: Tensor) -> int:

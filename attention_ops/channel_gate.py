@@ -70,9 +70,9 @@ def channel_gate_tiled(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fused(x: Tensor, weight: Tensor) -> Tensor:
-    from ..kernels.gates.channel_gate import channel_gate_forward  # here, so that CPU users need no Triton
+    from ..kernels.gates.channel_gate import channel_gate as kernels  # here, so that CPU users need no Triton
 
-    return channel_gate_forward(x, weight)[0]
+    return kernels(x, weight)[0]
 
 
 def _why_not_fused(x: Tensor) -> str | None:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels._launch import autocasts
 from ._checks import check_alike, check_at_least, why_no_kernel
-from ._op import Impl, autocasts, declare, run
+from ._op import Impl, declare, run
 from .tiling import on_dilation_groups
 
 OP = "large_kernel_attention"

@@ -13,9 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..kernels._launch import no_autocast
 from ._attend import accumulator
 from ._checks import check_alike, check_at_least, pair, why_no_attention_kernel
-from ._op import Count, Impl, SymSize, declare, is_traced, no_autocast, register, run, under_transform
+from ._op import Count, Impl, SymSize, declare, is_traced, register, run, under_transform
 from .routed_cpu import Regions, routed_attention_graph, routed_attention_tiled
 from .tiling import merge_windows, pad_to_windows, split_windows
 
@@ -177,11 +178,11 @@ def routed_attention_reference(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, scale: float) -> Tensor:
-    from ..kernels.routed.forward import routed_attention_forward  # here, so that CPU users need no Triton
+    from ..kernels.routed.forward import routed_attention as kernels  # here, so that CPU users need no Triton
 
     (rows, cols), of_keys = regions.region_size, regions.of_keys
     grid = [q.shape[1] // rows, q.shape[2] // cols]
-    return routed_attention_forward(q, k, v, routes, grid, [rows, cols], list(of_keys), scale)[0]
+    return kernels(q, k, v, routes, grid, [rows, cols], list(of_keys), scale)[0]
 
 
 def _macs(q: Tensor, v: Tensor, routes: Tensor, regions: Regions) -> int:

@@ -108,9 +108,9 @@ def strip_gate_tiled(x: Tensor, norm: StripNorm) -> Tensor:
 
 
 def _fused(x: Tensor, norm: StripNorm) -> Tensor:
-    from ..kernels.gates.strip_gate import strip_gate_forward  # here, so that CPU users need no Triton
+    from ..kernels.gates.strip_gate import strip_gate as kernels  # here, so that CPU users need no Triton
 
-    return strip_gate_forward(x, *norm)[0]
+    return kernels(x, *norm)[0]
 
 
 def _why_not_fused(x: Tensor) -> str | None:

@@ -1,17 +1,22 @@
 """What all launchers share: whether Triton can run on a tensor, limits, and how tl.dot is called. No Triton needed."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import CustomOpDef
+
+from .._torch import body_of, compiles, dispatch_modes_are_on, name_of, transforms_are_on
 
 LEAST_TRITON = (3, 4)
 LEAST_CAPABILITY = (8, 0)  # Ampere: asynchronous copies and bfloat16 products
 MOST_HEAD_DIM = 128  # of the attention kernels: the registers hold no more
+LEAST_SCALE = 1e-20  # of local attention: its finite floor of masked logits, -1e30, is scaled too
 LEAST_DOT = 16  # the smallest side of a matrix that tl.dot takes
 LEAST_PROGRAMS = 512  # about four for each multiprocessor of an H100, so that few channels or heads still fill it
 
@@ -27,13 +32,18 @@ def why_no_triton(x: Tensor) -> str | None:
 
     A fake CUDA tensor on a machine without CUDA is accepted: nothing is launched for it.
     """
-    if not x.is_cuda:
-        if x.device.type != "cpu" or not interpreted():
-            return f"Triton kernels need CUDA tensors, got {x.device.type}"
+    return _why_no_triton_on(x.device)
+
+
+@lru_cache(maxsize=64)
+def _why_no_triton_on(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        if device.type != "cpu" or not interpreted():
+            return f"Triton kernels need CUDA tensors, got {device.type}"
         return _why_not_installed()
     if torch.version.hip is not None:
         return "the kernels are written for NVIDIA GPUs"
-    if torch.cuda.is_available() and (found := _capability(x.device)) < LEAST_CAPABILITY:
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
         return f"the kernels need compute capability {_dots(LEAST_CAPABILITY)}, this GPU has {_dots(found)}"
     return _why_not_installed()
 
@@ -83,6 +93,89 @@ def token_steps(x: Tensor, axis: int) -> tuple[int, int, int]:
     return row, col, width
 
 
+R = TypeVar("R")
+
+
+def autocasts(x: Tensor) -> bool:
+    """Say whether autocast is on for the device of `x`."""
+    device = x.device.type
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+_has_autocast = lru_cache(maxsize=16)(torch.amp.is_autocast_available)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Switch autocast off for the device of `x`, where it is on: entering torch.autocast takes 5 us."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
+
+
+def without_autocast(body: Callable[..., R]) -> Callable[..., R]:
+    """Decorate a backward pass, which users may call inside autocast: its products keep the dtypes of its tensors.
+
+    The forward pass needs none: an op switches autocast off before it calls a body.
+    """
+
+    @wraps(body)
+    def run(x: Tensor, *args) -> R:
+        with no_autocast(x):
+            return body(x, *args)
+
+    return run
+
+
+def in_eager_mode(inputs: tuple[Any, ...]) -> bool:
+    """Say whether nothing traces, records or transforms what is computed from these inputs."""
+    if dispatch_modes_are_on() or transforms_are_on() or torch.jit.is_tracing() or compiles():
+        return False
+    return not any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in inputs)
+
+
+def eager_forward(
+    op: CustomOpDef, save: Callable[..., None], differentiate: Callable[..., Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Register the gradient of a kernels' op, and return a function that calls it.
+
+    In eager mode that runs the op's Python without the dispatcher, which takes 10 us of a call, and 20 us more where
+    there are gradients.
+
+    Args:
+        op: all inputs positional; returns a tuple of tensors.
+        save, differentiate: `setup_context` and `backward` as torch.library.register_autograd takes them.
+    """
+    op.register_autograd(differentiate, setup_context=save)
+    body = body_of(op)
+
+    def forward(ctx, *inputs):
+        output = body(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    function = type(name_of(op).replace("::", "_"), (torch.autograd.Function,), members)
+
+    def call(*inputs: Any) -> tuple[Tensor, ...]:
+        if not in_eager_mode(inputs):
+            return op(*inputs)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return function.apply(*inputs)
+        return body(*inputs)
+
+    return call
+
+
+def eager_backward(op: CustomOpDef) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a function that calls a backward op; in eager mode without the dispatcher, unless a graph is created."""
+    body = body_of(op)
+
+    def call(*inputs: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() or not in_eager_mode(inputs):
+            return op(*inputs)
+        return body(*inputs)
+
+    return call
+
+
 def refuse_second_derivative(backward_op: CustomOpDef, name: str) -> None:
     """Raise NotImplementedError where the gradients of the kernels `name` are differentiated."""
 
@@ -98,11 +191,6 @@ def tf32_allowed() -> bool:
     if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer, where the old name may not be read beside the new one
         return matmul.fp32_precision == "tf32"
     return matmul.allow_tf32
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 @lru_cache

@@ -18,10 +18,13 @@ from torch import Tensor
 from ._launch import (
     LEAST_PROGRAMS,
     dot_precision,
+    eager_backward,
+    eager_forward,
     on_device,
     padded,
     refuse_second_derivative,
     token_steps,
+    without_autocast,
 )
 
 LOG2_E = math.log2(math.e)
@@ -219,6 +222,7 @@ def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("foveate::channel_attention_backward", mutates_args=())
+@without_autocast
 def channel_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, probs: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,6 +244,7 @@ def _(q, k, v, probs, grad, scale):
 
 
 refuse_second_derivative(channel_attention_backward, "channel_attention")
+call_backward = eager_backward(channel_attention_backward)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -248,7 +253,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, _):
-    return *channel_attention_backward(*ctx.saved_tensors, grad, ctx.scale), None
+    return *call_backward(*ctx.saved_tensors, grad, ctx.scale), None
 
 
-channel_attention_forward.register_autograd(_backward, setup_context=_save)
+channel_attention = eager_forward(channel_attention_forward, _save, _backward)

@@ -10,10 +10,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
+from torch.library import CustomOpDef
 
+from .._machine_code import active_driver, fake_gpu
 from .cases import full_cases
 from .session import say
 from .sweep import Tensors, forced, jobs
@@ -84,18 +86,11 @@ def _calls(batch: int) -> list[Callable[[], object]]:
 
 def compile_only(capability: int) -> None:
     """Let Triton compile for a GPU that this process does not see, and launch nothing."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     from ...attention_ops import _checks
 
-    fake = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", capability, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-    )
-    setattr(driver, "_active" if hasattr(driver, "_active") else "active", fake)
+    setattr(*active_driver(), fake_gpu(capability))
     plain = JITFunction.run
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: plain(self, *args, grid=grid, warmup=True, **kwargs)
     _checks.why_no_triton = lambda x: None  # meta tensors count as a GPU's
@@ -109,40 +104,42 @@ def run_backward_after_forward() -> None:
     from ...kernels.routed import backward as routed_backward
     from ...kernels.routed import forward as routed
 
-    def replace(module: ModuleType, name: str, backward: Callable[..., object] | None = None) -> None:
-        forward = getattr(module, name)._init_fn
-
+    def replace(module: ModuleType, call: str, op: CustomOpDef, backward: Callable[..., object] | None = None) -> None:
         def both(*inputs):
-            results = forward(*inputs)
+            results = op._init_fn(*inputs)
             if backward is not None:
                 out, *kept = results
                 backward(inputs, out, kept, out.new_empty(out.shape))
             return results
 
-        setattr(module, name, both)
+        setattr(module, call, both)
 
     def local_backward(inputs, out, kept, grad):
         local._backward._init_fn(*inputs[:6], out, *kept, grad, None, inputs[3] is not None, *inputs[6:])
 
-    replace(local, "_forward", local_backward)
+    replace(local, "call_forward", local._forward, local_backward)
     replace(
         routed,
-        "routed_attention_forward",
+        "routed_attention",
+        routed.routed_attention_forward,
         lambda i, out, kept, grad: routed_backward.routed_attention_backward._init_fn(*i[:4], out, *kept, grad, *i[4:]),
     )
     replace(
         channel,
-        "channel_attention_forward",
+        "channel_attention",
+        channel.channel_attention_forward,
         lambda i, out, kept, grad: channel.channel_attention_backward._init_fn(*i[:3], *kept, grad, i[3]),
     )
     replace(
         channel_gate,
-        "channel_gate_forward",
+        "channel_gate",
+        channel_gate.channel_gate_forward,
         lambda i, out, kept, grad: channel_gate.channel_gate_backward._init_fn(*i, *kept, grad),
     )
     replace(
         strip_gate,
-        "strip_gate_forward",
+        "strip_gate",
+        strip_gate.strip_gate_forward,
         lambda i, out, kept, grad: strip_gate.strip_gate_backward._init_fn(*i[:4], *kept, grad, *i[4:]),
     )
-    replace(large_kernel, "large_kernel_gate")
+    replace(large_kernel, "large_kernel_gate", large_kernel.large_kernel_gate)

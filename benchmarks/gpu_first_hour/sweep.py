@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -121,7 +122,9 @@ class Tensors:
 def forced(setting: Setting) -> Iterator[None]:
     """Let every launch inside take this setting, whatever the plan would choose."""
 
-    def make_plan(pattern: Pattern, queries: Pair, keys: Pair, walked: int, *, inverse: bool, by_block: bool) -> Plan:
+    def make_plan(
+        pattern: Pattern, queries: Pair, keys: Pair, walked: int, *, inverse: bool, by_block: bool, **_
+    ) -> Plan:
         owners, others = (keys, queries) if inverse else (queries, keys)
         options = [
             plan._axis_options(pattern, i, setting.tile[i], setting.walk[i], owners[i], others[i], inverse, by_block)
@@ -131,14 +134,18 @@ def forced(setting: Setting) -> Iterator[None]:
         (rows, *_), (cols, *_) = min(pairs, key=lambda axes: axes[0][2] * axes[1][1] * axes[1][0].walks)
         return Plan(rows, cols)
 
-    plain = launch.make_plan, launch.launch_shape, launch.warps
-    launch.make_plan = make_plan
-    launch.launch_shape = lambda *_, **__: (math.prod(setting.walk), setting.stages)
-    launch.warps = lambda *_: setting.warps
+    replaced = {
+        "make_plan": make_plan,
+        "launch_shape": lambda *_, **__: (math.prod(setting.walk), setting.stages),
+        "stages_of": lambda *_: setting.stages,
+        "warps": lambda *_: setting.warps,
+    }
+    launch.plan_launch.cache_clear()
     try:
-        yield
+        with mock.patch.multiple(launch, **replaced):
+            yield
     finally:
-        launch.make_plan, launch.launch_shape, launch.warps = plain
+        launch.plan_launch.cache_clear()
 
 
 def sweep(session: Session, clock: Clock) -> None:
@@ -164,14 +171,10 @@ def _sweep_kernel(
         tensors.run(needed)
     now, _ = clock.gpu_us(lambda: tensors.run(kernel))
     want = [t.clone() for t in tensors.written(kernel)]
-    taken = tensors.shape()
-    chosen = taken.plan(kernel)
-    current = Setting(
-        (chosen.rows.tile, chosen.cols.tile),
-        (chosen.rows.walk, chosen.cols.walk),
-        launch.warps(chosen.owners, taken.itemsize),
-        taken.shape(kernel)[1],
-    )
+    taken = tensors.shape().of(kernel)
+    rows, cols = taken.plan.rows, taken.plan.cols
+    warps, stages = taken.constants["num_warps"], taken.constants["num_stages"]
+    current = Setting((rows.tile, cols.tile), (rows.walk, cols.walk), warps, stages)
     found = []
     for setting in settings:
         if time.perf_counter() > deadline:

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import on_device, power_of_2, refuse_second_derivative, token_steps
+from .._launch import (
+    eager_backward,
+    eager_forward,
+    on_device,
+    power_of_2,
+    refuse_second_derivative,
+    token_steps,
+    without_autocast,
+)
 from .plan import ChannelGateTiles, channel_gate_tiles
 
 
@@ -182,6 +190,7 @@ def _empty_results(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("foveate::channel_gate_backward", mutates_args=())
+@without_autocast
 def channel_gate_backward(x: Tensor, weight: Tensor, sums: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x, with the strides of x where x is dense, and of the weight."""
     dx, weight = torch.empty_like(x), weight.contiguous()
@@ -200,6 +209,7 @@ def _(x, weight, sums, grad):
 
 
 refuse_second_derivative(channel_gate_backward, "channel_gate")
+call_backward = eager_backward(channel_gate_backward)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -207,7 +217,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, _):
-    return channel_gate_backward(*ctx.saved_tensors, grad)
+    return call_backward(*ctx.saved_tensors, grad)
 
 
-channel_gate_forward.register_autograd(_backward, setup_context=_save)
+channel_gate = eager_forward(channel_gate_forward, _save, _backward)

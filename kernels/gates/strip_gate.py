@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import on_device, refuse_second_derivative
+from .._launch import eager_backward, eager_forward, on_device, refuse_second_derivative, without_autocast
 from .norm import StripNorm
 from .plan import strip_gate_tiles
 
@@ -177,6 +177,7 @@ def _empty_results(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("foveate::strip_gate_backward", mutates_args=())
+@without_autocast
 def strip_gate_backward(
     x: Tensor,
     weight: Tensor,
@@ -210,6 +211,7 @@ def _(x, weight, norm_weight, norm_bias, rows, cols, grad, norm_groups, eps):
 
 
 refuse_second_derivative(strip_gate_backward, "strip_gate")
+call_backward = eager_backward(strip_gate_backward)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -218,7 +220,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, *_):
-    return *strip_gate_backward(*ctx.saved_tensors, grad, ctx.norm_groups, ctx.eps), None, None
+    return *call_backward(*ctx.saved_tensors, grad, ctx.norm_groups, ctx.eps), None, None
 
 
-strip_gate_forward.register_autograd(_backward, setup_context=_save)
+strip_gate = eager_forward(strip_gate_forward, _save, _backward)

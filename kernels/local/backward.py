@@ -4,7 +4,8 @@ Paper      as in forward.py; probabilities are recomputed from lse as in Dao et 
 Tensors    as in forward.py; grad: as out, any strides; grad_lse: as lse, or none; delta: (B, heads, H, W) fp32, what is
            subtracted from the gradients of probabilities: written by dq, read by dkv.
 Grid       B * dilation groups * tiles * heads, heads fastest: one program owns one tile of one head. No atomics.
-Numerics   logits and sums in fp32; probabilities and logit gradients are rounded to the dtype of q for products.
+Numerics   logits as in forward.py; sums in fp32; probabilities and logit gradients are rounded to the dtype of q for
+           products.
 Memory     O(tile) on chip; no logits reach HBM.
 """
 
@@ -23,16 +24,17 @@ from .intervals import (
     store_tokens,
     walk,
 )
+from .plan import SIZES
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def local_dq_kernel(
     q_ptr, k_ptr, v_ptr, rel_ptr, bias_ptr, variants_y_ptr, variants_x_ptr, out_ptr, grad_ptr, lse_ptr, grad_lse_ptr,
     dq_ptr, drel_ptr, delta_ptr,
     q_strides, k_strides, v_strides, rel_strides, out_strides, grad_strides, dq_strides,
-    heads, tiles, dilation, queries, keys, variants, scale, scale_log2,
+    heads, tiles, dilation, queries, keys, variants, scale, factor,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     PAD: tl.constexpr, PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
     PLACES: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,11 +88,11 @@ def local_dq_kernel(
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
         if PLACES > 0:
             cells = place_cells(key_y - begin_y, key_x - begin_x, PLACES, q.dtype)  # [N, 2 * PLACES]
-            logits = tl.dot(rel, tl.trans(cells), logits, input_precision=PRECISION)
+            logits = tl.dot(rel, tl.trans(cells), logits * scale, input_precision=PRECISION)
         if HAS_BIAS:
-            logits += tl.load(bias_ptr + step * (M * N)).to(tl.float32)
+            logits = logits * scale + tl.load(bias_ptr + step * (M * N)).to(tl.float32)
         unseen = hidden(word_y, high_y, word_x, high_x, step_y, step_x, y, x, key_y, key_x, inside, ROWS, COLS)
-        probs = tl.where(unseen, 0.0, tl.exp2(logits * scale_log2 - lse[:, None]))
+        probs = tl.where(unseen, 0.0, tl.exp2(logits * factor - lse[:, None]))
         dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         dlogits = (probs * (dprobs - delta[:, None])).to(k.dtype)
         dq = tl.dot(dlogits, k, dq, input_precision=PRECISION)
@@ -101,15 +103,15 @@ def local_dq_kernel(
     dq_offs = map_offsets(y, x, group_y, group_x, dilation, dq_strides)
     store_tokens(dq_ptr, dq_offs, valid, dq * scale, DIM, PAD)
     if PLACES > 0:
-        store_tokens(drel_ptr, rel_offs, valid, drel * scale, 2 * PLACES, 2 * PLACES)
+        store_tokens(drel_ptr, rel_offs, valid, drel, 2 * PLACES, 2 * PLACES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def local_dkv_kernel(
     q_ptr, k_ptr, v_ptr, rel_ptr, bias_ptr, variants_y_ptr, variants_x_ptr, grad_ptr, lse_ptr, delta_ptr,
     dk_ptr, dv_ptr,
     q_strides, k_strides, v_strides, rel_strides, grad_strides, dk_strides, dv_strides,
-    heads, tiles, dilation, queries, keys, variants, scale, scale_log2,
+    heads, tiles, dilation, queries, keys, variants, scale, factor,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     PAD: tl.constexpr, PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -161,11 +163,11 @@ def local_dkv_kernel(
             cells = place_cells(y - top, x - left, PLACES, k.dtype)  # [M, 2 * PLACES]
             rel_offs = map_offsets(query_y, query_x, group_y, group_x, dilation, rel_strides)
             rel = load_tokens(rel_ptr, rel_offs, inside, 2 * PLACES, 2 * PLACES)  # [N, 2 * PLACES]
-            logits = tl.dot(cells, tl.trans(rel), logits, input_precision=PRECISION)
+            logits = tl.dot(cells, tl.trans(rel), logits * scale, input_precision=PRECISION)
         if HAS_BIAS:
-            logits += tl.load(bias_ptr + step * (M * N)).to(tl.float32)
+            logits = logits * scale + tl.load(bias_ptr + step * (M * N)).to(tl.float32)
         unseen = hidden(word_y, high_y, word_x, high_x, step_y, step_x, y, x, query_y, query_x, inside, ROWS, COLS)
-        probs = tl.where(unseen, 0.0, tl.exp2(logits * scale_log2 - lse[None, :]))
+        probs = tl.where(unseen, 0.0, tl.exp2(logits * factor - lse[None, :]))
         dv = tl.dot(probs.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dprobs = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         dlogits = (probs * (dprobs - delta[None, :])).to(q.dtype)

@@ -1,11 +1,11 @@
 """Biases of local attention (Triton and host): as dense tiles, and their gradient without atomics.
 
 Paper      Hassani et al. 2023, arXiv:2204.07143 (relative bias); Liu et al. 2021, arXiv:2103.14030 (window bias).
-Tensors    table: (heads, cells); tiles: (heads, variants, steps, owners, walked), in logits before scaling; the others
+Tensors    table: (heads, cells); tiles: (heads, variants, steps, owners, walked), in the dtype of the table; the others
            as in backward.py. A tile's variant is where its first walked token lies; few differ, at the borders.
 Grid       works * heads * steps: one program sums the logit gradients of one step over its share of images and tiles.
 Numerics   sums in fp32; every sum has a fixed order.
-Memory     one fp32 tile a program, and the tiles of the table: about 32 KB a head in 16 bits at kernel 7.
+Memory     one fp32 tile a program, and the tiles of the table: about 64 KB a head in fp32 at kernel 7.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .intervals import hidden, load_tokens, map_offsets, own, walk
-from .plan import Axis, Pattern, Plan
+from .plan import SIZES, Axis, Pattern, Plan
 
 PROGRAMS = 1024  # of one launch: a few waves on a large GPU, and few enough partial sums (estimated)
 
@@ -120,17 +120,18 @@ def _sources(cells: Tensor, count: int) -> Tensor:
     return sources
 
 
-def bias_tiles(table: Tensor, layout: BiasLayout, scale: float, dtype: torch.dtype) -> Tensor:
-    """(heads, ...) -> (heads, variants, steps, owners, walked) in `dtype`, divided by the scale of the logits."""
-    raw = (table.detach().flatten(1).float() / scale).to(dtype)
+def bias_tiles(table: Tensor, layout: BiasLayout) -> Tensor:
+    """(heads, ...) -> (heads, variants, steps, owners, walked), not rounded: in the table's dtype, float64 in fp32."""
+    raw = table.detach().flatten(1)
+    raw = raw.float() if raw.dtype == torch.float64 else raw
     return raw.index_select(1, layout.cells.flatten()).view(-1, *layout.cells.shape)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def local_bias_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, grad_ptr, lse_ptr, delta_ptr, tiles_ptr, works_ptr, sums_ptr,
     q_strides, k_strides, v_strides, grad_strides,
-    heads, dilation, queries, keys, variants, scale_log2,
+    heads, dilation, queries, keys, variants, scale, factor,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     PAD: tl.constexpr, PAD_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -178,8 +179,8 @@ def local_bias_kernel(
             hidden(word_y, high_y, word_x, high_x, step_y, step_x, y, x, key_y, key_x, inside, ROWS, COLS)
             | ~valid[:, None]
         )
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) + bias
-        probs = tl.where(unseen, 0.0, tl.exp2(logits * scale_log2 - lse[:, None]))
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
+        probs = tl.where(unseen, 0.0, tl.exp2(logits * factor - lse[:, None]))
         total += probs * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     tl.store(sums_ptr + pid.to(tl.int64) * (M * N) + cell, total)
 
@@ -211,6 +212,10 @@ def table_gradient(sums: Tensor, works: list[tuple[int, int, int, int, int]], la
     """(works, heads, steps, owners, walked) -> (heads, cells) in fp32: partial sums, gathered cell by cell."""
     variants = [work[0] for work in works]
     ends = [variants.index(v) for v in range(layout.cells.shape[0])] + [len(works)]
-    tiles = torch.stack([sums[a:b].sum(0) for a, b in pairwise(ends)], 1)  # (heads, variants, steps, ...)
+    return cells_gradient(torch.stack([sums[a:b].sum(0) for a, b in pairwise(ends)], 1), layout)
+
+
+def cells_gradient(tiles: Tensor, layout: BiasLayout) -> Tensor:
+    """(heads, variants, steps, owners, walked) -> (heads, cells): the sum of what every cell was read for."""
     flat = torch.nn.functional.pad(tiles.flatten(1), (0, 1))
     return flat[:, layout.sources].sum(-1)

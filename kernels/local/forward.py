@@ -5,7 +5,8 @@ Paper      Hassani et al. 2023, arXiv:2204.07143; Hassani and Shi 2022, arXiv:22
 Tensors    q: (B, H, W, heads, DIM); k: (B, Hk, Wk, heads, DIM); v: the same with DIM_V; out: (B, H, W, heads, DIM_V).
            Any strides but a head_dim's, which is 1. lse: (B, heads, H, W) fp32, base 2. bias tiles: kernels/local/bias.
 Grid       B * dilation groups * query tiles * heads, heads fastest: one program owns one tile of queries of one head.
-Numerics   logits, softmax and sums in fp32, probabilities rounded to v's dtype; exp2, so `scale` carries log2(e).
+Numerics   logits, softmax and sums in fp32, probabilities rounded to v's dtype; exp2 of `factor` * logits. With a
+           bias or relative logits, logits are scaled before the sum, and factor is log2(e), else it carries the scale.
 Memory     O(tile) on chip; no logits and no gathered keys reach HBM. For the backward pass one fp32 a query and head.
 """
 
@@ -24,15 +25,16 @@ from .intervals import (
     store_tokens,
     walk,
 )
+from .plan import SIZES
 
 FLOOR = tl.constexpr(-1.0e30)  # finite, not -inf: a query may see no key of a whole tile, and inf - inf is NaN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def local_forward_kernel(
     q_ptr, k_ptr, v_ptr, rel_ptr, bias_ptr, variants_y_ptr, variants_x_ptr, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, rel_strides, out_strides,
-    heads, tiles, dilation, queries, keys, variants, scale,
+    heads, tiles, dilation, queries, keys, variants, scale, factor,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     PAD: tl.constexpr, PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -74,14 +76,14 @@ def local_forward_kernel(
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
         if PLACES > 0:
             cells = place_cells(key_y - begin_y, key_x - begin_x, PLACES, q.dtype)  # [N, 2 * PLACES]
-            logits = tl.dot(rel, tl.trans(cells), logits, input_precision=PRECISION)
+            logits = tl.dot(rel, tl.trans(cells), logits * scale, input_precision=PRECISION)
         if HAS_BIAS:
-            logits += tl.load(bias_ptr + step * (M * N)).to(tl.float32)
+            logits = logits * scale + tl.load(bias_ptr + step * (M * N)).to(tl.float32)
         unseen = hidden(word_y, high_y, word_x, high_x, step_y, step_x, y, x, key_y, key_x, inside, ROWS, COLS)
         logits = tl.where(unseen, FLOOR, logits)
         new_top = tl.maximum(top, tl.max(logits, 1))
-        probs = tl.exp2(logits * scale - (new_top * scale)[:, None])
-        shrink = tl.exp2((top - new_top) * scale)
+        probs = tl.exp2(logits * factor - (new_top * factor)[:, None])
+        shrink = tl.exp2((top - new_top) * factor)
         total = total * shrink + tl.sum(probs, 1)
         top = new_top
         v = load_tokens(v_ptr, map_offsets(key_y, key_x, group_y, group_x, dilation, v_strides), inside, DIM_V, PAD_V)
@@ -92,4 +94,4 @@ def local_forward_kernel(
     store_tokens(out_ptr, out_offs, valid, acc / total[:, None], DIM_V, PAD_V)
     lse_offs = (group_y + y * dilation[0]) * queries[1] + group_x + x * dilation[1]
     lse_ptr += (image * heads + head) * (queries[0] * queries[1])
-    tl.store(lse_ptr + lse_offs, top * scale + tl.log2(total), mask=valid)
+    tl.store(lse_ptr + lse_offs, top * factor + tl.log2(total), mask=valid)

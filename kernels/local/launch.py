@@ -5,16 +5,49 @@ strides are taken as they are. There is no double backward: the backward op has 
 """
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._launch import dot_precision, on_device, padded, refuse_second_derivative
+from .._launch import (
+    dot_precision,
+    eager_backward,
+    eager_forward,
+    on_device,
+    padded,
+    refuse_second_derivative,
+    without_autocast,
+)
 from .backward import local_dkv_kernel, local_dq_kernel
-from .bias import PROGRAMS, BiasLayout, bias_layout, bias_tiles, local_bias_kernel, table_gradient, works_of
+from .bias import (
+    PROGRAMS,
+    BiasLayout,
+    bias_layout,
+    bias_tiles,
+    cells_gradient,
+    local_bias_kernel,
+    table_gradient,
+    works_of,
+)
 from .forward import local_forward_kernel
 from .halo_logits import halo_logits, halo_logits_backward
-from .plan import Pattern, Plan, launch_shape, make_plan
+from .one_pass import local_backward_kernel
+from .plan import (
+    Pattern,
+    Plan,
+    launch_shape,
+    make_plan,
+    one_pass_plan,
+    one_pass_shape,
+    share_images,
+    stages_of,
+    tile_costs,
+)
+
+LOG2_E = math.log2(math.e)
 
 
 def warps(owners: int, itemsize: int) -> int:
@@ -26,52 +59,103 @@ def warps(owners: int, itemsize: int) -> int:
 FULL_PRECISION = "ieee"
 
 
+class Sizes(NamedTuple):
+    """What decides how kernels are launched, in plain numbers: calls of equal sizes are planned once."""
+
+    pattern: Pattern
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    images: int
+    heads: int
+    dim: int
+    dim_v: int
+    itemsize: int
+    precision: str
+    bias: bool
+    tables: bool
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """One kernel's plan, and what Triton takes for it."""
+
+    plan: Plan
+    grid: tuple[int]
+    tiles: tuple[int, int]
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=1024)
+def plan_launch(kernel: str, sizes: Sizes) -> KernelLaunch:
+    """Plan "forward", "dq", "dkv" or "dbias"."""
+    extra, widest = sizes.bias or sizes.tables, max(padded(sizes.dim), padded(sizes.dim_v))
+    walked, stages = launch_shape(kernel, widest, sizes.itemsize, extra)
+    maps = (sizes.pattern, sizes.queries, sizes.keys, walked)
+    costs = dict(zip(("least_owners", "step_overhead"), tile_costs(kernel, widest, sizes.itemsize), strict=True))
+    plan = make_plan(*maps, inverse=kernel == "dkv", by_block=sizes.tables, **costs)
+    tiles = _tiles(plan, sizes)
+    grid = (sizes.images * sizes.heads * math.prod(tiles) * math.prod(sizes.pattern.dilation),)
+    return KernelLaunch(plan, grid, tiles, _constants(plan, sizes, stages_of(kernel, plan, stages, extra)))
+
+
+@lru_cache(maxsize=1024)
+def plan_one_pass(sizes: Sizes) -> tuple[KernelLaunch, int, int] | None:
+    """Plan the backward pass as one kernel; also return how many units there are and what shares of them programs take.
+
+    None where tiles see other tiles, or the registers do not hold what one pass needs.
+    """
+    if sizes.tables or sizes.queries != sizes.keys:
+        return None
+    stages = one_pass_shape(max(padded(sizes.dim), padded(sizes.dim_v)), sizes.itemsize, sizes.bias)
+    plan = one_pass_plan(sizes.pattern, sizes.queries)
+    if stages is None or plan is None:
+        return None
+    tiles = _tiles(plan, sizes)
+    others = sizes.heads * math.prod(sizes.pattern.dilation)
+    units = sizes.images * math.prod(tiles)
+    shares = share_images(units, others)
+    return KernelLaunch(plan, (others * shares,), tiles, _constants(plan, sizes, stages)), units, shares
+
+
+def _tiles(plan: Plan, sizes: Sizes) -> tuple[int, int]:
+    owners = sizes.keys if plan.rows.inverse else sizes.queries
+    longest = [-(-n // step) for n, step in zip(owners, sizes.pattern.dilation, strict=True)]
+    return plan.rows.tiles(longest[0]), plan.cols.tiles(longest[1])
+
+
+def _constants(plan: Plan, sizes: Sizes, stages: int) -> dict[str, Any]:
+    return {
+        "ROWS": plan.rows, "COLS": plan.cols, "DIM": sizes.dim, "DIM_V": sizes.dim_v, "PAD": padded(sizes.dim),
+        "PAD_V": padded(sizes.dim_v), "PRECISION": sizes.precision, "num_warps": warps(plan.owners, sizes.itemsize),
+        "num_stages": stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
 class Launch:
-    """Everything that the kernels of one call share."""
+    """What the kernels of one call share."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float, bias: bool, tables: bool
     ) -> None:
-        self.pattern, self.scale = pattern, scale
-        self.queries, self.keys = tuple(q.shape[1:3]), tuple(k.shape[1:3])
-        self.images, self.heads = q.shape[0], q.shape[3]
-        self.dim, self.dim_v, self.itemsize = q.shape[-1], v.shape[-1], q.element_size()
-        self.by_block, self.extra, self.device, self.precision = (
-            tables,
-            bias or tables,
-            q.device,
-            dot_precision(q.dtype, FULL_PRECISION),
-        )
+        images, rows, cols, heads, dim = q.shape
+        self.sizes = Sizes(
+            pattern, (rows, cols), tuple(k.shape[1:3]), images, heads, dim, v.shape[-1], q.element_size(),
+            dot_precision(q.dtype, FULL_PRECISION), bias, tables,
+        )  # fmt: skip
+        self.pattern, self.scale, self.device = pattern, scale, q.device
+        self.factor = LOG2_E if bias or tables else scale * LOG2_E
 
-    def shape(self, kernel: str) -> tuple[int, int]:
-        return launch_shape(kernel, max(padded(self.dim), padded(self.dim_v)), self.itemsize, self.extra)
-
-    def plan(self, kernel: str) -> Plan:
-        sizes = (self.pattern, self.queries, self.keys, self.shape(kernel)[0])
-        return make_plan(*sizes, inverse=kernel == "dkv", by_block=self.by_block)
-
-    def tiles(self, plan: Plan) -> tuple[int, int]:
-        owners = self.keys if plan.rows.inverse else self.queries
-        longest = [-(-n // step) for n, step in zip(owners, self.pattern.dilation, strict=True)]
-        return plan.rows.tiles(longest[0]), plan.cols.tiles(longest[1])
-
-    def grid(self, plan: Plan) -> tuple[int]:
-        return (self.images * self.heads * math.prod(self.tiles(plan)) * math.prod(self.pattern.dilation),)
+    def of(self, kernel: str) -> KernelLaunch:
+        return plan_launch(kernel, self.sizes)
 
     def layout(self, plan: Plan) -> BiasLayout:
-        return bias_layout(self.pattern, plan, self.queries, self.keys, self.device)
+        return bias_layout(self.pattern, plan, self.sizes.queries, self.sizes.keys, self.device)
 
-    def sizes(self, plan: Plan, layout: BiasLayout | None) -> tuple:
-        variants = 0 if layout is None else layout.cells.shape[0]
-        return self.heads, self.tiles(plan), self.pattern.dilation, self.queries, self.keys, variants
-
-    def constants(self, kernel: str) -> dict:
-        plan = self.plan(kernel)
-        return {
-            "ROWS": plan.rows, "COLS": plan.cols, "DIM": self.dim, "DIM_V": self.dim_v, "PAD": padded(self.dim),
-            "PAD_V": padded(self.dim_v), "PRECISION": self.precision, "num_warps": warps(plan.owners, self.itemsize),
-            "num_stages": self.shape(kernel)[1], "enable_fp_fusion": True,
-        }  # fmt: skip
+    def arguments(self, kernel: KernelLaunch, layout: BiasLayout | None) -> tuple:
+        """The numbers that forward, dq and dkv take between their strides and their constants."""
+        sizes, variants = self.sizes, 0 if layout is None else layout.cells.shape[0]
+        dilation = self.pattern.dilation
+        return sizes.heads, kernel.tiles, dilation, sizes.queries, sizes.keys, variants, self.scale, self.factor
 
 
 def _contiguous_dim(x: Tensor) -> Tensor:
@@ -87,13 +171,13 @@ def _bias_arguments(launch: Launch, plan: Plan, bias: Tensor | None, q: Tensor) 
     if bias is None:
         return None, (q, q, q)
     layout = launch.layout(plan)
-    return layout, (bias_tiles(bias, layout, launch.scale, q.dtype), layout.variants_y, layout.variants_x)
+    return layout, (bias_tiles(bias, layout), layout.variants_y, layout.variants_x)
 
 
 def _rel_logits(launch: Launch, q: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor | None:
     if tables is None:
         return None
-    return halo_logits(q, tables, _per_block(launch.pattern), 1 / launch.scale, launch.precision)
+    return halo_logits(q, tables, _per_block(launch.pattern), launch.sizes.precision)
 
 
 def _per_block(pattern: Pattern) -> tuple[int, int]:
@@ -101,52 +185,69 @@ def _per_block(pattern: Pattern) -> tuple[int, int]:
 
 
 def launch_forward(launch: Launch, q, k, v, bias, rel, out, lse) -> None:
-    plan = launch.plan("forward")
-    layout, bias_arguments = _bias_arguments(launch, plan, bias, q)
+    kernel = launch.of("forward")
+    layout, bias_arguments = _bias_arguments(launch, kernel.plan, bias, q)
     rel_or_q = q if rel is None else rel
-    local_forward_kernel[launch.grid(plan)](
+    local_forward_kernel[kernel.grid](
         q, k, v, rel_or_q, *bias_arguments, out, lse, *_strides(q, k, v, rel_or_q, out),
-        *launch.sizes(plan, layout), launch.scale * math.log2(math.e),
-        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, **launch.constants("forward"),
+        *launch.arguments(kernel, layout),
+        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
     )  # fmt: skip
 
 
 def launch_dq(launch: Launch, q, k, v, bias, rel, out, grad, lse, dq, drel, delta, grad_lse=None) -> None:
-    plan = launch.plan("dq")
-    layout, bias_arguments = _bias_arguments(launch, plan, bias, q)
+    kernel = launch.of("dq")
+    layout, bias_arguments = _bias_arguments(launch, kernel.plan, bias, q)
     rel_or_q, drel_or_dq = (q, dq) if rel is None else (rel, drel)
-    local_dq_kernel[launch.grid(plan)](
+    local_dq_kernel[kernel.grid](
         q, k, v, rel_or_q, *bias_arguments, out, grad, lse, lse if grad_lse is None else grad_lse,
-        dq, drel_or_dq, delta, *_strides(q, k, v, rel_or_q, out, grad, dq),
-        *launch.sizes(plan, layout), launch.scale, launch.scale * math.log2(math.e),
+        dq, drel_or_dq, delta, *_strides(q, k, v, rel_or_q, out, grad, dq), *launch.arguments(kernel, layout),
         HAS_BIAS=bias is not None, HAS_GRAD_LSE=grad_lse is not None,
-        PLACES=0 if rel is None else rel.shape[-1] // 2, **launch.constants("dq"),
+        PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
     )  # fmt: skip
 
 
 def launch_dkv(launch: Launch, q, k, v, bias, rel, grad, lse, delta, dk, dv) -> None:
-    plan = launch.plan("dkv")
-    layout, bias_arguments = _bias_arguments(launch, plan, bias, q)
+    kernel = launch.of("dkv")
+    layout, bias_arguments = _bias_arguments(launch, kernel.plan, bias, q)
     rel_or_q = q if rel is None else rel
-    local_dkv_kernel[launch.grid(plan)](
+    local_dkv_kernel[kernel.grid](
         q, k, v, rel_or_q, *bias_arguments, grad, lse, delta, dk, dv, *_strides(q, k, v, rel_or_q, grad, dk, dv),
-        *launch.sizes(plan, layout), launch.scale, launch.scale * math.log2(math.e),
-        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, **launch.constants("dkv"),
+        *launch.arguments(kernel, layout),
+        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
     )  # fmt: skip
 
 
 def launch_dbias(launch: Launch, q, k, v, bias, grad, lse, delta) -> Tensor:
     """Return the gradient of the bias table, (heads, cells) in fp32."""
-    plan = launch.plan("dbias")
+    kernel, sizes = launch.of("dbias"), launch.sizes
+    plan = kernel.plan
     layout, (tiles_of_bias, *_) = _bias_arguments(launch, plan, bias, q)
-    works, entries, shares = works_of(layout, launch.images, PROGRAMS // (launch.heads * plan.steps))
-    sums = q.new_empty(len(works), launch.heads, plan.steps, plan.owners, plan.walked, dtype=torch.float32)
-    local_bias_kernel[(len(works) * launch.heads * plan.steps,)](
+    works, entries, shares = works_of(layout, sizes.images, PROGRAMS // (sizes.heads * plan.steps))
+    sums = q.new_empty(len(works), sizes.heads, plan.steps, plan.owners, plan.walked, dtype=torch.float32)
+    local_bias_kernel[(len(works) * sizes.heads * plan.steps,)](
         q, k, v, tiles_of_bias, grad, lse, delta, entries, shares, sums, *_strides(q, k, v, grad),
-        launch.heads, launch.pattern.dilation, launch.queries, launch.keys, layout.cells.shape[0],
-        launch.scale * math.log2(math.e), **launch.constants("dbias"),
+        sizes.heads, launch.pattern.dilation, sizes.queries, sizes.keys, layout.cells.shape[0],
+        launch.scale, launch.factor, **kernel.constants,
     )  # fmt: skip
     return table_gradient(sums, works, layout)
+
+
+def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, bias_grad: bool) -> Tensor | None:
+    """Launch the backward pass as one kernel; return the gradient of the bias table, (heads, cells) fp32, if wanted."""
+    (kernel, units, shares), sizes = plan_one_pass(launch.sizes), launch.sizes
+    owners = kernel.plan.owners
+    layout, (tiles_of_bias, *_) = _bias_arguments(launch, kernel.plan, bias, q)
+    inputs, others = _strides(q, k, v), _strides(out, grad, dq, dk, dv)
+    parts = (kernel.grid[0] // sizes.heads, sizes.heads, owners, owners)
+    sums = q.new_empty(parts, dtype=torch.float32) if bias_grad else None
+    local_backward_kernel[kernel.grid](
+        q, k, v, tiles_of_bias, out, grad, lse, dq, dk, dv, dq if sums is None else sums,
+        *inputs, *others, sizes.heads, kernel.tiles, launch.pattern.dilation, sizes.queries,
+        units, shares, launch.scale, launch.scale * LOG2_E,
+        HAS_BIAS=bias is not None, BIAS_GRAD=bias_grad, ALIKE=len({*inputs}) == len({*others}) == 1, **kernel.constants,
+    )  # fmt: skip
+    return None if sums is None else cells_gradient(sums.sum(0), layout)
 
 
 @torch.library.custom_op("foveate::local_attention_forward", mutates_args=())
@@ -166,8 +267,11 @@ def _forward(
     return out, lse
 
 
+_cached_pattern = lru_cache(maxsize=1024)(Pattern)
+
+
 def _pattern(kind, keys, reach, stride, dilation, causal) -> Pattern:
-    return Pattern(kind, tuple(keys), tuple(reach), tuple(stride), tuple(dilation), tuple(causal))
+    return _cached_pattern(kind, tuple(keys), tuple(reach), tuple(stride), tuple(dilation), tuple(causal))
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +286,7 @@ def _(q, k, v, bias, rel_h, rel_w, kind, keys, reach, stride, dilation, causal, 
 
 
 @torch.library.custom_op("foveate::local_attention_backward", mutates_args=())
+@without_autocast
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None,
     out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, bias_grad: bool,
@@ -198,17 +303,20 @@ def _backward(
     launch = Launch(
         q, k, v, _pattern(kind, keys, reach, stride, dilation, causal), scale, bias is not None, tables is not None
     )
-    delta = torch.empty_like(lse)
     with on_device(q):
-        rel = _rel_logits(launch, q, tables)
+        if grad_lse is None and plan_one_pass(launch.sizes) is not None:
+            table = launch_one_pass(launch, q, k, v, bias, out, grad, lse, dq, dk, dv, bias is not None and bias_grad)
+            if table is not None:
+                dbias.copy_(table.view_as(dbias))
+            return dq, dk, dv, dbias, drel_h, drel_w
+        delta, rel = torch.empty_like(lse), _rel_logits(launch, q, tables)
         drel = None if rel is None else torch.empty_like(rel)
         launch_dq(launch, q, k, v, bias, rel, out, grad, lse, dq, drel, delta, grad_lse)
         launch_dkv(launch, q, k, v, bias, rel, grad, lse, delta, dk, dv)
         if bias is not None and bias_grad:
             dbias.copy_(launch_dbias(launch, q, k, v, bias, grad, lse, delta).view_as(bias))
         if tables is not None:
-            per_block = _per_block(launch.pattern)
-            sums = halo_logits_backward(q, tables, drel, dq, per_block, 1 / scale, launch.precision)
+            sums = halo_logits_backward(q, tables, drel, dq, _per_block(launch.pattern), launch.sizes.precision)
             drel_h.copy_(sums[0])
             drel_w.copy_(sums[1])
     return dq, dk, dv, dbias, drel_h, drel_w
@@ -225,6 +333,7 @@ def _(q, k, v, bias, rel_h, rel_w, out, lse, grad, grad_lse, bias_grad, *pattern
 
 
 refuse_second_derivative(_backward, "local_attention")
+call_backward = eager_backward(_backward)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -236,12 +345,12 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad, grad_lse):
     saved = ctx.saved_tensors  # read once: checkpointing refuses a second read
     grad = torch.zeros_like(saved[6]) if grad is None else grad  # of the output
-    grads = _backward(*saved, grad, grad_lse, ctx.needs_input_grad[3], *ctx.pattern)
+    grads = call_backward(*saved, grad, grad_lse, ctx.needs_input_grad[3], *ctx.pattern)
     wanted = [t is not None and needed for t, needed in zip(saved[:6], ctx.needs_input_grad, strict=False)]
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None for _ in ctx.pattern)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+call_forward = eager_forward(_forward, _save, _differentiate)
 
 
 def local_attention(
@@ -266,14 +375,14 @@ def local_attention(
         (B, H, W, heads, head_dim of v), contiguous.
     """
     rel_h, rel_w = (None, None) if tables is None else tables
-    return _forward(q, k, v, bias, rel_h, rel_w, *_fields(pattern), scale)[0]
+    return call_forward(q, k, v, bias, rel_h, rel_w, *_fields(pattern), scale)[0]
 
 
 def local_attention_lse(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, bias: Tensor | None = None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend as `local_attention` does, and return the log-sum-exp of the logits too, (B, H, W, heads) fp32."""
-    out, lse = _forward(q, k, v, bias, None, None, *_fields(pattern), scale)
+    out, lse = call_forward(q, k, v, bias, None, None, *_fields(pattern), scale)
     return out, (lse * math.log(2)).permute(0, 2, 3, 1)
 
 

@@ -5,13 +5,31 @@ axis an owner sees one interval of walked tokens; `interval` returns it; interva
 Coordinates are ranks inside a dilation group.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from typing import TypeVar
 
 WORD_BITS = 32
+SIZES = ("heads", "tiles", "queries", "keys", "variants")  # arguments of which no kernel needs a version of its own
+T = TypeVar("T", bound=type)
 
 
+def keeps_hash(cls: T) -> T:
+    """Decorate a frozen dataclass whose objects are keys of caches at each launch: hash its fields once."""
+    plain = cls.__hash__
+
+    def hash_once(self) -> int:
+        if (found := self.__dict__.get("_hash")) is None:
+            self.__dict__["_hash"] = found = plain(self)
+        return found
+
+    cls.__hash__ = hash_once
+    return cls
+
+
+@keeps_hash
 @dataclass(frozen=True)
 class Pattern:
     """Which keys a query sees, as (rows, columns) where two numbers can differ.
@@ -30,6 +48,7 @@ class Pattern:
     causal: tuple[bool, bool] = (False, False)
 
 
+@keeps_hash
 @dataclass(frozen=True)
 class Axis:
     """One axis of one kernel: what an owner sees, how owners and walked tokens are cut. A kernel's constant."""
@@ -104,6 +123,7 @@ class Axis:
         return index // self.walk_split * self.walk_step + index % self.walk_split * self.walk
 
 
+@keeps_hash
 @dataclass(frozen=True)
 class Plan:
     """One kernel on one map: both axes, and how often each tile occurs."""
@@ -125,56 +145,145 @@ class Plan:
 
 
 def launch_shape(kernel: str, head_dim: int, itemsize: int, extra: bool) -> tuple[int, int]:
-    """Return (tokens of a walked tile, pipeline stages): the most that 64 owners and 4 warps hold without spills.
+    """Return (most tokens of a walked tile, pipeline stages): what 64 owners and 4 warps hold without spills.
 
-    Read from sm_80 and sm_90 machine code, not timed.
+    Read from machine code, not timed; shared memory stays below the 99 KB that a block has on sm_86, sm_89 and sm_120.
 
     Args:
         kernel: "forward", "dq", "dkv" or "dbias".
         head_dim: the larger one, padded. extra: with a bias or relative logits.
     """
     if itemsize == 4:
-        return 32, 2
+        return (16, 1) if head_dim > 64 and kernel != "forward" else (32, 2)
     if kernel == "dbias":
         return (64, 3) if head_dim <= 64 else (32, 2)
-    if kernel == "dq" and extra:
-        return 64 if head_dim <= 32 else 32, 2
+    if kernel == "dq" and (extra or head_dim > 64):
+        return 64 if head_dim <= 32 or not extra else 32, 2
     if kernel == "dkv" and (head_dim > 64 or (head_dim > 32 and extra)):
-        return 32, 3
+        return 32, 3 if head_dim <= 64 else 2
     return 64, 2 if kernel == "dkv" and extra else 3
 
 
-OWNER_TILES = ((8, 8), (4, 16), (16, 4), (4, 8), (8, 4), (2, 16), (16, 2), (4, 4), (2, 8), (8, 2))
+def stages_of(kernel: str, plan: Plan, stages: int, extra: bool) -> int:
+    """Return the pipeline stages: a loop of one turn has nothing to load ahead, and needs no registers for it.
+
+    A bias is still copied through shared memory: read straight into registers it takes 12 instructions a logit more.
+    """
+    return 1 if plan.steps == 1 and kernel != "dbias" and not extra else stages
+
+
+def one_pass_shape(head_dim: int, itemsize: int, bias: bool) -> int | None:
+    """Return the pipeline stages of the one-pass backward kernel; None where its tiles do not fit the registers."""
+    if itemsize == 4 or head_dim > (32 if bias else 64):
+        return None
+    return 1 if bias or head_dim > 32 else 2
+
+
+def share_images(units: int, others: int) -> int:
+    """Return among how many programs the units of a head and group are shared, all of about the same length.
+
+    Args:
+        units: tiles of all images (images where a tile is the map).
+        others: heads * dilation groups, each with programs of its own.
+    """
+    turns = max(-(-units * others // ONE_PASS_PROGRAMS), 1)
+    return -(-units // turns)
+
+
+ONE_PASS_PROGRAMS = 1536  # a few waves on a large GPU, and few enough partial sums of a bias (estimated)
+
+# 16 owners would load each walked token twice as often: more than the L2 cache delivers (estimated)
+OWNER_TILES = ((8, 8), (4, 16), (16, 4), (4, 8), (8, 4), (2, 16), (16, 2))
 WALK_COLS = (16, 8, 4)
-TILE_OVERHEAD = 2048  # in logits: what a program costs without its products (estimated, not timed)
-LOAD_OVERHEAD = 16  # in owners: what loading a walked tile costs (estimated)
+MOST_WALK_ROWS = 16
+MOST_OWNERS = 64
+LEAST_WALKED = 32  # tokens of a walked tile: below, a product is half as wide as its registers
+# In logits, from instructions in sm_80 and sm_90 machine code
+PROGRAM_OVERHEAD = 100  # for each owner: its masks and pointers, loading and storing it
+STEP_OVERHEAD = 7  # for each owner and each walked token of a step
+
+
+def tile_costs(kernel: str, head_dim: int, itemsize: int) -> tuple[int, float]:
+    """Return (least owners of a tile, overhead of a step), read from machine code.
+
+    Small tiles of neighborhoods save logits, but with wide heads in 16 bits products of 32 rows need 1.5 times the
+    instructions of a logit. dbias loads both of
+    its tiles in every step.
+    """
+    return 64 if head_dim > 32 and itemsize == 2 else 32, 40 if kernel == "dbias" else STEP_OVERHEAD
 
 
 @lru_cache(maxsize=1024)
 def make_plan(
-    pattern: Pattern, queries: tuple[int, int], keys: tuple[int, int], walked: int, *, inverse: bool, by_block: bool
-) -> Plan:
+    pattern: Pattern, queries: tuple[int, int], keys: tuple[int, int], walked: int, *, inverse: bool, by_block: bool,
+    least_owners: int = 32, step_overhead: float = STEP_OVERHEAD,
+) -> Plan:  # fmt: skip
     """Choose the tiles of least estimated work.
 
     Args:
         pattern: what is seen.
         queries, keys: sizes of the two maps, (rows, columns).
-        walked: tokens of a walked tile.
+        walked: tokens of a walked tile; half as many are tried too where a tile has fewer than 64 owners.
         inverse: owners are keys.
         by_block: no tile of queries may hold tokens of two blocks (relative logits are indexed by block).
+        least_owners, step_overhead: from `tile_costs`; the first is for neighborhoods, whose smaller tiles save logits.
     """
     owners, others = (keys, queries) if inverse else (queries, keys)
-    best, least = None, float("inf")
-    tiles = OWNER_TILES if pattern.kind == "block" else OWNER_TILES[:3]
-    for tile, walk_cols in product(tiles, [c for c in WALK_COLS if walked // c <= 16]):
-        walk = (walked // walk_cols, walk_cols)
+    best, lowest = None, float("inf")
+    widths = [width for width in (walked, walked // 2) if width == walked or width >= LEAST_WALKED]
+    windows = pattern.kind == "block" and not any(pattern.reach)
+    least = 1 if windows else least_owners if pattern.kind == "neighborhood" else MOST_OWNERS
+    tiles = [tile for tile in OWNER_TILES if math.prod(tile) >= least]
+    for tile, width, walk_cols in product(tiles, widths, WALK_COLS):
+        if width // walk_cols > MOST_WALK_ROWS or (width < walked and math.prod(tile) == MOST_OWNERS):
+            continue
+        walk = (width // walk_cols, walk_cols)
         axes = [_axis_options(pattern, i, tile[i], walk[i], owners[i], others[i], inverse, by_block) for i in range(2)]
         for (rows, row_tiles, row_steps), (cols, col_tiles, _) in product(*axes):
-            per_step = (tile[0] * tile[1] + LOAD_OVERHEAD) * walked
-            work = row_steps * col_tiles * cols.walks * per_step + row_tiles * col_tiles * TILE_OVERHEAD
+            work = row_steps * col_tiles * cols.walks * _step_work(tile, width, step_overhead)
+            work += row_tiles * col_tiles * math.prod(tile) * PROGRAM_OVERHEAD
+            if work < lowest:
+                best, lowest = Plan(rows, cols), work
+    return best
+
+
+def _step_work(tile: tuple[int, int], walked: int, overhead: float = STEP_OVERHEAD) -> float:
+    owners = math.prod(tile)
+    return owners * walked + overhead * (owners + walked)
+
+
+@lru_cache(maxsize=1024)
+def one_pass_plan(pattern: Pattern, size: tuple[int, int]) -> Plan | None:
+    """Return a plan whose tiles see themselves and nothing else, or None: one kernel then gets all gradients.
+
+    So it is with windows that fit into a tile, and with maps or dilation groups of one tile.
+
+    Args:
+        pattern: what is seen.
+        size: of the map of queries and of that of keys, (rows, columns).
+    """
+    best, least = None, float("inf")
+    for tile in OWNER_TILES:
+        found = [_closed_axes(pattern, i, tile[i], size[i]) for i in range(2)]
+        for (rows, row_tiles), (cols, col_tiles) in product(*found):
+            owners = math.prod(tile)
+            work = row_tiles * col_tiles * (_step_work(tile, owners) + owners * PROGRAM_OVERHEAD)
             if work < least:
                 best, least = Plan(rows, cols), work
     return best
+
+
+def _closed_axes(pattern: Pattern, i: int, tile: int, size: int) -> list[tuple[Axis, int]]:
+    """Return the ways to lay tiles on an axis so that each sees itself and nothing else, with their number."""
+    if pattern.kind == "block" and (pattern.stride[i] > 1 or pattern.reach[i] > 0):
+        return []
+    options = _axis_options(pattern, i, tile, tile, size, size, inverse=False, by_block=False)
+    longest = -(-size // pattern.dilation[i])
+    return [
+        (axis, tiles)
+        for axis, tiles, _ in options
+        if axis.split == 1 and axis.walks == 1 and (pattern.kind == "block" or axis.tiles(longest) == 1)
+    ]
 
 
 def _axis_options(

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import on_device, refuse_second_derivative
+from .._launch import eager_backward, on_device, refuse_second_derivative, without_autocast
 from .inverse import InverseRoutes, invert_routes
 from .plan import Regions, constants, region_tiles
 from .tokens import load_region, store_region
@@ -128,6 +128,7 @@ def keys_kernel(
 
 
 @torch.library.custom_op("foveate::routed_attention_backward", mutates_args=())
+@without_autocast
 def routed_attention_backward(
     q: Tensor,
     k: Tensor,
@@ -161,6 +162,7 @@ def _(q, k, v, routes, out, lse, grad, grid, region, key_region, scale):
 
 
 refuse_second_derivative(routed_attention_backward, "routed_attention")
+call_backward = eager_backward(routed_attention_backward)
 
 
 def _empty_grads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

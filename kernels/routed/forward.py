@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._torch import assert_async
-from .._launch import on_device
-from .backward import routed_attention_backward
+from .._launch import eager_forward, on_device
+from .backward import call_backward
 from .plan import Regions, constants, region_tiles
 from .tokens import load_region, store_region
 
@@ -118,7 +118,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, _):
     cut = (ctx.grid, ctx.region, ctx.key_region)
-    return *routed_attention_backward(*ctx.saved_tensors, grad, *cut, ctx.scale), None, None, None, None, None
+    return *call_backward(*ctx.saved_tensors, grad, *cut, ctx.scale), None, None, None, None, None
 
 
-routed_attention_forward.register_autograd(_backward, setup_context=_save)
+routed_attention = eager_forward(routed_attention_forward, _save, _backward)

@@ -7,7 +7,15 @@ import pytest
 
 from foveate.attention_ops.halo import axis_window as halo_window
 from foveate.attention_ops.neighborhood import axis_window
-from foveate.kernels.local.plan import Axis, Pattern, launch_shape, make_plan
+from foveate.kernels.local.plan import (
+    Axis,
+    Pattern,
+    launch_shape,
+    make_plan,
+    one_pass_plan,
+    share_images,
+    stages_of,
+)
 
 CASES = [  # pattern, queries, keys; both axes differ, so that a swap shows
     (Pattern("neighborhood", (7, 3)), (56, 14), (56, 14)),
@@ -46,7 +54,7 @@ BY_BLOCK = [(*case, by_block) for case in CASES for by_block in (False, True)[: 
 @pytest.mark.parametrize(("pattern", "queries", "keys", "by_block"), BY_BLOCK, ids=str)
 def test_every_pair_is_met_once(pattern, queries, keys, by_block, walked, inverse):
     plan = make_plan(pattern, queries, keys, walked, inverse=inverse, by_block=by_block)
-    assert plan.walked == walked and 16 <= plan.owners <= 64
+    assert plan.walked in (walked, max(walked // 2, 32)) and 32 <= plan.owners <= 64
     for i, axis in enumerate((plan.rows, plan.cols)):
         owners, others = (keys[i], queries[i]) if inverse else (queries[i], keys[i])
         met = []
@@ -132,3 +140,66 @@ def test_the_work_per_token_is_what_it_was(pattern, size, logits, inverse):
 def test_small_head_dims_walk_over_more_tokens():
     assert launch_shape("dkv", 128, 2, extra=False)[0] < launch_shape("dkv", 32, 2, extra=False)[0]
     assert launch_shape("forward", 32, 4, extra=False)[0] < launch_shape("forward", 32, 2, extra=False)[0]
+
+
+CLOSED = [  # pattern, map: tiles that see themselves and nothing else
+    (Pattern("neighborhood", (7, 7)), (7, 7)),
+    (Pattern("neighborhood", (3, 4), causal=(True, False)), (8, 5)),
+    (Pattern("neighborhood", (3, 5), dilation=(2, 3)), (15, 22)),
+    (Pattern("block", (7, 7)), (14, 21)),
+    (Pattern("block", (2, 2)), (6, 10)),
+    (Pattern("block", (3, 5)), (9, 10)),
+    (Pattern("block", (4, 16)), (8, 32)),
+    (Pattern("circle", (9, 3), (8, 2)), (7, 6)),
+]
+
+
+@pytest.mark.parametrize(("pattern", "size"), CLOSED, ids=str)
+def test_one_pass_takes_tiles_that_see_only_themselves(pattern, size):
+    plan = one_pass_plan(pattern, size)
+    assert (plan.rows.tile, plan.cols.tile) == (plan.rows.walk, plan.cols.walk)
+    for i, axis in enumerate((plan.rows, plan.cols)):
+        step = pattern.dilation[i]
+        home = {}
+        for group in range(step):
+            in_group = len(range(group, size[i], step))
+            for tile in range(axis.tiles(in_group)):
+                start, low, high = axis.owned(tile, in_group)
+                assert start == low  # a tile begins with what it owns, and so do the tokens it walks over
+                home |= {x * step + group: (group, tile) for x in range(low, high)}
+        assert sorted(home) == list(range(size[i]))
+        assert all(home[query] == home[key] for query, key in seen_by(pattern, i, size[i], size[i]))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size"),
+    [
+        (Pattern("neighborhood", (7, 7)), (9, 7)),
+        (Pattern("neighborhood", (3, 3), dilation=(1, 3)), (7, 30)),
+        (Pattern("block", (12, 12)), (12, 12)),
+        (Pattern("block", (4, 4), (1, 0)), (4, 4)),
+        (Pattern("block", (4, 4), stride=(2, 2)), (4, 4)),
+        (Pattern("circle", (2, 2), (1, 1)), (7, 12)),
+    ],
+    ids=str,
+)
+def test_one_pass_refuses_what_sees_other_tiles(pattern, size):
+    assert one_pass_plan(pattern, size) is None
+
+
+@pytest.mark.parametrize(("units", "others"), [(1, 1), (128, 16), (8192, 3), (7, 6000), (1000, 7)])
+def test_programs_share_units_evenly(units, others):
+    shares = share_images(units, others)
+    lengths = [len(range(share, units, shares)) for share in range(shares)]
+    assert 1 <= shares <= units and max(lengths) - min(lengths) <= 1
+    assert shares * others < 1536 + others
+
+
+def test_a_loop_of_one_turn_is_not_pipelined():
+    window, neighborhood = (
+        make_plan(pattern, (56, 56), (56, 56), 64, inverse=False, by_block=False)
+        for pattern in (Pattern("block", (7, 7)), Pattern("neighborhood", (7, 7)))
+    )
+    assert [stages_of("forward", plan, 3, extra=False) for plan in (window, neighborhood)] == [1, 3]
+    assert stages_of("forward", window, 3, extra=True) == 3  # a bias is copied through shared memory
+    assert stages_of("dbias", window, 3, extra=False) == 3  # it walks over images

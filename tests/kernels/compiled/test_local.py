@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from foveate.benchmarks.gpu_first_hour.sweep import Setting, forced
 from foveate.kernels.local import launch as local
 from foveate.kernels.local.halo_logits import halo_logits, halo_logits_backward, places
 from foveate.kernels.local.plan import Pattern
@@ -23,7 +24,9 @@ class Case:
 CASES = {
     "neighborhood": Case(Pattern("neighborhood", (7, 7)), (56, 56), 2, False),
     "neighborhood, bias": Case(Pattern("neighborhood", (7, 7)), (56, 56), 2, True),
+    "window": Case(Pattern("block", (7, 7)), (56, 56), 3, False),
     "window, bias": Case(Pattern("block", (7, 7)), (56, 56), 3, True),
+    "one map, bias": Case(Pattern("neighborhood", (7, 7)), (7, 7), 16, True),
     "halo": Case(Pattern("block", (8, 8), (3, 3)), (64, 64), 4, False),
     "halo, relative": Case(Pattern("block", (8, 8), (3, 3)), (64, 64), 4, True),
     "circle": Case(Pattern("circle", (8, 8), (7, 7)), (64, 64), 4, False),
@@ -61,40 +64,46 @@ class Call:
             local.launch_dq(self.launch, q, k, v, *tables, out, out, lse, out, self.rel, lse)
         elif kernel == "dkv":
             local.launch_dkv(self.launch, q, k, v, *tables, out, lse, lse, out, out)
-        else:
+        elif kernel == "dbias":
             local.launch_dbias(self.launch, q, k, v, self.bias, out, lse, lse)
+        else:
+            has_bias = self.bias is not None
+            local.launch_one_pass(self.launch, q, k, v, self.bias, out, out, lse, out, out, out, has_bias)
 
 
-# Machine instructions a computed logit in the main loop, over all threads, bf16: a little more than triton 3.8 and 3.9
-# give, as ((sm_80, sm_90) at head_dim 32, (sm_80, sm_90) at head_dim 64).
+# Machine instructions a computed logit in the main loop, over all threads, bf16: a little more than triton 3.8 gives,
+# as ((sm_80, sm_90) at head_dim 32, (sm_80, sm_90) at head_dim 64). Smaller tiles take more, and compute fewer logits.
 BOUNDS = {
-    ("neighborhood", "forward"): ((13, 12), (16, 14)),
-    ("neighborhood", "dq"): ((12, 11), (17, 13)),
-    ("neighborhood", "dkv"): ((15, 14), (21, 15)),
-    ("neighborhood, bias", "forward"): ((15, 15), (19, 17)),
-    ("neighborhood, bias", "dq"): ((14, 14), (19, 18)),
-    ("neighborhood, bias", "dkv"): ((17, 16), (26, 23)),
-    ("neighborhood, bias", "dbias"): ((20, 24), (26, 29)),
-    ("window, bias", "forward"): ((15, 15), (20, 17)),
-    ("window, bias", "dq"): ((14, 14), (19, 19)),
-    ("window, bias", "dkv"): ((17, 16), (26, 23)),
-    ("window, bias", "dbias"): ((20, 25), (26, 29)),
+    ("neighborhood", "forward"): ((17, 16), (16, 14)),
+    ("neighborhood", "dq"): ((15, 14), (17, 13)),
+    ("neighborhood", "dkv"): ((18, 17), (21, 15)),
+    ("neighborhood, bias", "forward"): ((18, 18), (18, 16)),
+    ("neighborhood, bias", "dq"): ((16, 16), (20, 17)),
+    ("neighborhood, bias", "dkv"): ((18, 19), (26, 21)),
+    ("neighborhood, bias", "dbias"): ((24, 24), (26, 28)),
+    ("window, bias", "forward"): ((16, 15), (18, 17)),
+    ("window, bias", "dq"): ((14, 13), (20, 17)),
+    ("window, bias", "dkv"): ((17, 16), (26, 21)),
+    ("window, bias", "dbias"): ((21, 25), (27, 29)),
     ("halo", "forward"): ((13, 12), (16, 14)),
     ("halo", "dq"): ((12, 11), (17, 13)),
     ("halo", "dkv"): ((15, 13), (21, 15)),
-    ("halo, relative", "forward"): ((15, 14), (19, 17)),
-    ("halo, relative", "dq"): ((15, 14), (21, 21)),
-    ("halo, relative", "dkv"): ((18, 17), (30, 28)),
+    ("halo, relative", "forward"): ((16, 15), (20, 17)),
+    ("halo, relative", "dq"): ((16, 14), (22, 21)),
+    ("halo, relative", "dkv"): ((19, 18), (32, 28)),
     ("circle", "forward"): ((18, 19), (21, 19)),
     ("circle", "dq"): ((18, 16), (23, 18)),
     ("circle", "dkv"): ((26, 24), (30, 24)),
 }
-# Words kept on the stack around the loop, none of them touched inside it: (case, kernel, head_dim) on sm_80, in bytes.
-AROUND_THE_LOOP = {
-    ("halo, relative", "dkv", 32): 8,
-    ("neighborhood, bias", "dkv", 64): 24,
-    ("window, bias", "dkv", 64): 24,
+# The one-pass backward kernel: instructions a logit in its loop, as above.
+ONE_PASS = {
+    ("window", 32): (26, 24),
+    ("window", 64): (39, 31),
+    ("window, bias", 32): (26.5, 23),
+    ("one map, bias", 32): (24.5, 20.5),
 }
+# Words kept on the stack around the loop, none of them touched inside it: (case, kernel, head_dim) on sm_80, in bytes.
+AROUND_THE_LOOP = {("halo, relative", "dkv", 32): 8}
 FIRST = [key for key in BOUNDS if key[0] in ("neighborhood, bias", "halo, relative")]
 REST = [key for key in BOUNDS if key not in FIRST]
 
@@ -103,19 +112,20 @@ def broken_bounds(compile_for, shared_limit_bytes, name, kernel, capability, dim
     """What one kernel exceeds or lacks, with the value found; empty where all bounds hold."""
     call = Call(CASES[name], dim, torch.bfloat16)
     found = compile_for(capability, call.run, kernel)[-1]
-    plan = call.launch.plan(kernel)
-    logits = plan.owners * plan.walked
+    plan = call.launch.of(kernel).plan
+    logits, one_turn = plan.owners * plan.walked, plan.steps == 1 and kernel != "dbias"
     per_logit = found.loop_instructions_per(logits)
     exponentials = sum(op.startswith("MUFU.EX2") for op in found.loops[0])
     rows = 2 if kernel == "forward" else 0  # a thread holds pieces of two rows; each is rescaled once
+    wide = capability == 90 and plan.owners == 64  # what a warpgroup's product takes
     holds = {
         "spills in the loop": (found.loop_spills(), found.loop_spills() == []),
         "stack": (found.stack_bytes, found.stack_bytes <= stack_limit_bytes(name, kernel, capability, dim)),
         # two blocks on a multiprocessor
         "shared memory": (found.shared_bytes, found.shared_bytes <= shared_limit_bytes[capability] // 2),
-        "asynchronous copies": (found.count(r"cp\.async"), found.count(r"cp\.async") > 0),
-        "warps": (found.warps, found.warps == 4),
-        "wgmma": (capability, (found.count(r"wgmma\.mma_async") > 0) == (capability == 90)),
+        "asynchronous copies": (found.count(r"cp\.async"), (found.count(r"cp\.async") > 0) != one_turn),
+        "warps": (found.warps, found.warps == plan.owners // 16),
+        "wgmma": (capability, (found.count(r"wgmma\.mma_async") > 0) == wide),
         "exponentials": (exponentials, exponentials == logits // (32 * found.warps) + rows),
         "instructions a logit": (per_logit, per_logit <= BOUNDS[name, kernel][dim // 64][capability // 90]),
     }
@@ -149,13 +159,17 @@ def test_strides_and_gradients_of_log_sum_exps_stay_out_of_the_loop(compile_for,
 
 
 @pytest.mark.parametrize(
-    ("shape", "bound"),
-    [((64, 1), "asynchronous copies"), ((128, 3), "stack"), ((16, 3), "instructions a logit")],
+    ("setting", "bound"),
+    [
+        (Setting((4, 8), (2, 16), 2, 1), "asynchronous copies"),
+        (Setting((8, 8), (8, 16), 4, 3), "stack"),
+        (Setting((4, 8), (1, 16), 2, 3), "instructions a logit"),
+    ],
     ids=["one stage", "tiles too large", "tiles too small"],
 )
-def test_a_worse_launch_shape_breaks_a_bound(monkeypatch, compile_for, shared_limit_bytes, shape, bound):
-    monkeypatch.setattr(local, "launch_shape", lambda *arguments: shape)
-    assert bound in broken_bounds(compile_for, shared_limit_bytes, "neighborhood, bias", "dq", 80, 64)
+def test_a_worse_launch_shape_breaks_a_bound(compile_for, shared_limit_bytes, setting, bound):
+    with forced(setting):
+        assert bound in broken_bounds(compile_for, shared_limit_bytes, "neighborhood, bias", "dq", 80, 64)
 
 
 @pytest.mark.slow
@@ -187,6 +201,46 @@ def test_other_head_dims_compile_within_shared_memory(compile_for, shared_limit_
     assert dim % 16 != 0 or found.loop_spills() == []  # other head_dims are loaded number by number
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("name", "dim"), ONE_PASS)
+def test_the_one_pass_backward_kernel_is_short_and_does_not_spill(
+    compile_for, shared_limit_bytes, name, dim, capability
+):
+    (found,) = compile_for(capability, Call(CASES[name], dim, torch.bfloat16).run, "one pass")
+    assert found.name == "local_backward_kernel" and found.loop_spills() == [] and found.stack_bytes == 0
+    assert found.loop_instructions_per(64 * 64) <= ONE_PASS[name, dim][capability // 90]
+    assert found.shared_bytes <= shared_limit_bytes[86] // 2 and found.blocks_of_sm >= 2
+    assert sum(op.startswith("MUFU.EX2") for op in found.loops[0]) == 64 * 64 // 128
+
+
+# Head_dims of 65 to 128 need most shared memory; sm_86, sm_89 and sm_120 give a block 99 KB.
+AT_RISK = [
+    ("neighborhood", "dq", torch.bfloat16),
+    ("neighborhood, bias", "dkv", torch.bfloat16),
+    ("halo, relative", "dq", torch.float32),
+]
+
+
+@pytest.mark.parametrize("capability", [86, 120])
+@pytest.mark.parametrize(("name", "kernel", "dtype"), AT_RISK, ids=str)
+def test_wide_heads_fit_the_smallest_shared_memory(compile_for, shared_limit_bytes, name, kernel, dtype, capability):
+    found = compile_for(capability, Call(CASES[name], 128, dtype).run, kernel)[-1]
+    assert found.shared_bytes <= shared_limit_bytes[capability]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [86, 89, 120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_every_kernel_fits_the_smallest_shared_memory(compile_for, shared_limit_bytes, name, dim, dtype, capability):
+    call, limit = Call(CASES[name], dim, dtype), shared_limit_bytes[capability]
+    kernels = ["forward", "dq", "dkv"] + ["dbias"] * (call.bias is not None)
+    kernels += ["one pass"] * (local.plan_one_pass(call.launch.sizes) is not None)
+    found = {kernel: compile_for(capability, call.run, kernel)[-1].shared_bytes for kernel in kernels}
+    assert {kernel: size for kernel, size in found.items() if size > limit} == {}
+
+
 @pytest.mark.parametrize(("wanted", "tensor_cores"), [("high", True), ("highest", False)])
 def test_tf32_is_used_where_the_user_allows_it(compile_for, wanted, tensor_cores):
     before = torch.get_float32_matmul_precision()
@@ -202,8 +256,8 @@ def test_the_kernels_of_relative_logits_neither_spill_nor_leave_tensor_cores(com
     per = call.case.pattern.keys
 
     def launch():
-        halo_logits(call.q, call.tables, per, 1.0, "ieee")
-        halo_logits_backward(call.q, call.tables, call.rel, call.out, per, 1.0, "ieee")
+        halo_logits(call.q, call.tables, per, "ieee")
+        halo_logits_backward(call.q, call.tables, call.rel, call.out, per, "ieee")
 
     found = {kernel.name: kernel for kernel in compile_for(capability, launch)}
     assert set(found) == {"halo_logits_kernel", "halo_dq_kernel", "halo_table_kernel"}

@@ -102,3 +102,18 @@ def test_a_second_derivative_of_a_kernel_is_refused(name):
     )
     with pytest.raises(NotImplementedError, match="the fused kernels can be differentiated once; use impl='tiled'"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_backward_pass_inside_autocast_gives_the_same_gradients(name):
+    """Users may call backward inside autocast: what it calls of torch keeps the dtypes of its tensors."""
+    if (why := refusal(name)) is not None:
+        assert "cannot run here" in why
+        return
+    tensors, grads = CASES[name].tensors(torch.float32), []
+    for on in (False, True):
+        out = CASES[name].call(*tensors, impl="fused")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            grads.append(torch.autograd.grad(out, tensors, torch.ones_like(out)))
+    for inside, outside in zip(*grads, strict=True):
+        assert torch.equal(inside, outside)

@@ -1,10 +1,10 @@
 """Local attention's kernels in the interpreter: every pattern and gradient against the definition in float64."""
 
 import random
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from local_cases import OPS, Case, errors, halos, na, results
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -13,9 +13,7 @@ from foveate.attention_ops import (
     NeighborhoodAttention2d,
     WindowAttention2d,
     circle,
-    circle_attention,
     halo,
-    halo_attention,
     neighborhood,
     neighborhood_attention,
     neighborhood_attention_lse,
@@ -23,70 +21,6 @@ from foveate.attention_ops import (
     window_attention,
 )
 from foveate.kernels.local import launch as local
-
-OPS = {
-    "neighborhood": neighborhood_attention,
-    "window": window_attention,
-    "circle": circle_attention,
-    "halo": halo_attention,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of an op on a map of `size`; `table` asks for a bias or relative logits."""
-
-    op: str
-    size: tuple[int, int]
-    arguments: dict = field(hash=False)
-    table: bool = False
-    heads: int = 1
-    dim: int = 16
-    value_dim: int = 16
-
-    def __str__(self) -> str:
-        words = "-".join(str(value).replace(" ", "") for value in self.arguments.values())
-        return f"{self.op}-{self.size[0]}x{self.size[1]}-{words}{'-table' if self.table else ''}-d{self.dim}"
-
-    def inputs(self, dtype: torch.dtype = torch.float32, batch: int = 1) -> list[Tensor]:
-        """Packed qkv, or q and packed kv for halos; then tables."""
-        torch.manual_seed(0)
-        a, d = self.arguments, self.dim
-        packed, tables = [torch.randn(batch, *self.size, 3, self.heads, d)], []
-        if self.op == "neighborhood" and self.table:
-            tables = [torch.randn(self.heads, *(2 * k - 1 for k in a["kernel_size"]))]
-        if self.op == "window" and self.table:
-            tokens = a["window_size"][0] * a["window_size"][1]
-            tables = [torch.randn(self.heads, tokens, tokens)]
-        if self.op == "halo":
-            queries = [-(-n // a.get("stride", 1)) for n in self.size]
-            packed = [torch.randn(batch, *queries, self.heads, d)]
-            packed += [torch.randn(batch, *self.size, self.heads, d + self.value_dim)]
-            if self.table:
-                windows = [b + 2 * h for b, h in zip(a["block_size"], a["halo"], strict=True)]
-                tables = [torch.randn(2 * w - 1, d) * d**-0.5 for w in windows]
-        return [x.to(dtype) for x in packed + tables]
-
-    def call(self, inputs: list[Tensor], impl: str) -> Tensor:
-        arguments = dict(self.arguments)
-        if self.op == "halo":
-            qkv, tables = (inputs[0], inputs[1][..., : self.dim], inputs[1][..., self.dim :]), inputs[2:]
-            arguments |= dict(zip(("rel_h", "rel_w"), tables, strict=False))
-        else:
-            qkv, tables = inputs[0].unbind(3), inputs[1:]
-            if tables:
-                arguments["rpb" if self.op == "neighborhood" else "bias"] = tables[0]
-        return OPS[self.op](*qkv, **arguments, impl=impl)
-
-
-def na(size, kernel, dilation=(1, 1), causal=(False, False), stride=(1, 1), **more) -> Case:
-    arguments = {"kernel_size": kernel, "dilation": dilation, "is_causal": causal, "stride": stride}
-    return Case("neighborhood", size, arguments, **more)
-
-
-def halos(size, block, reach, stride=1, **more) -> Case:
-    return Case("halo", size, {"block_size": block, "halo": reach, "stride": stride}, **more)
-
 
 # Rectangles that cross tiles of 8; kernels odd, even, and as large as the map; dilations that do not divide the map.
 CASES = [
@@ -118,18 +52,6 @@ CASES = [
 SOME = [CASES[i] for i in (3, 4, 10, 15, 19)]  # one of each pattern, with what it can have
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 some_cases = pytest.mark.parametrize("case", SOME, ids=str)
-
-
-def results(case: Case, inputs: list[Tensor], impl: str) -> list[Tensor]:
-    """The output, and the gradients of all inputs under one probe."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = case.call(leaves, impl)
-    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    return [out.detach(), *torch.autograd.grad(out, leaves, probe.to(out.dtype))]
-
-
-def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    return [float((f.double() - e).abs().max() / e.abs().max()) for f, e in zip(found, exact, strict=True)]
 
 
 @pytest.fixture
@@ -189,6 +111,31 @@ def test_low_precision_is_as_good_as_plain_torch(case, dtype, tolerance, monkeyp
     assert fused[0] < tolerance
     for ours, theirs in zip(fused, plain, strict=True):
         assert ours <= 2 * theirs + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-20])
+@pytest.mark.parametrize("table_dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [CASES[3], CASES[10], CASES[11]], ids=str)
+def test_a_bias_is_neither_rounded_nor_overflows(case, table_dtype, scale):
+    """Logits are their bias where the scale is small: what autocast gives, q in 16 bits and the table in float32."""
+    packed, table = case.inputs()
+    bias = {"rpb" if case.op == "neighborhood" else "bias": (table * 2).to(table_dtype)}
+    qkv, op = packed.half().unbind(3), OPS[case.op]
+    fused = op(*qkv, **case.arguments, **bias, scale=scale, impl="fused")
+    qkv, bias = [t.double() for t in qkv], {name: t.double() for name, t in bias.items()}
+    exact = op(*qkv, **case.arguments, **bias, scale=scale, impl="reference")
+    assert (fused.double() - exact).abs().max() <= 2e-3
+
+
+def test_relative_logits_do_not_overflow_where_the_scale_is_small():
+    case = CASES[18]
+    q, kv, rel_h, rel_w = case.inputs()
+    q, k, v = (t.half() for t in (q, kv[..., :16], kv[..., 16:]))
+    tables = {"rel_h": rel_h * 30, "rel_w": rel_w * 30}
+    fused = OPS["halo"](q, k, v, **case.arguments, **tables, scale=1e-5, impl="fused")
+    qkv, tables = [t.double() for t in (q, k, v)], {name: t.half().double() for name, t in tables.items()}
+    exact = OPS["halo"](*qkv, **case.arguments, **tables, scale=1e-5, impl="reference")
+    assert (fused.double() - exact).abs().max() <= 0.1  # relative logits of about 30 are rounded to float16
 
 
 @some_cases
@@ -331,7 +278,8 @@ def test_there_is_no_double_backward():
     [
         ({"dtype": torch.float64}, "the kernels take float32, float16, bfloat16, got torch.float64"),
         ({"dim": 130}, "a head_dim of at most 128, got 130"),
-        ({"scale": -1.0}, r"a scale above 0, got -1\.0"),
+        ({"scale": -1.0}, r"a scale of at least 1e-20, got -1\.0"),
+        ({"scale": 1e-30}, "a scale of at least 1e-20, got 1e-30"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused_with_the_reason(changes, words):
