@@ -71,8 +71,8 @@ class Call:
             local.launch_one_pass(self.launch, q, k, v, self.bias, out, out, lse, out, out, out, has_bias)
 
 
-# Machine instructions a computed logit in the main loop, over all threads, bf16: a little more than triton 3.8 gives, as
-# ((sm_80, sm_90) at head_dim 32, (sm_80, sm_90) at head_dim 64). Smaller tiles take more, and compute fewer logits.
+# Machine instructions a computed logit in the main loop, over all threads, bf16: a little more than triton 3.8 gives,
+# as ((sm_80, sm_90) at head_dim 32, (sm_80, sm_90) at head_dim 64). Smaller tiles take more, and compute fewer logits.
 BOUNDS = {
     ("neighborhood", "forward"): ((17, 16), (16, 14)),
     ("neighborhood", "dq"): ((15, 14), (17, 13)),
@@ -173,7 +173,7 @@ def test_other_dtypes_compile_within_shared_memory(compile_for, shared_limit_byt
     found = compile_for(capability, call.run, kernel)[-1]
     assert found.shared_bytes <= shared_limit_bytes[capability]
     if dtype == torch.float16:
-        assert found.stack_bytes == 0 and (found.count(r"wgmma\.mma_async") > 0) == (capability == 90)
+        assert found.stack_bytes == 0 and found.count(r"wgmma\.mma_async|mma\.sync") > 0
 
 
 @pytest.mark.slow
