@@ -109,11 +109,12 @@ class Row:
         return max(self.times_us()) + LAUNCH_US
 
 
-FORWARD = ("local_forward_kernel", "halo_logits_kernel", "forward_kernel")
+FORWARD = ("local_forward_kernel", "local_closed_forward_kernel", "halo_logits_kernel", "forward_kernel")
+OVER_TILES = ("local_bias_kernel", "local_backward_kernel", "local_closed_forward_kernel")  # what their loops walk over
 # Maps of owners and of walked tokens, and float32 numbers for each query and head, that a program of a kernel moves
 TRAFFIC = {
     "local_forward_kernel": (2, 2, 1), "local_dq_kernel": (4, 2, 2), "local_dkv_kernel": (4, 2, 2),
-    "local_bias_kernel": (0, 4, 2), "local_backward_kernel": (0, 8, 1),
+    "local_bias_kernel": (0, 4, 2), "local_backward_kernel": (0, 8, 1), "local_closed_forward_kernel": (0, 4, 1),
     "forward_kernel": (2, 2, 1), "queries_kernel": (4, 2, 2), "keys_kernel": (4, 2, 2),
 }  # fmt: skip
 
@@ -129,14 +130,19 @@ def _local_work(layer: LocalLayer, batch: int, code: Compiled) -> Work:
     axes, dilation = (code.constants["ROWS"], code.constants["COLS"]), layer.pattern.dilation
     counted = [_count_walks(axes[i], layer.size[i], layer.size[i], dilation[i]) for i in (0, 1)]
     (rows, row_tiles, row_steps), (cols, col_tiles, _) = counted
-    alone = code.name in ("local_bias_kernel", "local_backward_kernel")  # their loops walk over tiles
+    alone = code.name in (
+        "local_bias_kernel",
+        "local_backward_kernel",
+        "local_closed_forward_kernel",
+    )  # their loops walk over tiles
     steps = row_tiles * rows.walks if alone else row_steps
     turns = batch * layer.heads * steps * col_tiles * cols.walks
     owners, walked = rows.tile * cols.tile, rows.walk * cols.walk
     words = f"{rows.tile}x{cols.tile}/{rows.walk}x{cols.walk}"
     has_bias = code.constants.get("HAS_BIAS", code.name == "local_bias_kernel")
     bias = owners * walked * BIAS_BYTES * has_bias
-    sums = code.programs * owners * walked * 8 if alone and has_bias else 0  # fp32, written and read
+    summed = alone and has_bias and code.name != "local_closed_forward_kernel"
+    sums = code.programs * owners * walked * 8 if summed else 0  # fp32, written and read
     relative = 2 * code.constants.get("PLACES", 0) / layer.dim * (2 if code.name == "local_dq_kernel" else 1)
     once = bias * code.programs if alone else bias * turns
     return _work(layer, batch, code, turns, (owners, walked), words, once + sums, sums, relative)
