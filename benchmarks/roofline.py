@@ -8,7 +8,8 @@ compiled for it, and the last column is measured (replayed CUDA graph, cold L2 c
 
 Tile       Owners of a program / tokens of a step. Turns: steps of a program, on average.
 Logits     Computed for each query and head. Useful: the share that the definition needs.
-Ins        Thread instructions for each computed logit, and for each useful one (whole program).
+Ins        Thread instructions for each computed logit, and for each useful one ("ins u"), of the whole program.
+SM         Programs that a multiprocessor holds.
 Maps       Read and written, in maps of q's size, with lse, partial sums and relative logits.
 HBM, L2, issue
            Time that memory, L2 cache and issue slots need, in us. Estimate: the longest, and 2 us for the launch.
@@ -108,11 +109,12 @@ class Row:
         return max(self.times_us()) + LAUNCH_US
 
 
-FORWARD = ("local_forward_kernel", "halo_logits_kernel", "forward_kernel")
+FORWARD = ("local_forward_kernel", "local_closed_forward_kernel", "halo_logits_kernel", "forward_kernel")
+OVER_TILES = ("local_bias_kernel", "local_backward_kernel", "local_closed_forward_kernel")  # what their loops walk over
 # Maps of owners and of walked tokens, and float32 numbers for each query and head, that a program of a kernel moves
 TRAFFIC = {
     "local_forward_kernel": (2, 2, 1), "local_dq_kernel": (4, 2, 2), "local_dkv_kernel": (4, 2, 2),
-    "local_bias_kernel": (0, 4, 2), "local_backward_kernel": (0, 8, 1),
+    "local_bias_kernel": (0, 4, 2), "local_backward_kernel": (0, 8, 1), "local_closed_forward_kernel": (0, 4, 1),
     "forward_kernel": (2, 2, 1), "queries_kernel": (4, 2, 2), "keys_kernel": (4, 2, 2),
 }  # fmt: skip
 
@@ -128,14 +130,19 @@ def _local_work(layer: LocalLayer, batch: int, code: Compiled) -> Work:
     axes, dilation = (code.constants["ROWS"], code.constants["COLS"]), layer.pattern.dilation
     counted = [_count_walks(axes[i], layer.size[i], layer.size[i], dilation[i]) for i in (0, 1)]
     (rows, row_tiles, row_steps), (cols, col_tiles, _) = counted
-    alone = code.name in ("local_bias_kernel", "local_backward_kernel")  # their loops walk over tiles
+    alone = code.name in (
+        "local_bias_kernel",
+        "local_backward_kernel",
+        "local_closed_forward_kernel",
+    )  # their loops walk over tiles
     steps = row_tiles * rows.walks if alone else row_steps
     turns = batch * layer.heads * steps * col_tiles * cols.walks
     owners, walked = rows.tile * cols.tile, rows.walk * cols.walk
-    words = f"{rows.tile}x{cols.tile} / {rows.walk}x{cols.walk}"
+    words = f"{rows.tile}x{cols.tile}/{rows.walk}x{cols.walk}"
     has_bias = code.constants.get("HAS_BIAS", code.name == "local_bias_kernel")
     bias = owners * walked * BIAS_BYTES * has_bias
-    sums = code.programs * owners * walked * 8 if alone and has_bias else 0  # fp32, written and read
+    summed = alone and has_bias and code.name != "local_closed_forward_kernel"
+    sums = code.programs * owners * walked * 8 if summed else 0  # fp32, written and read
     relative = 2 * code.constants.get("PLACES", 0) / layer.dim * (2 if code.name == "local_dq_kernel" else 1)
     once = bias * code.programs if alone else bias * turns
     return _work(layer, batch, code, turns, (owners, walked), words, once + sums, sums, relative)
@@ -147,7 +154,7 @@ def _routed_work(layer: RoutedLayer, batch: int, code: Compiled) -> Work:
     owners, walked = (cols, rows) if by_key else (rows, cols)
     seen = layer.topk * (cut.queries if by_key else cut.keys)
     turns = code.programs * -(-seen // walked)
-    return _work(layer, batch, code, turns, (owners, walked), f"{owners} / {walked}", 0, 0, 0)
+    return _work(layer, batch, code, turns, (owners, walked), f"{owners}/{walked}", 0, 0, 0)
 
 
 def _work(
@@ -196,9 +203,9 @@ def launches_on_gpu() -> Iterator[list[tuple[Compiled, Callable[[], object]]]]:
 
 
 def table_of_code(rows: list[Row], title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, pad_edge=False, collapse_padding=True)
     words = ("layer", "kernel", "tile")
-    for name in (*words, "turns", "logits", "useful", "ins", "useful", "maps", "regs", "KB", "CTA/SM"):
+    for name in (*words, "turns", "logits", "useful", "ins", "ins u", "maps", "regs", "KB", "SM"):
         table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
     for (layer, passes), group in _by_pass(rows).items():
         useful = layer.useful()
@@ -218,18 +225,18 @@ def table_of_code(rows: list[Row], title: str) -> Table:
 
 
 def table_of_times(rows: list[Row], title: str) -> Table:
-    table = Table(title=title)
-    for name in ("layer", "B", "kernel", "CTAs", "HBM", "L2", "issue", "estimate", "floor", "share", "measured"):
+    table = Table(title=title, pad_edge=False, collapse_padding=True)
+    for name in ("layer", "kernel", "CTAs", "HBM", "L2", "issue", "estimate", "floor", "share", "measured"):
         table.add_column(name, justify="left" if name in ("layer", "kernel") else "right", no_wrap=True)
     for (layer, passes), group in _by_pass(rows).items():
         for row in group:
             times = [f"{us:.1f}" for us in (*row.times_us(), row.estimate_us())]
             name = passes if len(group) == 1 else _short(row.code.name)
             total = _totals([row], passes) if len(group) == 1 else ["", "", _us(row.measured_us)]
-            table.add_row(layer.name, f"{row.batch}", name, f"{row.code.programs}", *times, *total)
+            table.add_row(layer.name, name, f"{row.code.programs}", *times, *total)
         if len(group) > 1:
             estimate = f"{sum(row.estimate_us() for row in group):.1f}"
-            table.add_row("", f"{group[0].batch}", f"{passes}, all", *[""] * 4, estimate, *_totals(group, passes))
+            table.add_row("", f"{passes}, all", *[""] * 4, estimate, *_totals(group, passes))
     return table
 
 

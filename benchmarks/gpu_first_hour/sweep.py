@@ -139,13 +139,17 @@ def forced(setting: Setting) -> Iterator[None]:
         "launch_shape": lambda *_, **__: (math.prod(setting.walk), setting.stages),
         "stages_of": lambda *_: setting.stages,
         "warps": lambda *_: setting.warps,
+        "one_pass_shape": lambda *_: None,
     }
-    launch.plan_launch.cache_clear()
+    caches = (launch.plan_launch, launch.plan_one_pass)
+    for cache in caches:
+        cache.cache_clear()
     try:
         with mock.patch.multiple(launch, **replaced):
             yield
     finally:
-        launch.plan_launch.cache_clear()
+        for cache in caches:
+            cache.cache_clear()
 
 
 def sweep(session: Session, clock: Clock) -> None:

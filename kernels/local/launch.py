@@ -34,7 +34,7 @@ from .bias import (
 )
 from .forward import local_forward_kernel
 from .halo_logits import halo_logits, halo_logits_backward
-from .one_pass import local_backward_kernel
+from .one_pass import local_backward_kernel, local_closed_forward_kernel
 from .plan import (
     Pattern,
     Plan,
@@ -99,14 +99,16 @@ def plan_launch(kernel: str, sizes: Sizes) -> KernelLaunch:
 
 
 @lru_cache(maxsize=1024)
-def plan_one_pass(sizes: Sizes) -> tuple[KernelLaunch, int, int] | None:
-    """Plan the backward pass as one kernel; also return how many units there are and what shares of them programs take.
+def plan_one_pass(kernel: str, sizes: Sizes) -> tuple[KernelLaunch, int, int] | None:
+    """Plan "forward" or "backward" as one kernel whose tiles see only themselves.
+
+    Also return how many units there are, and among how many programs of a head and group they are shared.
 
     None where tiles see other tiles, or the registers do not hold what one pass needs.
     """
     if sizes.tables or sizes.queries != sizes.keys:
         return None
-    stages = one_pass_shape(max(padded(sizes.dim), padded(sizes.dim_v)), sizes.itemsize, sizes.bias)
+    stages = one_pass_shape(kernel, max(padded(sizes.dim), padded(sizes.dim_v)), sizes.itemsize, sizes.bias)
     plan = one_pass_plan(sizes.pattern, sizes.queries)
     if stages is None or plan is None:
         return None
@@ -185,6 +187,9 @@ def _per_block(pattern: Pattern) -> tuple[int, int]:
 
 
 def launch_forward(launch: Launch, q, k, v, bias, rel, out, lse) -> None:
+    if plan_one_pass("forward", launch.sizes) is not None:
+        launch_closed_forward(launch, q, k, v, bias, out, lse)
+        return
     kernel = launch.of("forward")
     layout, bias_arguments = _bias_arguments(launch, kernel.plan, bias, q)
     rel_or_q = q if rel is None else rel
@@ -233,9 +238,21 @@ def launch_dbias(launch: Launch, q, k, v, bias, grad, lse, delta) -> Tensor:
     return table_gradient(sums, works, layout)
 
 
+def launch_closed_forward(launch: Launch, q, k, v, bias, out, lse) -> None:
+    """Launch the forward pass of tiles that see only themselves."""
+    (kernel, units, shares), sizes = plan_one_pass("forward", launch.sizes), launch.sizes
+    _, (tiles_of_bias, *_) = _bias_arguments(launch, kernel.plan, bias, q)
+    inputs = _strides(q, k, v)
+    local_closed_forward_kernel[kernel.grid](
+        q, k, v, tiles_of_bias, out, lse, *inputs, *_strides(out), sizes.heads, kernel.tiles, launch.pattern.dilation,
+        sizes.queries, units, shares, launch.scale * LOG2_E,
+        HAS_BIAS=bias is not None, ALIKE=len({*inputs}) == 1, **kernel.constants,
+    )  # fmt: skip
+
+
 def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, bias_grad: bool) -> Tensor | None:
     """Launch the backward pass as one kernel; return the gradient of the bias table, (heads, cells) fp32, if wanted."""
-    (kernel, units, shares), sizes = plan_one_pass(launch.sizes), launch.sizes
+    (kernel, units, shares), sizes = plan_one_pass("backward", launch.sizes), launch.sizes
     owners = kernel.plan.owners
     layout, (tiles_of_bias, *_) = _bias_arguments(launch, kernel.plan, bias, q)
     inputs, others = _strides(q, k, v), _strides(out, grad, dq, dk, dv)
@@ -304,7 +321,7 @@ def _backward(
         q, k, v, _pattern(kind, keys, reach, stride, dilation, causal), scale, bias is not None, tables is not None
     )
     with on_device(q):
-        if grad_lse is None and plan_one_pass(launch.sizes) is not None:
+        if grad_lse is None and plan_one_pass("backward", launch.sizes) is not None:
             table = launch_one_pass(launch, q, k, v, bias, out, grad, lse, dq, dk, dv, bias is not None and bias_grad)
             if table is not None:
                 dbias.copy_(table.view_as(dbias))

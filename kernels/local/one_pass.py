@@ -54,6 +54,42 @@ def token_of_unit(m, unit, group, dilation, size, tiles, i: tl.constexpr, AXIS: 
 
 
 @triton.jit(do_not_specialize=(*SIZES, "size", "units", "shares"))
+def local_closed_forward_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
+    heads, tiles, dilation, size, units, shares, scale_log2,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, PAD: tl.constexpr,
+    PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = ROWS.tile * COLS.tile
+    head, pid = tl.program_id(0) % heads, tl.program_id(0) // heads
+    group_x, pid = pid % dilation[1], pid // dilation[1]
+    group_y, share = pid % dilation[0], pid // dilation[0]
+    bias = closed_bias(bias_ptr, head, group_y, group_x, dilation, size, ROWS, COLS, HAS_BIAS)
+    m = tl.arange(0, M)
+    for unit in range(share, units, shares):
+        row, inside_y = token_of_unit(m, unit, group_y, dilation[0], size[0], tiles, 0, ROWS, COLS)
+        col, inside_x = token_of_unit(m, unit, group_x, dilation[1], size[1], tiles, 1, COLS, ROWS)
+        mine = inside_y & inside_x
+        image = tl.cast(unit // (tiles[1] * tiles[0]) if ROWS.kind == "block" else unit, tl.int64)
+        q_offs = map_offsets(row, col, group_y, group_x, dilation, q_strides)
+        k_offs = q_offs if ALIKE else map_offsets(row, col, group_y, group_x, dilation, k_strides)
+        v_offs = q_offs if ALIKE else map_offsets(row, col, group_y, group_x, dilation, v_strides)
+        q = load_tokens(of_head(q_ptr, q_strides, image, head), q_offs, mine, DIM, PAD)  # [M, D]
+        k = load_tokens(of_head(k_ptr, k_strides, image, head), k_offs, mine, DIM, PAD)
+        v = load_tokens(of_head(v_ptr, v_strides, image, head), v_offs, mine, DIM_V, PAD_V)  # [M, DV]
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias  # [M, M]
+        top = tl.max(logits, 1)  # finite: every query sees a key
+        probs = tl.exp2(logits - top[:, None])
+        total = tl.sum(probs, 1)
+        out = tl.dot(probs.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+        out_offs = map_offsets(row, col, group_y, group_x, dilation, out_strides)
+        store_tokens(of_head(out_ptr, out_strides, image, head), out_offs, mine, out, DIM_V, PAD_V)
+        lse_offs = (image * heads + head) * (size[0] * size[1])
+        lse_offs += (group_y + row * dilation[0]) * size[1] + group_x + col * dilation[1]
+        tl.store(lse_ptr + lse_offs, top + tl.log2(total), mask=mine)
+
+
+@triton.jit(do_not_specialize=(*SIZES, "size", "units", "shares"))
 def local_backward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, sums_ptr,
     q_strides, k_strides, v_strides, out_strides, grad_strides, dq_strides, dk_strides, dv_strides,

@@ -172,8 +172,14 @@ def stages_of(kernel: str, plan: Plan, stages: int, extra: bool) -> int:
     return 1 if plan.steps == 1 and kernel != "dbias" and not extra else stages
 
 
-def one_pass_shape(head_dim: int, itemsize: int, bias: bool) -> int | None:
-    """Return the pipeline stages of the one-pass backward kernel; None where its tiles do not fit the registers."""
+def one_pass_shape(kernel: str, head_dim: int, itemsize: int, bias: bool) -> int | None:
+    """Return the pipeline stages of a kernel whose tiles see only themselves; None where registers do not hold them.
+
+    Args:
+        kernel: "forward" or "backward". head_dim: the larger one, padded.
+    """
+    if kernel == "forward":
+        return 2 if itemsize == 2 and head_dim <= 64 else None
     if itemsize == 4 or head_dim > (32 if bias else 64):
         return None
     return 1 if bias or head_dim > 32 else 2

@@ -39,11 +39,12 @@ def one_pass(monkeypatch) -> list[int]:
     """Take the kernel for float32 too; the programs of every launch."""
     programs, plain = [], local.launch_one_pass
     monkeypatch.setattr(local, "one_pass_shape", lambda *_: 1)
-    monkeypatch.setattr(
-        local,
-        "launch_one_pass",
-        lambda launch, *a: (programs.append(local.plan_one_pass(launch.sizes)[0].grid[0]), plain(launch, *a))[1],
-    )
+
+    def note(launch, *arguments):
+        programs.append(local.plan_one_pass("backward", launch.sizes)[0].grid[0])
+        return plain(launch, *arguments)
+
+    monkeypatch.setattr(local, "launch_one_pass", note)
     local.plan_one_pass.cache_clear()
     yield programs
     local.plan_one_pass.cache_clear()
