@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ...kernels.local import launch, plan
+from ...kernels.local import launch, launch_plan, plan
 from ...kernels.local.plan import Pattern, Plan
 from .clock import Clock
 from .session import Session, first_line, say
@@ -141,11 +141,11 @@ def forced(setting: Setting) -> Iterator[None]:
         "warps": lambda *_: setting.warps,
         "one_pass_shape": lambda *_: None,
     }
-    caches = (launch.plan_launch, launch.plan_one_pass)
+    caches = (launch_plan.plan_launch, launch_plan.plan_one_pass)
     for cache in caches:
         cache.cache_clear()
     try:
-        with mock.patch.multiple(launch, **replaced):
+        with mock.patch.multiple(launch_plan, **replaced):
             yield
     finally:
         for cache in caches:

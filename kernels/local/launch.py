@@ -5,9 +5,7 @@ strides are taken as they are. There is no double backward: the backward op has 
 """
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +15,6 @@ from .._launch import (
     eager_backward,
     eager_forward,
     on_device,
-    padded,
     refuse_second_derivative,
     without_autocast,
 )
@@ -34,103 +31,11 @@ from .bias import (
 )
 from .forward import local_forward_kernel
 from .halo_logits import halo_logits, halo_logits_backward
+from .launch_plan import FULL_PRECISION, KernelLaunch, Sizes, plan_launch, plan_one_pass
 from .one_pass import local_backward_kernel, local_closed_forward_kernel
-from .plan import (
-    Pattern,
-    Plan,
-    launch_shape,
-    make_plan,
-    one_pass_plan,
-    one_pass_shape,
-    share_images,
-    stages_of,
-    tile_costs,
-)
+from .plan import Pattern, Plan
 
 LOG2_E = math.log2(math.e)
-
-
-def warps(owners: int, itemsize: int) -> int:
-    """16 owners a warp; float32 products keep twice the registers busy."""
-    return max(owners // (8 if itemsize == 4 else 16), 1)
-
-
-# Three TF32 products ("tf32x3") take as many instructions (sm_80: 114 a logit, 106 without) and spill in dkv.
-FULL_PRECISION = "ieee"
-
-
-class Sizes(NamedTuple):
-    """What decides how kernels are launched, in plain numbers: calls of equal sizes are planned once."""
-
-    pattern: Pattern
-    queries: tuple[int, int]
-    keys: tuple[int, int]
-    images: int
-    heads: int
-    dim: int
-    dim_v: int
-    itemsize: int
-    precision: str
-    bias: bool
-    tables: bool
-
-
-@dataclass(frozen=True)
-class KernelLaunch:
-    """One kernel's plan, and what Triton takes for it."""
-
-    plan: Plan
-    grid: tuple[int]
-    tiles: tuple[int, int]
-    constants: dict[str, Any]
-
-
-@lru_cache(maxsize=1024)
-def plan_launch(kernel: str, sizes: Sizes) -> KernelLaunch:
-    """Plan "forward", "dq", "dkv" or "dbias"."""
-    extra, widest = sizes.bias or sizes.tables, max(padded(sizes.dim), padded(sizes.dim_v))
-    walked, stages = launch_shape(kernel, widest, sizes.itemsize, extra)
-    maps = (sizes.pattern, sizes.queries, sizes.keys, walked)
-    costs = dict(zip(("least_owners", "step_overhead"), tile_costs(kernel, widest, sizes.itemsize), strict=True))
-    plan = make_plan(*maps, inverse=kernel == "dkv", by_block=sizes.tables, **costs)
-    tiles = _tiles(plan, sizes)
-    grid = (sizes.images * sizes.heads * math.prod(tiles) * math.prod(sizes.pattern.dilation),)
-    return KernelLaunch(plan, grid, tiles, _constants(plan, sizes, stages_of(kernel, plan, stages, extra)))
-
-
-@lru_cache(maxsize=1024)
-def plan_one_pass(kernel: str, sizes: Sizes) -> tuple[KernelLaunch, int, int] | None:
-    """Plan "forward" or "backward" as one kernel whose tiles see only themselves.
-
-    Also return how many units there are, and among how many programs of a head and group they are shared.
-
-    None where tiles see other tiles, or the registers do not hold what one pass needs.
-    """
-    if sizes.tables or sizes.queries != sizes.keys:
-        return None
-    stages = one_pass_shape(kernel, max(padded(sizes.dim), padded(sizes.dim_v)), sizes.itemsize, sizes.bias)
-    plan = one_pass_plan(sizes.pattern, sizes.queries)
-    if stages is None or plan is None:
-        return None
-    tiles = _tiles(plan, sizes)
-    others = sizes.heads * math.prod(sizes.pattern.dilation)
-    units = sizes.images * math.prod(tiles)
-    shares = share_images(units, others)
-    return KernelLaunch(plan, (others * shares,), tiles, _constants(plan, sizes, stages)), units, shares
-
-
-def _tiles(plan: Plan, sizes: Sizes) -> tuple[int, int]:
-    owners = sizes.keys if plan.rows.inverse else sizes.queries
-    longest = [-(-n // step) for n, step in zip(owners, sizes.pattern.dilation, strict=True)]
-    return plan.rows.tiles(longest[0]), plan.cols.tiles(longest[1])
-
-
-def _constants(plan: Plan, sizes: Sizes, stages: int) -> dict[str, Any]:
-    return {
-        "ROWS": plan.rows, "COLS": plan.cols, "DIM": sizes.dim, "DIM_V": sizes.dim_v, "PAD": padded(sizes.dim),
-        "PAD_V": padded(sizes.dim_v), "PRECISION": sizes.precision, "num_warps": warps(plan.owners, sizes.itemsize),
-        "num_stages": stages, "enable_fp_fusion": True,
-    }  # fmt: skip
 
 
 class Launch:

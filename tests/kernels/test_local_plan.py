@@ -146,6 +146,7 @@ CLOSED = [  # pattern, map: tiles that see themselves and nothing else
     (Pattern("neighborhood", (7, 7)), (7, 7)),
     (Pattern("neighborhood", (3, 4), causal=(True, False)), (8, 5)),
     (Pattern("neighborhood", (3, 5), dilation=(2, 3)), (15, 22)),
+    (Pattern("neighborhood", (5, 4), stride=(3, 2)), (7, 8)),
     (Pattern("block", (7, 7)), (14, 21)),
     (Pattern("block", (2, 2)), (6, 10)),
     (Pattern("block", (3, 5)), (9, 10)),

@@ -156,7 +156,7 @@ def test_strides_and_gradients_of_log_sum_exps_stay_out_of_the_loop(compile_for,
         local.launch_dq(call.launch, q, k, v, None, None, out, out, lse, out, None, lse, grad_lse=lse)
 
     for kernel, launch in {"dq": launch_dq, "dkv": lambda: call.run("dkv")}.items():
-        found, plan = compile_for(capability, launch)[-1], call.launch.plan(kernel)
+        found, plan = compile_for(capability, launch)[-1], call.launch.of(kernel).plan
         bound = BOUNDS["neighborhood", kernel][0][capability // 90]
         assert found.loop_instructions_per(plan.owners * plan.walked) <= bound and found.stack_bytes == 0
 

@@ -5,7 +5,7 @@ import torch
 from local_cases import Case, errors, halos, na, results
 
 from foveate.kernels.local import launch as local
-from foveate.kernels.local import plan
+from foveate.kernels.local import launch_plan, plan
 
 # Windows, one or several in a tile, some tiles overhanging; maps and dilation groups of one tile, also causal
 CLOSED = [
@@ -21,6 +21,7 @@ CLOSED = [
     Case("window", (3, 2), {"window_size": (1, 1)}),
     Case("circle", (7, 6), {"radius": 4}, heads=2),
     halos((6, 10), (4, 4), (0, 0), value_dim=24),
+    na((7, 8), (5, 4), stride=(3, 2), table=True),
 ]
 OPEN = [
     na((9, 7), (7, 7), table=True),
@@ -38,7 +39,7 @@ every_closed = pytest.mark.parametrize("case", CLOSED, ids=str)
 def one_pass(monkeypatch) -> list[int]:
     """Take the kernel for float32 too; the programs of every launch."""
     programs, plain = [], local.launch_one_pass
-    monkeypatch.setattr(local, "one_pass_shape", lambda *_: 1)
+    monkeypatch.setattr(launch_plan, "one_pass_shape", lambda *_: 1)
 
     def note(launch, *arguments):
         programs.append(local.plan_one_pass("backward", launch.sizes)[0].grid[0])
@@ -83,7 +84,7 @@ def test_16_bits_take_it_and_are_as_good_as_three_kernels(case, dtype, one_pass,
     inputs = case.inputs(dtype, batch=2)
     exact = results(case, [x.double() for x in inputs], "reference")
     ours = errors(results(case, inputs, "fused"), exact)
-    monkeypatch.setattr(local, "one_pass_shape", lambda *_: None)
+    monkeypatch.setattr(launch_plan, "one_pass_shape", lambda *_: None)
     local.plan_one_pass.cache_clear()
     others = errors(results(case, inputs, "fused"), exact)
     assert len(one_pass) == 1
