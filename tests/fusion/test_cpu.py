@@ -18,6 +18,7 @@ from foveate.attention_ops.calibration import calibration_file, cpu_key, cpu_rep
 @pytest.fixture(autouse=True)
 def own_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FOVEATE_PRODUCTS", raising=False)
     monkeypatch.delenv("LOCALAPPDATA", raising=False)
     for name in ("FOVEATE_PRODUCTS", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"):
         monkeypatch.delenv(name, raising=False)
