@@ -46,11 +46,17 @@ class Compiled:
 
     @property
     def registers(self) -> int:
-        return int(re.search(r"REG:(\d+)", self._usage).group(1))
+        return self._used("REG")
 
     @property
     def stack_bytes(self) -> int:
-        return int(re.search(r"STACK:(\d+)", self._usage).group(1))
+        return self._used("STACK")
+
+    def _used(self, name: str) -> int:
+        found = re.search(rf"{name}:(\d+)", self._usage)
+        if found is None:
+            raise ValueError(f"cuobjdump reports no {name} of {self.name}: {self._usage!r}")
+        return int(found.group(1))
 
     @cached_property
     def instructions(self) -> list[tuple[int, str, str]]:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -294,7 +295,8 @@ def _rows(layer: Layer, batch: int, capability: int, here: bool) -> list[Row]:
         return rows_of(layer, batch, capability)
     from .gpu_first_hour.clock import Clock
 
-    clock = Clock(SimpleNamespace(gpu=True, device="cuda", sync=torch.cuda.synchronize))
+    session: Any = SimpleNamespace(gpu=True, device="cuda", sync=torch.cuda.synchronize)
+    clock = Clock(session)
     return measured_rows_of(layer, batch, lambda launch: clock.gpu_us(launch)[0])
 
 

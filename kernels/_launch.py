@@ -152,7 +152,7 @@ def eager_forward(
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
-    function = type(name_of(op).replace("::", "_"), (torch.autograd.Function,), members)
+    function: Any = type(name_of(op).replace("::", "_"), (torch.autograd.Function,), members)
 
     def call(*inputs: Any) -> tuple[Tensor, ...]:
         if not in_eager_mode(inputs):

@@ -1,5 +1,6 @@
 """Calls of the local attention ops as the tests of their kernels make them: inputs, results and gradients, errors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from foveate.attention_ops import circle_attention, halo_attention, neighborhood_attention, window_attention
 
-OPS = {
+OPS: dict[str, Callable[..., Tensor]] = {
     "neighborhood": neighborhood_attention,
     "window": window_attention,
     "circle": circle_attention,
@@ -53,10 +54,11 @@ class Case:
     def call(self, inputs: list[Tensor], impl: str) -> Tensor:
         arguments = dict(self.arguments)
         if self.op == "halo":
-            qkv, tables = (inputs[0], inputs[1][..., : self.dim], inputs[1][..., self.dim :]), inputs[2:]
+            qkv = [inputs[0], inputs[1][..., : self.dim], inputs[1][..., self.dim :]]
+            tables = inputs[2:]
             arguments |= dict(zip(("rel_h", "rel_w"), tables, strict=False))
         else:
-            qkv, tables = inputs[0].unbind(3), inputs[1:]
+            qkv, tables = list(inputs[0].unbind(3)), inputs[1:]
             if tables:
                 arguments["rpb" if self.op == "neighborhood" else "bias"] = tables[0]
         return OPS[self.op](*qkv, **arguments, impl=impl)

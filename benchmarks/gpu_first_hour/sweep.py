@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -123,7 +124,7 @@ def forced(setting: Setting) -> Iterator[None]:
     """Let every launch inside take this setting, whatever the plan would choose."""
 
     def make_plan(
-        pattern: Pattern, queries: Pair, keys: Pair, walked: int, *, inverse: bool, by_block: bool, **_
+        pattern: Pattern, queries: Pair, keys: Pair, walked: int, *, inverse: bool, by_block: bool, **costs
     ) -> Plan:
         owners, others = (keys, queries) if inverse else (queries, keys)
         options = [
@@ -134,7 +135,7 @@ def forced(setting: Setting) -> Iterator[None]:
         (rows, *_), (cols, *_) = min(pairs, key=lambda axes: axes[0][2] * axes[1][1] * axes[1][0].walks)
         return Plan(rows, cols)
 
-    replaced = {
+    replaced: dict[str, Any] = {
         "make_plan": make_plan,
         "launch_shape": lambda *_, **__: (math.prod(setting.walk), setting.stages),
         "stages_of": lambda *_: setting.stages,

@@ -46,7 +46,7 @@ class Launch:
     ) -> None:
         images, rows, cols, heads, dim = q.shape
         self.sizes = Sizes(
-            pattern, (rows, cols), tuple(k.shape[1:3]), images, heads, dim, v.shape[-1], q.element_size(),
+            pattern, (rows, cols), (k.shape[1], k.shape[2]), images, heads, dim, v.shape[-1], q.element_size(),
             dot_precision(q.dtype, FULL_PRECISION), bias, tables,
         )  # fmt: skip
         self.pattern, self.scale, self.device = pattern, scale, q.device
@@ -145,7 +145,9 @@ def launch_dbias(launch: Launch, q, k, v, bias, grad, lse, delta) -> Tensor:
 
 def launch_closed_forward(launch: Launch, q, k, v, bias, out, lse) -> None:
     """Launch the forward pass of tiles that see only themselves."""
-    (kernel, units, shares), sizes = plan_one_pass("forward", launch.sizes), launch.sizes
+    planned, sizes = plan_one_pass("forward", launch.sizes), launch.sizes
+    assert planned is not None
+    kernel, units, shares = planned
     _, (tiles_of_bias, *_) = _bias_arguments(launch, kernel.plan, bias, q)
     inputs = _strides(q, k, v)
     local_closed_forward_kernel[kernel.grid](
@@ -157,7 +159,9 @@ def launch_closed_forward(launch: Launch, q, k, v, bias, out, lse) -> None:
 
 def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, bias_grad: bool) -> Tensor | None:
     """Launch the backward pass as one kernel; return the gradient of the bias table, (heads, cells) fp32, if wanted."""
-    (kernel, units, shares), sizes = plan_one_pass("backward", launch.sizes), launch.sizes
+    planned, sizes = plan_one_pass("backward", launch.sizes), launch.sizes
+    assert planned is not None
+    kernel, units, shares = planned
     owners = kernel.plan.owners
     layout, (tiles_of_bias, *_) = _bias_arguments(launch, kernel.plan, bias, q)
     inputs, others = _strides(q, k, v), _strides(out, grad, dq, dk, dv)
@@ -169,7 +173,7 @@ def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, b
         units, shares, launch.scale, launch.scale * LOG2_E,
         HAS_BIAS=bias is not None, BIAS_GRAD=bias_grad, ALIKE=len({*inputs}) == len({*others}) == 1, **kernel.constants,
     )  # fmt: skip
-    return None if sums is None else cells_gradient(sums.sum(0), layout)
+    return None if sums is None or layout is None else cells_gradient(sums.sum(0), layout)
 
 
 @torch.library.custom_op("foveate::local_attention_forward", mutates_args=())

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 WORD_BITS = 32
 SIZES = ("heads", "tiles", "queries", "keys", "variants")  # arguments of which no kernel needs a version of its own
@@ -18,14 +18,14 @@ T = TypeVar("T", bound=type)
 
 def keeps_hash(cls: T) -> T:
     """Decorate a frozen dataclass whose objects are keys of caches at each launch: hash its fields once."""
-    plain = cls.__hash__
+    plain: Any = cls.__hash__
 
     def hash_once(self) -> int:
         if (found := self.__dict__.get("_hash")) is None:
             self.__dict__["_hash"] = found = plain(self)
         return found
 
-    cls.__hash__ = hash_once
+    type.__setattr__(cls, "__hash__", hash_once)
     return cls
 
 

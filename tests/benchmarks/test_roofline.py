@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ WINDOWS = LocalLayer("windows", Pattern("block", (3, 7)), (9, 14), 2, 16, "bias"
 def code(layer, name="local_forward_kernel", batch=3, instructions=(100, 40), **more) -> Compiled:
     """A kernel of so many instructions, so many of them in its loop."""
     one_pass = name == "local_backward_kernel"
-    plan = one_pass_plan(layer.pattern, layer.size) if one_pass else plan_of(layer, "dkv" in name)
+    plan: Any = one_pass_plan(layer.pattern, layer.size) if one_pass else plan_of(layer, "dkv" in name)
     tiles = math.prod(
         axis.tiles(-(-n // step))
         for axis, n, step in zip((plan.rows, plan.cols), layer.size, layer.pattern.dilation, strict=True)

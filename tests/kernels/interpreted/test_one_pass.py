@@ -1,5 +1,7 @@
 """The backward pass in one kernel, in the interpreter: exact where tiles see only themselves, not taken elsewhere."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from local_cases import Case, errors, halos, na, results
@@ -36,7 +38,7 @@ every_closed = pytest.mark.parametrize("case", CLOSED, ids=str)
 
 
 @pytest.fixture
-def one_pass(monkeypatch) -> list[int]:
+def one_pass(monkeypatch) -> Iterator[list[int]]:
     """Take the kernel for float32 too; the programs of every launch."""
     programs, plain = [], local.launch_one_pass
     monkeypatch.setattr(launch_plan, "one_pass_shape", lambda *_: 1)
