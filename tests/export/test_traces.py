@@ -26,7 +26,7 @@ def trace(name: str) -> tuple[torch.nn.Module, torch.jit.ScriptModule]:
     return model, torch.jit.trace(model, images(2), check_trace=False)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [n if ":" not in n else pytest.param(n, marks=pytest.mark.slow) for n in KINDS])
 def test_a_trace_equals_the_model(name):
     model, traced = trace(name)
     assert not [node.kind() for node in traced.inlined_graph.nodes() if node.kind().startswith("foveate::")]

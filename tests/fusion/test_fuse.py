@@ -63,7 +63,13 @@ def test_sizes_and_batches_get_plans_of_their_own(van):
         assert len(fused._plans) <= 2
 
 
-@pytest.mark.parametrize("name", [*KINDS, *TIMM])
+MEASURED = ("nat_mini", "biformer_tiny", "litv2_small", "fv_davit_tiny", "fv_halonet_h0", "eca_resnet18", "resnet50")
+MEASURED += ("van_b0", "swin_tiny_patch4_window7_224", "convnext_atto", "vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in MEASURED else pytest.param(n, marks=pytest.mark.slow) for n in (*KINDS, *TIMM)]
+)
 def test_a_fused_forward_pass_takes_no_more_memory(name):
     model = alive(small(name)) if name in KINDS else timm.create_model(name, **TIMM[name]).eval()
     px = SIZES.get(name, 64)
@@ -174,6 +180,7 @@ def test_a_model_that_cannot_be_captured_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:FutureWarning")
 def test_it_is_copied_pickled_and_exported(van):
     fused, x = foveate.fuse(van, images()), images()
     wanted = fused(x)
