@@ -6,7 +6,7 @@ from random_calls import MAKERS, Call, check, draw
 from foveate.kernels import register  # noqa: F401  registers the ops
 
 SEEDS = range(40)
-FEW = 2  # calls of an op that a kernel runs
+FEW = 1  # calls of an op that a kernel runs
 MANY = range(1000, 1300)
 NONE = ("hilo_attention", "dense")  # of window_attention's kernels, and of torch's
 
