@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._torch import body_of
 from ..kernels.local import launch as local
 from ..kernels.local.plan import Pattern
 from ..kernels.routed import backward as routed_backward
@@ -48,8 +49,9 @@ class LocalLayer:
             pattern.kind, list(pattern.keys), list(pattern.reach), list(pattern.stride), list(pattern.dilation),
             list(pattern.causal), self.dim**-0.5,
         )  # fmt: skip
-        out, lse = local._forward._init_fn(q, k, v, *tables, *call)
-        local._backward._init_fn(q, k, v, *tables, out, lse, torch.ones_like(out), tables[0] is not None, *call)
+        out, lse = body_of(local._forward)(q, k, v, *tables, *call)
+        biased = tables[0] is not None
+        body_of(local._backward)(q, k, v, *tables, out, lse, torch.ones_like(out), None, biased, *call)
 
     def _tables(self, device: str) -> list[Tensor | None]:
         rows, cols = self.pattern.keys
@@ -92,7 +94,7 @@ class RoutedLayer:
         call = (list(cut.grid), list(cut.query), list(cut.key), 1.0)
         out, lse = (q.new_empty(q.shape), q.new_empty(batch, self.heads, cut.count, cut.queries, dtype=torch.float32))
         routed.launch_forward(q, k, v, routes, out, lse, cut, 1.0)
-        routed_backward.routed_attention_backward._init_fn(q, k, v, routes, out, lse, torch.ones_like(out), *call)
+        body_of(routed_backward.routed_attention_backward)(q, k, v, routes, out, lse, torch.ones_like(out), *call)
 
 
 def _packed(layer: LocalLayer | RoutedLayer, batch: int, device: str, dtype: torch.dtype) -> Tensor:

@@ -131,11 +131,7 @@ def _local_work(layer: LocalLayer, batch: int, code: Compiled) -> Work:
     axes, dilation = (code.constants["ROWS"], code.constants["COLS"]), layer.pattern.dilation
     counted = [_count_walks(axes[i], layer.size[i], layer.size[i], dilation[i]) for i in (0, 1)]
     (rows, row_tiles, row_steps), (cols, col_tiles, _) = counted
-    alone = code.name in (
-        "local_bias_kernel",
-        "local_backward_kernel",
-        "local_closed_forward_kernel",
-    )  # their loops walk over tiles
+    alone = code.name in OVER_TILES
     steps = row_tiles * rows.walks if alone else row_steps
     turns = batch * layer.heads * steps * col_tiles * cols.walks
     owners, walked = rows.tile * cols.tile, rows.walk * cols.walk

@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch.library import CustomOpDef
 
+from ..._torch import body_of
 from .._machine_code import active_driver, fake_gpu
 from .cases import full_cases
 from .session import say
@@ -106,7 +107,7 @@ def run_backward_after_forward() -> None:
 
     def replace(module: ModuleType, call: str, op: CustomOpDef, backward: Callable[..., object] | None = None) -> None:
         def both(*inputs):
-            results = op._init_fn(*inputs)
+            results = body_of(op)(*inputs)
             if backward is not None:
                 out, *kept = results
                 backward(inputs, out, kept, out.new_empty(out.shape))
@@ -115,31 +116,31 @@ def run_backward_after_forward() -> None:
         setattr(module, call, both)
 
     def local_backward(inputs, out, kept, grad):
-        local._backward._init_fn(*inputs[:6], out, *kept, grad, None, inputs[3] is not None, *inputs[6:])
+        body_of(local._backward)(*inputs[:6], out, *kept, grad, None, inputs[3] is not None, *inputs[6:])
 
     replace(local, "call_forward", local._forward, local_backward)
     replace(
         routed,
         "routed_attention",
         routed.routed_attention_forward,
-        lambda i, out, kept, grad: routed_backward.routed_attention_backward._init_fn(*i[:4], out, *kept, grad, *i[4:]),
+        lambda i, out, kept, grad: body_of(routed_backward.routed_attention_backward)(*i[:4], out, *kept, grad, *i[4:]),
     )
     replace(
         channel,
         "channel_attention",
         channel.channel_attention_forward,
-        lambda i, out, kept, grad: channel.channel_attention_backward._init_fn(*i[:3], *kept, grad, i[3]),
+        lambda i, out, kept, grad: body_of(channel.channel_attention_backward)(*i[:3], *kept, grad, i[3]),
     )
     replace(
         channel_gate,
         "channel_gate",
         channel_gate.channel_gate_forward,
-        lambda i, out, kept, grad: channel_gate.channel_gate_backward._init_fn(*i, *kept, grad),
+        lambda i, out, kept, grad: body_of(channel_gate.channel_gate_backward)(*i, *kept, grad),
     )
     replace(
         strip_gate,
         "strip_gate",
         strip_gate.strip_gate_forward,
-        lambda i, out, kept, grad: strip_gate.strip_gate_backward._init_fn(*i[:4], *kept, grad, *i[4:]),
+        lambda i, out, kept, grad: body_of(strip_gate.strip_gate_backward)(*i[:4], *kept, grad, *i[4:]),
     )
     replace(large_kernel, "large_kernel_gate", large_kernel.large_kernel_gate)
