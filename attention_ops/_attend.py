@@ -83,6 +83,14 @@ def _differentiable(
     return [next(grads) if need else None for need in needed]
 
 
+def of_one_layout(out: Tensor) -> Tensor:
+    """Copy the result of a graph body to contiguous memory.
+
+    Its strides depend on the kernel that SDPA takes, and a recorded graph must fit a later decomposition by another.
+    """
+    return out.clone(memory_format=torch.contiguous_format)
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Run SDPA on (B, heads, tokens, head_dim) in eager torch; on a CPU it can be differentiated twice."""
     records = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))

@@ -181,18 +181,21 @@ def _measure() -> dict[tuple[str, int, int, int], tuple[float, float]]:
         if not onednn.works(dtype):
             continue
         for rows, inputs, outputs in SHAPES:
-            x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
-            bias = torch.randn(outputs).to(dtype)
-            packed = onednn.pack(weight[:, :, None, None], POINT, (1, inputs, 1, rows))
-            calls = (
-                lambda x=x, weight=weight, bias=bias: F.linear(x, weight, bias),
-                lambda x=x, packed=packed, bias=bias: onednn.multiply(x, packed, bias, NONE),
-            )
-            seconds = _fastest(calls)
+            seconds = _fastest(product_calls(rows, inputs, outputs, dtype))
             work = rows * inputs * outputs / 1e9
             name = str(dtype).removeprefix("torch.")
             rates[name, rows, inputs, outputs] = (round(work / seconds[0], 1), round(work / seconds[1], 1))
     return rates
+
+
+def product_calls(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return calls of torch's product and of oneDNN's, with a packed weight, of the same random numbers."""
+    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+    bias = torch.randn(outputs).to(dtype)
+    packed = onednn.pack(weight[:, :, None, None], POINT, (1, inputs, 1, rows))
+    return lambda: F.linear(x, weight, bias), lambda: onednn.multiply(x, packed, bias, NONE)
 
 
 def _fastest(calls: tuple[Callable[[], object], ...]) -> list[float]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._attend import EagerBody, accumulator
+from ._attend import EagerBody, accumulator, of_one_layout
 from ._buffers import Buffers
 from .tiled_attention import CHUNK_LOGITS
 from .tiling import AxisTiling, boxes, cut_axis, cut_regions, gather_keys, merge_queries, scatter_keys, split_queries
@@ -92,8 +92,7 @@ def halo_attention_graph(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
 ) -> Tensor:
     """Attend by differentiable operations."""
-    out = HaloTiles(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w)
-    return out.clone(memory_format=torch.contiguous_format)  # see TiledAttention.graph
+    return of_one_layout(HaloTiles(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w))
 
 
 class HaloTiles(EagerBody):

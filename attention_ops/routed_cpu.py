@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import tiled_attention as tiles
-from ._attend import EagerBody, accumulator, is_finite
+from ._attend import EagerBody, accumulator, is_finite, of_one_layout
 from ._buffers import Buffers
 from .tile_plan import KEY_COPY_COST
 from .tiling import boxes, cut_regions, join_regions
@@ -45,8 +45,8 @@ def routed_attention_tiled(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regi
 
 def routed_attention_graph(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, scale: float) -> Tensor:
     """Attend by differentiable operations."""
-    out = RoutedAttention(routes, RegionPlan(regions.region_size, regions.of_keys, scale)).graph(q, k, v)
-    return out.clone(memory_format=torch.contiguous_format)  # see TiledAttention.graph
+    body = RoutedAttention(routes, RegionPlan(regions.region_size, regions.of_keys, scale))
+    return of_one_layout(body.graph(q, k, v))
 
 
 class RegionPlan(NamedTuple):

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._attend import EagerBody, accumulator, is_finite, logits_of_seen, probabilities_of_seen, product_of_seen
+from ._attend import (
+    EagerBody,
+    accumulator,
+    is_finite,
+    logits_of_seen,
+    of_one_layout,
+    probabilities_of_seen,
+    product_of_seen,
+)
 from .tile_plan import TileMask, TilePlan, additive_mask
 from .tiling import cut_regions, gather_keys, join_regions, merge_queries, pieces, scatter_keys, split_queries
 
@@ -78,8 +86,7 @@ class TiledAttention(EagerBody):
         return *grads, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype)
 
     def graph(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Any:
-        # A copy, whatever kernel SDPA takes: a recorded graph must fit the strides of a later decomposition.
-        return self._attend(q, k, v, self.additive_mask(bias, q.dtype)).clone(memory_format=torch.contiguous_format)
+        return of_one_layout(self._attend(q, k, v, self.additive_mask(bias, q.dtype)))
 
     def _chunks(self, q: Tensor) -> list[slice]:
         """Cut the batch so that one chunk's logits fit `CHUNK_LOGITS` a thread."""
@@ -216,7 +223,7 @@ class TiledAttentionLse(TiledAttention):
 
     def graph(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         out, lse = self._attend(q, k, v, self.additive_mask(bias, q.dtype))
-        return out.clone(memory_format=torch.contiguous_format), lse.clone(memory_format=torch.contiguous_format)
+        return of_one_layout(out), of_one_layout(lse)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         per, wide = self.plan.per_map if mask is None else mask.shape[1], accumulator(q.dtype)

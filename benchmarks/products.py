@@ -18,13 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
 
 from .._torch import has_bfloat16_products
 from ..attention_ops import _onednn as onednn
-from ..attention_ops._onednn import NONE, POINT
-from ..attention_ops.calibration import SETTING, cpu_report
+from ..attention_ops.calibration import SETTING, cpu_report, product_calls
 from ._timing import common_parser, describe_machine, interleaved_seconds, parse_and_set_threads, write_report
 
 MODULE = "foveate.benchmarks.products"
@@ -73,13 +71,7 @@ def measure(rounds: int) -> Measured:
 
 
 def _measure(rows: int, inputs: int, outputs: int, dtype: torch.dtype, takes: bool, rounds: int) -> Product:
-    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
-    bias = torch.randn(outputs).to(dtype)
-    packed = onednn.pack(weight[:, :, None, None], POINT, (1, inputs, 1, rows))
-    calls = {
-        "torch": lambda: F.linear(x, weight, bias),
-        "onednn": lambda: onednn.multiply(x, packed, bias, NONE),
-    }
+    calls = dict(zip(("torch", "onednn"), product_calls(rows, inputs, outputs, dtype), strict=True))
     seconds = interleaved_seconds(calls, rounds=rounds, warmup=2)
     rates = {name: rows * inputs * outputs / 1e9 / taken for name, taken in seconds.items()}
     return Product(str(dtype).removeprefix("torch."), rows, inputs, outputs, **rates, takes_onednn=takes)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .._timing import FLUSHED_BYTES, captured
+from .._timing import FLUSHED_BYTES, captured, copy_bytes_per_second
 from .session import Session
 
 Call = Callable[[], object]
@@ -56,10 +56,7 @@ class Clock:
 
     def bytes_per_second(self) -> float:
         """Return the bandwidth of a plain copy, reads and writes together."""
-        size = (1 << 30) if self.session.gpu else (1 << 24)
-        source = torch.empty(size, dtype=torch.uint8, device=self.session.device)
-        target = torch.empty_like(source)
-        return 2 * size / self.events_us(lambda: target.copy_(source)) * 1e6
+        return copy_bytes_per_second(self.session.device)
 
     def _seconds(self, call: Call, count: int) -> float:
         start = time.perf_counter()
