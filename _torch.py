@@ -19,11 +19,14 @@ __all__ = [
     "OpOverload",
     "assert_async",
     "body_of",
+    "compile_package",
     "compiles",
     "dispatch_modes_are_on",
     "forward_ad_is_on",
     "has_bfloat16_products",
+    "has_vnni",
     "is_faked_or_recorded",
+    "load_package",
     "name_of",
     "prefers_flash_attention",
     "pytree",
@@ -82,8 +85,23 @@ def has_bfloat16_products() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def has_vnni() -> bool:
+    """Say whether this CPU adds products of int8 numbers in 32 bits (VNNI)."""
+    return torch.cpu._is_vnni_supported()
+
+
 def without_compiler_caches() -> AbstractContextManager[None]:
     """Let torch.compile read and write no file of graphs that were compiled before."""
     from torch._inductor import config  # imported here: it takes a second
 
     return config.patch(force_disable_caches=True)
+
+
+def compile_package(program: torch.export.ExportedProgram, path: str, options: dict[str, Any]) -> None:
+    """Compile a program with AOTInductor and write its package."""
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+
+
+def load_package(path: str) -> Any:
+    """Load an AOTInductor package: it is called with the inputs, and `get_metadata()` is a dict of texts."""
+    return torch._inductor.aoti_load_package(path)

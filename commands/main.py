@@ -6,14 +6,18 @@ import typer
 
 from .._version import __version__
 from ._terminal import OneLineCommand, OneLineGroup
+from .convert import convert_command
 from .demo import demo_command
 from .export import export_command
+from .predict import predict_command
 from .prune import prune_command
 from .train import train_command
 
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 app.command("train", cls=OneLineCommand)(train_command)
 app.command("export", cls=OneLineCommand)(export_command)
+app.command("convert", cls=OneLineCommand)(convert_command)
+app.command("predict", cls=OneLineCommand)(predict_command)
 app.command("prune", cls=OneLineCommand)(prune_command)
 app.command("demo", cls=OneLineCommand)(demo_command)
 
@@ -30,4 +34,4 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Vision backbones with efficient attention: train, export, prune, demo."""
+    """Vision backbones with efficient attention: train, export, convert, predict, prune, demo."""

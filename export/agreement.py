@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from .._errors import first_line
 from .._modes import evaluating
 from .errors import DisagreementError, ExportError
-from .graphs import INPUT_NAME, ONNX_SUFFIX, PROGRAM_SUFFIX, require_onnx
-from .load import load_model
+from .runtimes import as_list, open_file
 
 # Another order of float32 sums changes logits by 1e-6 to 2e-5 of their standard deviation. A wrong eps, activation or
 # scale changes them by 1e-3 and more.
@@ -41,12 +40,11 @@ def verify(
 ) -> Agreement:
     """Compare the exported file with the model for each batch size.
 
-    A .pt2 program is unpickled by `torch.export.load`, which can run code: pass only programs that you trust. ONNX
-    files and hub folders run no code.
+    A .pt2 file can run code: pass only programs that you trust. ONNX files, OpenVINO IR and hub folders run no code.
 
     Args:
         model: the PyTorch model that was exported; runs in eval mode on the CPU.
-        path: .onnx (ONNX Runtime), .pt2 (torch.export), or a folder in timm's hub layout.
+        path: a file that `open_file` opens, or a folder in timm's hub layout.
         images: (N, C, H, W), preprocessed, N >= sum(batch_sizes).
         batch_sizes: the images are split into batches of these sizes.
         tolerance: largest difference allowed, in standard deviations of the model's own output.
@@ -58,11 +56,11 @@ def verify(
     if len(images) < sum(batch_sizes):
         raise ExportError(f"batches of {tuple(batch_sizes)} need {sum(batch_sizes)} images, got {len(images)}")
     batches = images[: sum(batch_sizes)].split(list(batch_sizes))
-    run = _runner(path := Path(path))
+    run = open_file(path := Path(path)).run
     with evaluating(model), torch.no_grad():
         wanted = [_run_model(model, batch) for batch in batches]
         got = [_run_batch(run, batch, path) for batch in batches]
-    agreement = _compare(_join(wanted), _join(got), tuple(batch_sizes), tolerance)
+    agreement = compare_outputs(_join(wanted), _join(got), tuple(batch_sizes), tolerance)
     if not agreement.largest_relative <= tolerance:  # written so that a NaN fails
         raise DisagreementError(
             f"{path.name} differs from the model by {agreement.largest_relative:.2g} standard deviations of its output "
@@ -71,31 +69,9 @@ def verify(
     return agreement
 
 
-def _runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
-    if path.is_dir():
-        saved = load_model(f"local-dir:{path}")
-        return lambda batch: _as_list(saved(batch))
-    if path.suffix == PROGRAM_SUFFIX:
-        program = torch.export.load(path).module()
-        return lambda batch: _as_list(program(batch))
-    if path.suffix == ONNX_SUFFIX:
-        return _onnx_runner(path)
-    raise ExportError(f"{path}: wanted a file that ends in {ONNX_SUFFIX} or {PROGRAM_SUFFIX}, or a folder")
-
-
-def _onnx_runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
-    require_onnx("onnxruntime")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda batch: [torch.from_numpy(out) for out in session.run(None, {INPUT_NAME: batch.numpy()})]
-
-
 def _run_model(model: nn.Module, batch: Tensor) -> list[Tensor]:
     try:
-        return _as_list(model(batch))
+        return as_list(model(batch))
     except Exception as error:  # models raise many types
         raise ExportError(f"the model does not run on a batch of {tuple(batch.shape)}: {first_line(error)}") from error
 
@@ -109,15 +85,19 @@ def _run_batch(run: Callable[[Tensor], list[Tensor]], batch: Tensor, path: Path)
         ) from error
 
 
-def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
-
-
 def _join(batches: list[list[Tensor]]) -> list[Tensor]:
     return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
-def _compare(wanted: list[Tensor], got: list[Tensor], batch_sizes: tuple[int, ...], tolerance: float) -> Agreement:
+def compare_outputs(
+    wanted: list[Tensor], got: list[Tensor], batch_sizes: tuple[int, ...], tolerance: float = TOLERANCE
+) -> Agreement:
+    """Return how closely outputs follow those of the model, whatever the tolerance.
+
+    Raises:
+        DisagreementError: another number or shape of outputs.
+        ExportError: an output of the model is constant or NaN.
+    """
     want_shapes, got_shapes = ([tuple(t.shape) for t in outputs] for outputs in (wanted, got))
     if want_shapes != got_shapes:
         raise DisagreementError(f"the exported model returns {got_shapes}, the model {want_shapes}")

@@ -1,7 +1,6 @@
-"""Run a model's forward pass in the engines that people deploy with: PyTorch, ONNX Runtime, OpenVINO."""
+"""Run a model's forward pass in the engines that people deploy with: PyTorch, ONNX Runtime, OpenVINO, AOTInductor."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 from .._errors import printable
 from .._torch import without_compiler_caches
 from ..fusion import FuseError, fuse
-from .errors import ExportError, MissingExtraError
-from .graphs import INPUT_NAME, export_onnx, require_onnx
+from .converters import export_aoti, export_openvino
+from .errors import ExportError
+from .graphs import export_onnx
 from .inputs import without_warnings
+from .runtimes import open_file
 
 Run = Callable[[], Any]
 LONGEST = 200  # characters of an engine's message
@@ -26,7 +27,8 @@ def prepare(engine: str, model: nn.Module, x: Tensor) -> Run:
     Engines use torch's number of threads. Files are exported for the shape of x and deleted when they are loaded.
 
     Args:
-        engine: "eager", "fused" (`foveate.fuse`), "compiled" (torch.compile), "onnxruntime" or "openvino".
+        engine: "eager", "fused" (`foveate.fuse`), "compiled" (torch.compile), "onnxruntime", "openvino" or "aoti"
+            (AOTInductor).
         model: in eval mode.
         x: an image batch (B, C, H, W) in the model's dtype.
 
@@ -63,31 +65,21 @@ def _compiled(model: nn.Module, x: Tensor) -> Run:
 
 
 def _onnxruntime(model: nn.Module, x: Tensor) -> Run:
-    require_onnx("onnx", "onnxscript", "onnxruntime")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors only
-    with TemporaryDirectory() as folder:
-        file = export_onnx(model, Path(folder) / "model.onnx", example=x, dynamic_batch=False)
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    feed = {INPUT_NAME: x.numpy()}
-    return lambda: session.run(None, feed)
+    return _file(model, x, "model.onnx", export_onnx)
 
 
 def _openvino(model: nn.Module, x: Tensor) -> Run:
-    if find_spec("openvino") is None:
-        raise MissingExtraError("the engine openvino needs the package openvino: pip install openvino")
-    import openvino
+    return _file(model, x, "model.xml", export_openvino)
 
-    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    options |= {"INFERENCE_PRECISION_HINT": "f32"}
+
+def _aoti(model: nn.Module, x: Tensor) -> Run:
+    return _file(model, x, "model.pt2", export_aoti)
+
+
+def _file(model: nn.Module, x: Tensor, name: str, write: Callable[..., Path]) -> Run:
     with TemporaryDirectory() as folder:
-        file = export_onnx(model, Path(folder) / "model.onnx", example=x, dynamic_batch=False)
-        request = openvino.Core().compile_model(str(file), "CPU", options).create_infer_request()
-    feed = {0: x.numpy()}
-    return lambda: request.infer(feed)
+        run = open_file(write(model, Path(folder) / name, example=x, dynamic_batch=False)).run
+    return lambda: run(x)
 
 
 ENGINES: dict[str, Callable[[nn.Module, Tensor], Run]] = {
@@ -96,4 +88,5 @@ ENGINES: dict[str, Callable[[nn.Module, Tensor], Run]] = {
     "compiled": _compiled,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+    "aoti": _aoti,
 }

@@ -1,8 +1,15 @@
 """Refuse a path that cannot be written, before any work is done."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import ExportError
+from .errors import ExportError, MissingExtraError
+
+
+def require_packages(extra: str, *packages: str) -> None:
+    """Raise a MissingExtraError with the install command if one of the packages is not installed."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise MissingExtraError(f'needs {", ".join(missing)}: pip install "foveate[{extra}]"')
 
 
 def check_target(out: Path, suffix: str) -> None:

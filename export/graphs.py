@@ -15,12 +15,14 @@ from .._files import atomic_path
 from .._modes import evaluating
 from .._torch import OpOverload
 from .._torch_files import written
-from .errors import ExportError, MissingExtraError
-from .files import check_target
+from .errors import ExportError
+from .files import check_target, require_packages
 from .inputs import check_fits, data_config
+from .metadata import KEY, Metadata, metadata_of
 
 ONNX_SUFFIX, PROGRAM_SUFFIX = ".onnx", ".pt2"
 INPUT_NAME = "images"
+EXTRA_FILE = f"{KEY}.json"  # of a program: its metadata
 _ONNX_LIMIT_BYTES = 2**31 - 1  # protobuf's limit for one message
 
 
@@ -32,6 +34,7 @@ def export_onnx(
     example: Tensor | None = None,
     dynamic_batch: bool = True,
     opset: int | None = None,
+    labels: tuple[str, ...] | None = None,
 ) -> Path:
     """Write the model as one ONNX file with the input `images` and the output `logits` (`features_0`, ... for lists).
 
@@ -44,13 +47,14 @@ def export_onnx(
         example: (B, C, H, W), B > 1; replaces the model's own size.
         dynamic_batch: export with a dynamic batch size; otherwise that of the example, or 1.
         opset: version of the ONNX operator set; None: the default of the installed torch.
+        labels: class names, in the order of the logits, for the file's metadata; None: those of the model.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
         ExportError: the path, the size or the model does not fit.
     """
-    require_onnx("onnx", "onnxscript")
-    example = _prepare(model, out := Path(out), ONNX_SUFFIX, img_size, example, dynamic_batch)
+    require_packages("export", "onnx", "onnxscript")
+    example = prepare_example(model, out := Path(out), ONNX_SUFFIX, img_size, example, dynamic_batch)
     _check_onnx_size(model)
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
         options: dict[str, Any] = {
@@ -63,8 +67,10 @@ def export_onnx(
             "external_data": False,
         }
         # Export a program first: from a module, torch 2.8 writes one branch of data-dependent control flow.
-        program = _quietly(lambda: _program(model, example, dynamic_batch))
-        _quietly(lambda: torch.onnx.export(program, (), part, **options))
+        program = quietly(lambda: _program(model, example, dynamic_batch))
+        graph = quietly(lambda: torch.onnx.export(program, (), **options))
+        graph.model.metadata_props.update(_metadata_entry(model, example, dynamic_batch, labels))
+        quietly(lambda: graph.save(part))
     return out
 
 
@@ -75,38 +81,64 @@ def export_program(
     img_size: int | tuple[int, int] | None = None,
     example: Tensor | None = None,
     dynamic_batch: bool = True,
+    labels: tuple[str, ...] | None = None,
 ) -> Path:
     """Write the model as a torch.export program, for `torch.export.load(out).module()` without timm or this package.
 
     See `export_onnx` for arguments and errors; the name of the file ends in .pt2.
     """
-    example = _prepare(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic_batch)
+    example = prepare_example(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic_batch)
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
-        _output_names(model, example)
-        with _OursSpelledOut():
-            program = _quietly(lambda: _program(model, example, dynamic_batch))
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # it names files of this machine
+        program = spelled_out_program(model, example, dynamic_batch)
+        entry = _metadata_entry(model, example, dynamic_batch, labels)
         with written(part) as file:
-            torch.export.save(program, file)
+            torch.export.save(program, file, extra_files={EXTRA_FILE: entry[KEY]} if entry else None)
     return out
 
 
-def _program(model: nn.Module, example: Tensor, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
-    return torch.export.export(model, (example,), dynamic_shapes=shapes)
+def spelled_out_program(
+    model: nn.Module, example: Tensor, dynamic_batch: bool, most: int | None = None
+) -> torch.export.ExportedProgram:
+    """Return a program of torch's own operations, that names no file of this machine.
+
+    Args:
+        most: images of a batch, where it is dynamic; None: any number.
+    """
+    _output_names(model, example)
+    with _OursSpelledOut():
+        program = quietly(lambda: _program(model, example, dynamic_batch, most))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
 
 
-def require_onnx(*packages: str) -> None:
-    """Raise a MissingExtraError with the install command if one of the ONNX packages is missing."""
-    from importlib.util import find_spec
-
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(f'ONNX needs {", ".join(missing)}: pip install "foveate[export]"')
+def _program(
+    model: nn.Module, example: Tensor, dynamic_batch: bool, most: int | None = None
+) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (example,), dynamic_shapes=dynamic_shapes_of(dynamic_batch, most))
 
 
-def _prepare(
+def dynamic_shapes_of(dynamic_batch: bool, most: int | None = None) -> tuple[dict[int, torch.export.Dim]] | None:
+    """Return what torch.export takes for a dynamic batch of up to `most` images."""
+    return ({0: torch.export.Dim("batch", max=most)},) if dynamic_batch else None
+
+
+def metadata_for(
+    model: nn.Module, example: Tensor, dynamic_batch: bool, labels: tuple[str, ...] | None = None
+) -> Metadata | None:
+    """Return the metadata of a graph exported for an example; None where timm did not create the model."""
+    size = (example.shape[-2], example.shape[-1])
+    return metadata_of(model, size, batch=None if dynamic_batch else len(example), labels=labels)
+
+
+def _metadata_entry(
+    model: nn.Module, example: Tensor, dynamic_batch: bool, labels: tuple[str, ...] | None
+) -> dict[str, str]:
+    metadata = metadata_for(model, example, dynamic_batch, labels)
+    return {} if metadata is None else {KEY: metadata.dumps()}
+
+
+def prepare_example(
     model: nn.Module,
     out: Path,
     suffix: str,
@@ -159,7 +191,7 @@ class _OursSpelledOut(TorchFunctionMode):
         return op.decompose(*args, **(kwargs or {}))
 
 
-def _quietly(export: Callable):
+def quietly(export: Callable):
     log = logging.getLogger("torch.onnx")  # torch 2.8 logs warnings about torchvision's operators
     level = log.level
     log.setLevel(logging.ERROR)

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -81,8 +82,10 @@ def real_images(
     if mode is None:
         raise ExportError(f"images have 1 or 3 channels, the model needs {config['input_size'][0]}")
     check_fits(count, config["input_size"])
-    pictures = _digits(count) if folder is None else islice(cycle(_files(Path(folder))), count)
-    decoded = [_decoded(picture, mode) for picture in pictures]
+    pictures = _digits(count) if folder is None else islice(cycle(image_files(Path(folder))), count)
+    decoded = [
+        picture.convert(mode) if isinstance(picture, Image.Image) else _decoded(picture, mode) for picture in pictures
+    ]
     try:
         transform = create_transform(**config)
         return torch.stack([transform(picture) for picture in decoded])
@@ -90,22 +93,42 @@ def real_images(
         raise ExportError(f"{type(model).__name__}: its preprocessing fails: {first_line(error)}") from error
 
 
-def _decoded(picture: Path | Image.Image, mode: str) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture.convert(mode)
+def decode_image(picture: Path | bytes, channels: int) -> Image.Image:
+    """Decode an image with Pillow, as grey or RGB values.
+
+    Args:
+        picture: a file, or its content.
+        channels: of the model's input, 1 or 3.
+
+    Raises:
+        ExportError: not a regular file, or not a readable image.
+    """
+    if channels not in _MODES:
+        raise ExportError(f"images have 1 or 3 channels, the model needs {channels}")
+    return _decoded(picture, _MODES[channels])
+
+
+def _decoded(picture: Path | bytes, mode: str) -> Image.Image:
+    name = picture if isinstance(picture, Path) else "the image"
     try:
-        check_regular(picture)
+        if isinstance(picture, Path):
+            check_regular(picture)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(picture) as image:
+            with Image.open(picture if isinstance(picture, Path) else BytesIO(picture)) as image:
                 return image.convert(mode)
     except UnreadableFileError as error:
-        raise ExportError(f"image {picture} {error}") from error
+        raise ExportError(f"image {name} {error}") from error
     except Exception as error:  # Pillow's decoders raise many types
-        raise ExportError(f"{picture} is not a readable image: {first_line(error)}") from error
+        raise ExportError(f"{name} is not a readable image: {first_line(error)}") from error
 
 
-def _files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files of a folder and its sub-folders, sorted by name.
+
+    Raises:
+        ExportError: there is none.
+    """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if not files:
         raise ExportError(f"no image in {folder}; looked for {' '.join(sorted(_SUFFIXES))}")

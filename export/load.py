@@ -12,6 +12,7 @@ from .._errors import did_you_mean, first_line
 from .._model_args import FEATURE_ARGS, check_model_args
 from .._timm import pretrained_cfg
 from .._weights import prefers_averages
+from .adapters import load_adapter, merge_lora
 from .errors import ExportError
 from .hub_files import CONFIG, check_hub_config, read_hub_weights
 from .inputs import without_warnings
@@ -24,7 +25,12 @@ _NO_OTHER_SOURCE = {
 
 
 def load_model(
-    name: str, checkpoint: str | Path | None = None, *, pretrained: bool = False, **kwargs: Any
+    name: str,
+    checkpoint: str | Path | None = None,
+    *,
+    pretrained: bool = False,
+    adapter: str | Path | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Create a model in eval mode, with all of its weights from one source. Runs no code from any file.
 
@@ -37,6 +43,7 @@ def load_model(
         checkpoint: .pth or .safetensors in the official layout or ours; passed to the family's checkpoint filter. It is
             loaded strictly: no tensor may be missing or left over.
         pretrained: load the published weights that timm knows for the name.
+        adapter: folder of a LoRA adapter for these weights, as peft writes it; it is merged into them.
         kwargs: the model's own arguments, such as num_classes.
 
     Raises:
@@ -46,6 +53,8 @@ def load_model(
     _check_factory_arguments(kwargs)
     if checkpoint is not None and pretrained:
         raise ExportError(f"weights for {name} from the checkpoint {checkpoint} or pretrained, not both")
+    if adapter is not None and not pretrained and source is None and checkpoint is None:
+        raise ExportError(f"the adapter {adapter} changes given weights: name a checkpoint of {name}, or pretrained")
     wants_weights = pretrained or source is not None or checkpoint is not None
     if checkpoint is not None:
         overlay, origin = _overlay(name, checkpoint, kwargs), f"checkpoint {checkpoint}"
@@ -61,6 +70,9 @@ def load_model(
         _check_arguments(name, kwargs)
         raise ExportError(f"{origin} cannot be loaded into {name}: {explain_mismatch(error)}") from error
     pretrained_cfg(model).pop("state_dict", None)  # the model holds the tensors now
+    if adapter is not None:
+        load_adapter(model, adapter)
+        merge_lora(model)
     return model.eval()
 
 

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .._errors import first_line
@@ -25,6 +27,18 @@ def read_model_weights(path: str | Path, *, use_ema: bool = True) -> dict[str, T
     except UnreadableFileError as error:
         hint = f"; name the model local-dir:{path} to load it" if str(error) == IS_FOLDER else ""
         raise ExportError(f"checkpoint {path} {error}{hint}") from error
+
+
+def write_safetensors(weights: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    """Write contiguous tensors, with texts as metadata.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        save_file(weights, path, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:  # safetensors reports a full disk this way
+        raise OSError(f"{path.name}: {first_line(error)}") from error
 
 
 def explain_mismatch(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Train and fine-tune from recipes: timm's models, data and optimizers in MMEngine's loop."""
 
-from .checkpoints import export_weights, load_net
+from .checkpoints import export_adapter, export_weights, load_net
 from .errors import MissingPackageError, TrainError
 from .recipe import Recipe
 from .recipe_files import find_recipe, list_recipes, load_recipe
@@ -15,6 +15,7 @@ __all__ = [
     "TrainError",
     "TrainResult",
     "evaluate",
+    "export_adapter",
     "export_weights",
     "find_recipe",
     "list_recipes",

@@ -1,8 +1,8 @@
 """Checkpoints: written atomically, made of tensors and plain data only, loaded without running code.
 
-A work_dir holds epoch_N.pth (the newest few, with everything a resumed run needs), best.pth (weights only) and
-last_checkpoint (name of the newest). Keys: meta, state_dict (EMA weights where EMA is on), optimizer,
-ema_state_dict (then the raw weights and the EMA's step count).
+A work_dir holds epoch_N.pth (the newest few, with everything a resumed run needs), best.pth (weights only), the folder
+adapter (its LoRA adapters, if the recipe has them) and last_checkpoint (name of the newest). Keys: meta, state_dict
+(EMA weights where EMA is on), optimizer, ema_state_dict (then the raw weights and the EMA's step count).
 """
 
 import re
@@ -12,13 +12,13 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._errors import first_line
 from .._files import PART, UnreadableFileError, atomic_path
 from .._torch_files import read_weights, save_torch
+from ..export.adapters import has_lora, merge_lora, save_adapter
+from ..export.weights import write_safetensors
 from .errors import TrainError
 from .model import build_net
 from .recipe import Recipe
@@ -26,6 +26,7 @@ from .recipe_files import load_recipe
 
 POINTER = "last_checkpoint"
 BEST = "best.pth"
+ADAPTER = "adapter"  # folder of the best LoRA adapters, as peft reads them
 _EPOCH = re.compile(r"epoch_(\d+)\.pth")
 _NET = "net."  # Classifier's attribute
 _META = {
@@ -129,13 +130,14 @@ def net_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 def load_net(path: str | Path) -> nn.Module:
     """Build the model that a checkpoint was trained with, in eval mode, with its weights (EMA where EMA was on).
 
-    Runs no code from the file. Hooks that its recipe names are not built.
+    LoRA adapters are merged into the weights. Runs no code from the file. Hooks that its recipe names are not built.
 
     Raises:
         TrainError: not written by `foveate train`, or its weights do not fit its recipe.
     """
     checkpoint = read_checkpoint(path)
-    return build_with_weights(recipe_of(checkpoint), checkpoint).eval()
+    net = build_with_weights(recipe_of(checkpoint), checkpoint)
+    return (merge_lora(net) if has_lora(net) else net).eval()
 
 
 def build_with_weights(recipe: Recipe, checkpoint: dict[str, Any]) -> nn.Module:
@@ -153,8 +155,24 @@ def from_scratch(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, pretrained=False, checkpoint=None))
 
 
+def export_adapter(checkpoint: str | Path, folder: str | Path) -> Path:
+    """Write the LoRA adapters of a checkpoint, and its classifier, to a folder that peft reads.
+
+    Raises:
+        TrainError: not a checkpoint of `foveate train`, or its recipe has no model.lora.
+        OSError: the disk is full.
+    """
+    loaded = read_checkpoint(checkpoint)
+    recipe = recipe_of(loaded)
+    if recipe.model.lora is None:
+        raise TrainError(f"checkpoint {checkpoint} has no adapters: its recipe has no model.lora")
+    if not Path(folder).absolute().parent.is_dir():
+        raise TrainError(f"{folder}: the folder {Path(folder).parent} does not exist")
+    return save_adapter(build_with_weights(recipe, loaded), folder)
+
+
 def export_weights(checkpoint: str | Path, out: str | Path) -> Path:
-    """Write the model's state dict, as timm loads it, to a .safetensors or .pth file.
+    """Write the model's state dict, as timm loads it, to a .safetensors or .pth file; LoRA adapters are merged.
 
     Raises:
         TrainError: not a checkpoint of `foveate train`, or `out` has another suffix or no folder.
@@ -165,18 +183,12 @@ def export_weights(checkpoint: str | Path, out: str | Path) -> Path:
     if not out.parent.is_dir():
         raise TrainError(f"{out}: the folder {out.parent} does not exist")
     loaded = read_checkpoint(checkpoint)
-    weights = {name: tensor.contiguous() for name, tensor in net_weights(loaded).items()}
-    architecture = {"format": "pt", "architecture": recipe_of(loaded).model.name}
+    net = load_net(checkpoint) if recipe_of(loaded).model.lora else None
+    weights = net_weights(loaded) if net is None else net.state_dict()
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     with atomic_path(out) as part:
         if out.suffix == ".pth":
             save_torch(weights, part)
         else:
-            _save_safetensors(weights, part, architecture)
+            write_safetensors(weights, part, architecture=recipe_of(loaded).model.name)
     return out
-
-
-def _save_safetensors(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file(weights, path, metadata=metadata)
-    except SafetensorError as error:  # safetensors reports a full disk this way
-        raise OSError(f"{path.name}: {first_line(error)}") from error

@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 
 from .._errors import did_you_mean, first_line
 from ..pruning.hook import KeepMasks
-from .checkpoints import write_best, write_epoch
+from .checkpoints import ADAPTER, export_adapter, write_best, write_epoch
 from .errors import TrainError
 from .optim import lr_at
 from .recipe import Recipe, recipe_data
@@ -73,7 +73,7 @@ class Ema(EMAHook):
 
 
 class SaveCheckpoints(Hook):
-    """Write the checkpoint after an epoch's validation, and best.pth when top-1 is the best so far."""
+    """Write the checkpoint after an epoch's validation; best.pth and LoRA adapters when top-1 is the best so far."""
 
     priority = "VERY_LOW"  # after EMA has swapped back and the log line is written
 
@@ -96,7 +96,9 @@ class SaveCheckpoints(Hook):
             return
         checkpoint = self._snapshot(runner)
         if improved:
-            write_best(self.work_dir, checkpoint)
+            best = write_best(self.work_dir, checkpoint)
+            if self.recipe.model.lora is not None:
+                export_adapter(best, self.work_dir / ADAPTER)
         if due:
             write_epoch(self.work_dir, checkpoint, self.recipe.checkpoint.keep)
 

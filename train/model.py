@@ -24,9 +24,11 @@ from .._memory import check_images_fit
 from .._modes import keeping_modes
 from .._timm import pretrained_cfg, set_pretrained_cfg
 from .._weights import prefers_averages, read_state_dict
+from ..export.adapters import add_lora
+from ..export.errors import ExportError
 from .augment import BatchTransform
 from .errors import TrainError
-from .recipe import AugmentRecipe, ModelRecipe, Precision, Recipe
+from .recipe import AugmentRecipe, LoraRecipe, ModelRecipe, Precision, Recipe
 
 DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")  # in official files and in timm's
@@ -108,7 +110,29 @@ def build_net(recipe: Recipe) -> nn.Module:
         raise _why_not_built(model, error) from error
     kept = {key: value for key, value in pretrained_cfg(net).items() if key != "state_dict"}
     set_pretrained_cfg(net, {**kept, **_input_cfg(recipe)})
+    if model.lora is not None:
+        _add_lora(net, model.lora)
     return net
+
+
+def check_lora(recipe: Recipe) -> None:
+    """Refuse adapters for random weights, which would never train.
+
+    Raises:
+        TrainError: model.lora without model.checkpoint and model.pretrained.
+    """
+    model = recipe.model
+    if model.lora is not None and model.checkpoint is None and not model.pretrained:
+        raise TrainError("model.lora: adapters change given weights; give model.checkpoint or model.pretrained")
+
+
+def _add_lora(net: nn.Module, lora: LoraRecipe) -> None:
+    classifier = pretrained_cfg(net).get("classifier") or ()
+    trained = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    try:
+        add_lora(net, lora.rank, lora.alpha, lora.dropout, lora.targets, trained)
+    except ExportError as error:
+        raise TrainError(f"model.lora: {first_line(error)}") from error
 
 
 def check_runs(model: Classifier, recipe: Recipe) -> None:

@@ -16,6 +16,17 @@ Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 
 
 @dataclass(frozen=True)
+class LoraRecipe:
+    """Low-rank adapters: y = W x + alpha / rank * B A x. Everything else keeps its weights, but for the classifier."""
+
+    rank: int = limited(8, at_least=1, at_most=4096)
+    alpha: float = limited(16.0, above=0)
+    dropout: float = limited(0.0, at_least=0, below=1)
+    # Shell patterns of names of linear layers and of convolutions without groups, such as ("*.qkv", "*.proj").
+    targets: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True)
 class ModelRecipe:
     """A timm model; a recipe writes the keywords (dims, depths, ...) beside the name."""
 
@@ -25,6 +36,7 @@ class ModelRecipe:
     drop_path_rate: float | None = limited(None, at_least=0, below=1)
     pretrained: bool = False  # the weights that timm knows for the name
     checkpoint: str | None = None  # a local file to start from: official layout or ours
+    lora: LoraRecipe | None = None  # train adapters and the classifier only
     keywords: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from .errors import TrainError
 from .hooks import Ema, LearningRate, SaveCheckpoints, SeedEpoch, build_hooks, seed_everything
 from .interrupt import CtrlC
 from .launch import Launcher, check_precision, processes
-from .model import Classifier, TopK, build_net, check_runs, summarise
+from .model import Classifier, TopK, build_net, check_lora, check_runs, summarise
 from .optim import build_optim_wrapper
 from .recipe import Recipe, recipe_data
 from .recipe_files import load_recipe
@@ -81,6 +81,7 @@ def train(
     """
     start = time.perf_counter()
     loaded = _with_data(load_recipe(recipe, cfg_options), data)
+    check_lora(loaded)
     work_dir = Path(work_dir).absolute()
     with processes(launcher, device) as place:
         check_precision(loaded.precision, place)

@@ -77,6 +77,8 @@ def _convert(hint: Any, value: object, key: str) -> Any:
 
 def _convert_union(hint: Any, value: object, key: str) -> Any:
     for arm in get_args(hint):
+        if isinstance(value, Mapping) and isinstance(arm, type) and is_dataclass(arm):
+            return read(arm, value, key)  # its message names the key inside the section
         try:
             return _convert(arm, value, key)
         except TrainError:

@@ -165,7 +165,7 @@ def test_another_size_than_the_fixed_one_is_refused(tmp_path):
 
 
 def test_missing_packages_name_the_command_that_helps(net, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("foveate.export.files.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r'onnx, onnxscript: pip install "foveate\[export\]"'):
         export_onnx(net, tmp_path / "net.onnx")
 

@@ -1,0 +1,170 @@
+"""Write a model for one runtime: an AOTInductor package, OpenVINO IR, an ExecuTorch program, a Core ML package.
+
+Each starts from the program or the ONNX file of graphs.py, so all of them compute the same graph.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import first_line
+from .._files import atomic_path
+from .._modes import evaluating
+from .._torch import compile_package
+from .files import require_packages
+from .graphs import (
+    PROGRAM_SUFFIX,
+    export_onnx,
+    metadata_for,
+    prepare_example,
+    quietly,
+    spelled_out_program,
+)
+from .metadata import KEY, Metadata
+
+IR_SUFFIX, EXECUTORCH_SUFFIX, COREML_SUFFIX = ".xml", ".pte", ".mlpackage"
+_MOST_IMAGES = 64  # of a batch of an ExecuTorch program: it plans its memory for the largest batch
+
+
+def export_aoti(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    example: Tensor | None = None,
+    dynamic_batch: bool = True,
+    labels: tuple[str, ...] | None = None,
+) -> Path:
+    """Write an AOTInductor package: machine code for this CPU, for `torch._inductor.aoti_load_package` and for C++.
+
+    Compiles C++ for a minute or two. See `export_onnx` for arguments and errors; the name of the file ends in .pt2.
+
+    Raises:
+        ExportError: no C++ compiler, or an invalid request.
+    """
+    example = prepare_example(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic_batch)
+    with evaluating(model), torch.no_grad(), atomic_path(out) as part:
+        program = spelled_out_program(model, example, dynamic_batch)
+        write_aoti(program, part, metadata_for(model, example, dynamic_batch, labels))
+    return out
+
+
+def write_aoti(program: torch.export.ExportedProgram, part: Path, metadata: Metadata | None) -> None:
+    """Compile a program to a package."""
+    options: dict[str, Any] = {} if metadata is None else {"aot_inductor.metadata": {KEY: metadata.dumps()}}
+    quietly(lambda: compile_package(program, str(part), options))
+
+
+def export_openvino(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    example: Tensor | None = None,
+    dynamic_batch: bool = True,
+    labels: tuple[str, ...] | None = None,
+) -> Path:
+    """Write OpenVINO IR in float32: OUT.xml, and the weights beside it, OUT.bin.
+
+    See `export_onnx` for arguments and errors; `out` ends in .xml.
+    """
+    require_packages("openvino", "openvino")
+    out = Path(out)
+    example = prepare_example(model, out, IR_SUFFIX, img_size, example, dynamic_batch)
+    with atomic_path(out) as part:
+        source = export_onnx(model, part.with_suffix(".onnx"), example=example, dynamic_batch=dynamic_batch)
+        write_openvino(source, part, metadata_for(model, example, dynamic_batch, labels))
+        source.unlink()
+        _move_weights(part, out)
+    return out
+
+
+def write_openvino(source: Path, part: Path, metadata: Metadata | None) -> None:
+    """Convert an ONNX file to IR."""
+    import openvino
+
+    def convert() -> None:
+        converted = openvino.convert_model(str(source))
+        if metadata is not None:
+            converted.set_rt_info(metadata.dumps(), [KEY])
+        openvino.save_model(converted, str(part), compress_to_fp16=False)
+
+    try:
+        quietly(convert)
+    except RuntimeError as error:  # OpenVINO reports a full disk this way
+        raise OSError(f"{part.name}: {first_line(error)}") from error
+
+
+def _move_weights(part: Path, out: Path) -> None:
+    """Put the weights of an IR in their place; the graph, which is of no use without them, follows."""
+    os.replace(part.with_suffix(".bin"), out.with_suffix(".bin"))
+
+
+def export_executorch(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    example: Tensor | None = None,
+    dynamic_batch: bool = True,
+    labels: tuple[str, ...] | None = None,
+) -> Path:
+    """Write an ExecuTorch program for phones and embedded CPUs, with XNNPACK's kernels where they apply.
+
+    See `export_onnx` for arguments and errors; `out` ends in .pte. A dynamic batch holds up to 64 images.
+    """
+    require_packages("executorch", "executorch")
+    example = prepare_example(model, out := Path(out), EXECUTORCH_SUFFIX, img_size, example, dynamic_batch)
+    with evaluating(model), torch.no_grad(), atomic_path(out) as part:
+        program = spelled_out_program(model, example, dynamic_batch, _MOST_IMAGES)
+        part.write_bytes(
+            quietly(lambda: _executorch_bytes(program, metadata_for(model, example, dynamic_batch, labels)))
+        )
+    return out
+
+
+def _executorch_bytes(program: torch.export.ExportedProgram, metadata: Metadata | None) -> bytes:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    constants = None if metadata is None else {KEY: metadata.dumps()}
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=constants)
+    return bytes(edge.to_executorch().buffer)
+
+
+def export_coreml(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    example: Tensor | None = None,
+    labels: tuple[str, ...] | None = None,
+) -> Path:
+    """Write a Core ML package for one image a call, in float32. It runs on macOS and iOS only.
+
+    See `export_onnx` for arguments and errors; `out` ends in .mlpackage and must not exist.
+    """
+    require_packages("coreml", "coremltools")
+    example = prepare_example(model, out := Path(out), COREML_SUFFIX, img_size, example, False)
+    with evaluating(model), torch.no_grad(), atomic_path(out) as part:
+        metadata = metadata_for(model, example, False, labels)
+        program = spelled_out_program(model, example, False).run_decompositions({})
+        quietly(lambda: _write_coreml(program, part, metadata))
+    return out
+
+
+def _write_coreml(program: torch.export.ExportedProgram, part: Path, metadata: Metadata | None) -> None:
+    import coremltools
+
+    converted = coremltools.convert(
+        program,
+        compute_precision=coremltools.precision.FLOAT32,
+        convert_to="mlprogram",
+        skip_model_load=True,
+    )
+    if metadata is not None:
+        converted.user_defined_metadata[KEY] = metadata.dumps()
+    converted.save(str(part))
