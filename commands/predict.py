@@ -75,7 +75,9 @@ def _open(
     if wrong := [option for option, value in given.items() if value]:
         raise RequestError(f"{wrong[0]}: {name} is a file and holds its weights; give it with a model's name")
     opened = open_file(name)
-    metadata = opened.metadata if like is None else metadata_of(load_model(like), img_size)
+    metadata = opened.metadata
+    if like is not None and (of_model := metadata_of(load_model(like), img_size)) is not None:
+        metadata = replace(of_model, labels=None if metadata is None else metadata.labels)
     if metadata is None:
         raise RequestError(f"{name} does not say how images are preprocessed: name its model with --like")
     if img_size is not None and like is None:

@@ -16,9 +16,9 @@ from .metadata import Metadata
 Runs = Mapping[str, Callable[[Tensor], list[Tensor]]]
 
 
-def count_classes(folder: str | Path) -> int:
-    """Return the number of class folders: folders of `folder`, by name."""
-    return sum(path.is_dir() for path in Path(folder).iterdir())
+def class_folders(folder: str | Path) -> list[str]:
+    """Return the names of the class folders, in the order of the classes."""
+    return sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
 
 
 def measure_top1(
@@ -42,12 +42,13 @@ def measure_top1(
     """
     try:
         with without_warnings():
-            images = create_dataset("", root=str(folder))
+            names = class_folders(folder)
+            images = create_dataset("", root=str(folder), class_map={name: i for i, name in enumerate(names)})
             images.transform = create_transform(**metadata.transform_args)
-            classes, size = len(images.reader.class_to_idx), metadata.batch or batch
+            size = metadata.batch or batch
             chosen = range(len(images)) if most is None else _spread(len(images), most)
             loader = DataLoader(Subset(images, chosen), size, drop_last=metadata.batch is not None)
-            return _measure(runs, loader, classes)
+            return _measure(runs, loader, len(names))
     except ExportError:
         raise
     except Exception as error:  # readers and decoders raise many types

@@ -70,12 +70,12 @@ def match_layers(model: nn.Module, targets: Sequence[str], trained: Sequence[str
     layers = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and _is_plain(module))
         if not any(name == other or name.startswith(f"{other}.") for other in trained)
     ]
     for pattern in targets:
         if not any(fnmatchcase(name, pattern) for name in layers):
-            raise ExportError(f"{pattern!r} matches no linear layer and no convolution without groups")
+            raise ExportError(f"{pattern!r} matches no linear layer and no convolution without groups and dilation")
     return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in targets)]
 
 
@@ -137,6 +137,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         set_peft_model_state_dict(adapted, found)
     except Exception as error:  # peft raises many types
         raise ExportError(f"adapter {folder} does not fit {type(model).__name__}: {first_line(error)}") from error
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    return layer.groups == 1 and layer.dilation == (1, 1)  # peft's adapters of convolutions do not dilate
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.utils.benchmark import Timer
 
 from .._files import atomic_path
 from .._modes import evaluating
-from .accuracy import count_classes, measure_top1
+from .accuracy import class_folders, measure_top1
 from .converters import write_aoti, write_openvino
 from .errors import DisagreementError, ExportError
 from .formats import Format, Request, move_weights, write
@@ -118,7 +118,7 @@ def _compare(
 def _top1(
     plain: OpenFile, int8: OpenFile, folder: Path | None, metadata: Metadata, classes: int
 ) -> tuple[tuple[float, float] | None, int]:
-    if folder is None or count_classes(folder) != classes:
+    if folder is None or len(class_folders(folder)) != classes:
         return None, 0
     found, images = measure_top1({"float32": plain.run, "int8": int8.run}, metadata, folder)
     return (found["float32"], found["int8"]), images

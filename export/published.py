@@ -8,7 +8,7 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import PretrainedCfg, get_pretrained_cfg, list_modules, list_pretrained
+from timm.models import PretrainedCfg, get_pretrained_cfg, list_modules
 
 from .._errors import did_you_mean, first_line
 from .accuracy import measure_top1
@@ -47,9 +47,8 @@ def list_published(pattern: str) -> list[Published]:
     Raises:
         ExportError: there are none.
     """
-    family = pattern if pattern in list_modules() else ""
-    names = list_pretrained("*" if family else pattern, module=family)
-    names = names or list_pretrained(f"{pattern}.*")
+    family = pattern in list_modules()
+    names = timm.list_models("*" if family else pattern, module=pattern if family else "", pretrained=True)
     found = [Published(name, url) for name in names if (url := _url(get_pretrained_cfg(name)))]
     if not found:
         near = did_you_mean(pattern, [*list_modules(), *timm.list_models()])
