@@ -233,7 +233,7 @@ def gate(
         )
 
     name = f"{op} B{batch} {channels}x{height}x{width} {layout}"
-    return Case(name, dtype, make, differentiable=op != "large_kernel")
+    return Case(name, dtype, make)
 
 
 def _of(shape: tuple[int, ...]) -> str:

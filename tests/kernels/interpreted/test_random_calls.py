@@ -18,8 +18,6 @@ def by_kernel(calls: Iterable[Call], most: int) -> list[tuple[Call, str | None]]
     """The first of the calls that a kernel runs, and what is wrong with each."""
     found = []
     for call in calls:
-        if call.name == "large_kernel_attention":  # for inference
-            call.needed = frozenset()
         try:
             found.append((call, check(call, "fused")))
         except NotImplementedError:  # the kernel says why
