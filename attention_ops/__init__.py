@@ -4,9 +4,9 @@ from ._op import Impl
 from .bi_level_routing import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw, RegionPool
 from .channel import ChannelAttention, channel_attention
 from .channel_gate import EfficientChannelAttention, channel_gate
-from .circle import circle_attention
+from .circle import circle_attention, circle_attention_lse
 from .dense import dense
-from .halo import HaloAttention2d, halo_attention
+from .halo import HaloAttention2d, halo_attention, halo_attention_lse
 from .hilo import HiLoAttention, hilo_attention
 from .insert import insert_attention
 from .large_kernel import LargeKernelAttention, large_kernel_attention
@@ -33,8 +33,10 @@ __all__ = [
     "channel_attention",
     "channel_gate",
     "circle_attention",
+    "circle_attention_lse",
     "dense",
     "halo_attention",
+    "halo_attention_lse",
     "hilo_attention",
     "insert_attention",
     "large_kernel_attention",

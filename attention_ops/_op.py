@@ -217,7 +217,9 @@ def declare(
         taken = [n for name in _names(body) for n in (_names(bundles[name]) if name in bundles else (name,))]
         if sorted(taken) != sorted(set(parameters) - {"impl"}):
             wanted = ", ".join(sorted(set(parameters) - {"impl"}))
-            raise TypeError(f"{body.__name__} must take the arguments of {promise.__name__}: {wanted}")
+            raise TypeError(
+                f"{getattr(body, '__name__', body)} must take the arguments of {promise.__name__}: {wanted}"
+            )
     pairs = tuple(name for name in parameters if _schema_type(hints[name]).rstrip("?").endswith("[2]"))
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     defaults |= {name: (defaults[name],) * 2 for name in pairs if isinstance(defaults[name], int)}

@@ -5,16 +5,19 @@ Semantics  a query sees the keys at dy * dy + dx * dx < radius * radius; at the 
 We differ  text tokens and the optional down-sampled keys of the paper's model are not part of this op.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels.local.plan import Pattern
 from ._attend import accumulator
 from ._checks import check_at_least, check_qkv, why_no_local_kernel
+from ._lse import first_result, lse_variant
 from ._op import Impl, declare, run
 from .tile_plan import cached_tile_mask, positions, tile_mask, tile_plan
-from .tiled_attention import TiledAttention
+from .tiled_attention import TiledAttention, TiledAttentionLse
 from .tiling import AxisTiling
 
 OP = "circle_attention"
@@ -29,13 +32,13 @@ def circle_attention(
     compute up to 2.5 times as many in exchange for dense products. The fused body has no double backward.
 
     Args:
-        q, k, v: (B, H, W, heads, head_dim), one shape, dtype and device; strided views are fine.
+        q, k: (B, H, W, heads, head_dim); v: (B, H, W, heads, value_dim). One dtype and device; strided views are fine.
         radius: in tokens, at least 1 (a token sees itself only).
         scale: multiplies q . k; head_dim ** -0.5 when None.
         impl: "auto", "fused", "tiled" or "reference".
 
     Returns:
-        (B, H, W, heads, head_dim), dtype of q (under autocast: the autocast dtype).
+        (B, H, W, heads, value_dim), dtype of q (under autocast: the autocast dtype).
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or radius is below 1.
@@ -44,12 +47,15 @@ def circle_attention(
     return run(OP, locals())
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, radius: int) -> None:
-    check_qkv(OP, q, k, v)
-    check_at_least(OP, "radius", (radius,), 1)
+circle_attention_lse = lse_variant(circle_attention)
 
 
-def circle_attention_reference(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, radius: int) -> None:
+    check_qkv(op, q, k, v, value_dim=True)
+    check_at_least(op, "radius", (radius,), 1)
+
+
+def circle_attention_lse_reference(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> tuple[Tensor, Tensor]:
     """The definition: gather the keys of every query's circle, 3.14 * radius ** 2 copies of k and v. float32 inside."""
     wide = accumulator(q.dtype)
     away = torch.arange(1 - radius, radius, device=q.device)
@@ -60,9 +66,9 @@ def circle_attention_reference(q: Tensor, k: Tensor, v: Tensor, radius: int, sca
     outside = (row < 0) | (row >= q.shape[1]) | (col < 0) | (col >= q.shape[2])  # (H, W, keys)
     index = row.clamp(0, q.shape[1] - 1), col.clamp(0, q.shape[2] - 1)
     k, v = (t.to(wide)[:, index[0], index[1]].masked_fill(outside[..., None, None], 0) for t in (k, v))
-    logits = torch.einsum("bhwnd,bhwknd->bnhwk", q.to(wide) * scale, k)
-    probs = logits.masked_fill(outside, -torch.inf).softmax(-1)
-    return torch.einsum("bnhwk,bhwknd->bhwnd", probs, v).to(q.dtype)
+    logits = torch.einsum("bhwnd,bhwknd->bnhwk", q.to(wide) * scale, k).masked_fill(outside, -torch.inf)
+    out = torch.einsum("bnhwk,bhwknd->bhwnd", logits.softmax(-1), v).to(q.dtype)
+    return out, logits.logsumexp(-1).permute(0, 2, 3, 1)
 
 
 class Circle(NamedTuple):
@@ -90,43 +96,63 @@ class Circle(NamedTuple):
         return (size[0] - 1) ** 2 + (size[1] - 1) ** 2 < self.radius**2
 
 
-def circle_attention_tiled(q: Tensor, k: Tensor, v: Tensor, circle: Circle, scale: float) -> Tensor:
+def _tiled(kind: type[TiledAttention], q: Tensor, k: Tensor, v: Tensor, circle: Circle, scale: float) -> Any:
     """Tiles of queries against the one key tile that covers their circles."""
     size = (q.shape[1], q.shape[2])
     plan = tile_plan(circle, size)
     mask = cached_tile_mask(circle, size, plan, q.device, accumulator(q.dtype))
-    return TiledAttention(plan, mask, scale)(q, k, v, None)
+    return kind(plan, mask, scale)(q, k, v, None)
 
 
-def circle_attention_graph(q: Tensor, k: Tensor, v: Tensor, circle: Circle, scale: float) -> Tensor:
+def _graph(kind: type[TiledAttention], q: Tensor, k: Tensor, v: Tensor, circle: Circle, scale: float) -> Any:
     """Attend by differentiable operations; the mask becomes part of a traced graph."""
     size = (q.shape[1], q.shape[2])
     plan = tile_plan(circle, size)
-    return TiledAttention(plan, tile_mask(circle, size, plan, q.device), scale).graph(q, k, v, None)
+    return kind(plan, tile_mask(circle, size, plan, q.device), scale).graph(q, k, v, None)
+
+
+def _pattern(radius: int) -> Pattern:
+    return Pattern("circle", (radius, radius), (radius - 1, radius - 1))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:
-    from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
+    from ..kernels.local.launch import local_attention  # here, so that CPU users need no Triton
 
-    pattern = Pattern("circle", (radius, radius), (radius - 1, radius - 1))
-    return local_attention(q, k, v, pattern, scale=scale)
+    return local_attention(q, k, v, _pattern(radius), scale=scale)
 
 
-def _macs(q: Tensor, radius: int) -> int:
+def _fused_lse(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> tuple[Tensor, Tensor]:
+    from ..kernels.local.launch import local_attention_lse
+
+    return local_attention_lse(q, k, v, _pattern(radius), scale=scale)
+
+
+def _macs(q: Tensor, v: Tensor, radius: int) -> int:
     rows, cols = (torch.arange(length) for length in q.shape[1:3])
     apart_y, apart_x = ((x[:, None] - x).square().flatten().bincount() for x in (rows, cols))  # pairs by distance ** 2
     near = torch.arange(len(apart_y))[:, None] + torch.arange(len(apart_x)) < radius * radius
     pairs = int((apart_y[:, None] * apart_x * near).sum())
-    return 2 * q.shape[0] * q.shape[3] * q.shape[4] * pairs
+    return q.shape[0] * q.shape[3] * (q.shape[4] + v.shape[4]) * pairs
 
 
 declare(
     circle_attention,
-    check=_check,
-    reference=circle_attention_reference,
-    tiled=circle_attention_tiled,
-    graph=circle_attention_graph,
+    check=partial(_check, OP),
+    reference=first_result(circle_attention_lse_reference),
+    tiled=partial(_tiled, TiledAttention),
+    graph=partial(_graph, TiledAttention),
     fused=_fused,
+    why_not_fused=why_no_local_kernel,
+    macs=_macs,
+    bundles={"circle": Circle},
+)
+declare(
+    circle_attention_lse,
+    check=partial(_check, f"{OP}_lse"),
+    reference=circle_attention_lse_reference,
+    tiled=partial(_tiled, TiledAttentionLse),
+    graph=partial(_graph, TiledAttentionLse),
+    fused=_fused_lse,
     why_not_fused=why_no_local_kernel,
     macs=_macs,
     bundles={"circle": Circle},

@@ -10,13 +10,23 @@ We differ  a map need not be a multiple of the block: the last blocks overhang, 
            timm the first floor(21 / 2) of them; no complete model of timm reaches this case.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from ..kernels.local.plan import Pattern
 from ._attend import accumulator
 from ._checks import check_alike, check_at_least, check_device, why_no_local_kernel
+from ._lse import first_result, lse_variant
 from ._op import Impl, Size, declare, run
-from .halo_cpu import Blocks, halo_attention_graph, halo_attention_tiled
+from .halo_cpu import (
+    Blocks,
+    halo_attention_graph,
+    halo_attention_lse_graph,
+    halo_attention_lse_tiled,
+    halo_attention_tiled,
+)
 from .tiling import AxisWindow
 
 OP = "halo_attention"
@@ -61,7 +71,11 @@ def halo_attention(
     return run(OP, locals())
 
 
+halo_attention_lse = lse_variant(halo_attention)
+
+
 def _check(
+    op: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -73,27 +87,27 @@ def _check(
 ) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 5:
-            raise ValueError(f"{OP}: {name} must be (B, H, W, heads, head_dim), got shape {tuple(t.shape)}")
-    check_alike(OP, q=q, k=k, v=v)
+            raise ValueError(f"{op}: {name} must be (B, H, W, heads, head_dim), got shape {tuple(t.shape)}")
+    check_alike(op, q=q, k=k, v=v)
     if any(size < 1 for size in (*k.shape[1:], v.shape[4])):  # one by one: no guard between two symbols of a tracer
-        raise ValueError(f"{OP}: H, W, heads and head_dim must be at least 1, got {tuple(k.shape)}, {tuple(v.shape)}")
-    check_at_least(OP, "block_size", block_size, 1)
-    check_at_least(OP, "halo", halo, 0)
+        raise ValueError(f"{op}: H, W, heads and head_dim must be at least 1, got {tuple(k.shape)}, {tuple(v.shape)}")
+    check_at_least(op, "block_size", block_size, 1)
+    check_at_least(op, "halo", halo, 0)
     if stride < 1 or block_size[0] % stride or block_size[1] % stride:
-        raise ValueError(f"{OP}: stride must divide block_size {tuple(block_size)}, got {stride}")
+        raise ValueError(f"{op}: stride must divide block_size {tuple(block_size)}, got {stride}")
     if v.shape[:4] != k.shape[:4]:
-        raise ValueError(f"{OP}: v must be {(*k.shape[:4], 'value_dim')} as k, got {tuple(v.shape)}")
+        raise ValueError(f"{op}: v must be {(*k.shape[:4], 'value_dim')} as k, got {tuple(v.shape)}")
     queries = (k.shape[0], (k.shape[1] + stride - 1) // stride, (k.shape[2] + stride - 1) // stride, *k.shape[3:])
     if tuple(q.shape) != queries:
-        raise ValueError(f"{OP}: q must be {queries} for k {tuple(k.shape)} and stride {stride}, got {tuple(q.shape)}")
+        raise ValueError(f"{op}: q must be {queries} for k {tuple(k.shape)} and stride {stride}, got {tuple(q.shape)}")
     if (rel_h is None) != (rel_w is None):
-        raise ValueError(f"{OP}: rel_h and rel_w must both be given, or none")
+        raise ValueError(f"{op}: rel_h and rel_w must both be given, or none")
     for name, table, block, reach in zip(("rel_h", "rel_w"), (rel_h, rel_w), block_size, halo, strict=True):
         shape = (2 * (block + 2 * reach) - 1, q.shape[-1])
-        check_device(OP, name, table, "q", q)
+        check_device(op, name, table, "q", q)
         if table is not None and tuple(table.shape) != shape:
             raise ValueError(
-                f"{OP}: {name} must be (2 * (block_size + 2 * halo) - 1, head_dim) = {shape}, got {tuple(table.shape)}"
+                f"{op}: {name} must be (2 * (block_size + 2 * halo) - 1, head_dim) = {shape}, got {tuple(table.shape)}"
             )
 
 
@@ -109,9 +123,9 @@ def axis_window(
     return AxisWindow(position.clamp(0, keys - 1), inside, place - index % per_block + window - 1)
 
 
-def halo_attention_reference(
+def halo_attention_lse_reference(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The definition: gather every query's own keys, window ** 2 copies of k and v. float32 inside at least."""
     wide, (block_size, halo, stride) = accumulator(q.dtype), blocks
     rows, cols = (axis_window(q.shape[1 + i], k.shape[1 + i], block_size[i], halo[i], stride, q.device) for i in (0, 1))
@@ -123,17 +137,33 @@ def halo_attention_reference(
     if rel_h is not None and rel_w is not None:
         logits = logits + torch.einsum("bhwnd,hid->bnhwi", wide_q, rel_h.to(wide)[rows.cells])[..., :, None]
         logits = logits + torch.einsum("bhwnd,wjd->bnhwj", wide_q, rel_w.to(wide)[cols.cells])[..., None, :]
-    probs = logits.flatten(-2).softmax(-1).view_as(logits)
-    return torch.einsum("bnhwij,bhwijnd->bhwnd", probs, v).to(q.dtype)
+    of_query = logits.flatten(-2)  # (B, heads, Hq, Wq, keys)
+    out = torch.einsum("bnhwij,bhwijnd->bhwnd", of_query.softmax(-1).view_as(logits), v).to(q.dtype)
+    return out, of_query.logsumexp(-1).permute(0, 2, 3, 1)
 
 
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
 ) -> Tensor:
-    from ..kernels.local.launch import Pattern, local_attention  # here, so that CPU users need no Triton
+    from ..kernels.local.launch import local_attention  # here, so that CPU users need no Triton
 
-    tables, (block_size, halo, stride) = None if rel_h is None or rel_w is None else (rel_h, rel_w), blocks
-    return local_attention(q, k, v, Pattern("block", block_size, halo, (stride, stride)), tables=tables, scale=scale)
+    return local_attention(q, k, v, _pattern(blocks), tables=_tables(rel_h, rel_w), scale=scale)
+
+
+def _fused_lse(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
+) -> tuple[Tensor, Tensor]:
+    from ..kernels.local.launch import local_attention_lse
+
+    return local_attention_lse(q, k, v, _pattern(blocks), tables=_tables(rel_h, rel_w), scale=scale)
+
+
+def _pattern(blocks: Blocks) -> Pattern:
+    return Pattern("block", blocks.block_size, blocks.halo, (blocks.stride, blocks.stride))
+
+
+def _tables(rel_h: Tensor | None, rel_w: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if rel_h is None or rel_w is None else (rel_h, rel_w)
 
 
 def _macs(q: Tensor, v: Tensor, block_size: tuple[int, int], halo: tuple[int, int], rel_h: Tensor | None) -> int:
@@ -144,11 +174,22 @@ def _macs(q: Tensor, v: Tensor, block_size: tuple[int, int], halo: tuple[int, in
 
 declare(
     halo_attention,
-    check=_check,
-    reference=halo_attention_reference,
+    check=partial(_check, OP),
+    reference=first_result(halo_attention_lse_reference),
     tiled=halo_attention_tiled,
     graph=halo_attention_graph,
     fused=_fused,
+    why_not_fused=why_no_local_kernel,
+    macs=_macs,
+    bundles={"blocks": Blocks},
+)
+declare(
+    halo_attention_lse,
+    check=partial(_check, f"{OP}_lse"),
+    reference=halo_attention_lse_reference,
+    tiled=halo_attention_lse_tiled,
+    graph=halo_attention_lse_graph,
+    fused=_fused_lse,
     why_not_fused=why_no_local_kernel,
     macs=_macs,
     bundles={"blocks": Blocks},

@@ -13,7 +13,7 @@ Training   works on a few heads at a time, by timm's operations in timm's order:
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,15 @@ def halo_attention_tiled(
     return attend_by_boxes(q, k, v, rel_h, rel_w, plan, scale)
 
 
+def halo_attention_lse_tiled(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same tiles; also the log-sum-exp of the logits of every query."""
+    if q.is_cuda:
+        return halo_attention_lse_graph(q, k, v, rel_h, rel_w, blocks, scale)
+    return HaloTilesLse(halo_plan(q, k, blocks), scale)(q, k, v, rel_h, rel_w)
+
+
 def _budget() -> int:
     """Logits that stay in the caches of a CPU."""
     return torch.get_num_threads() * CHUNK_LOGITS
@@ -95,41 +104,86 @@ def halo_attention_graph(
     return of_one_layout(HaloTiles(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w))
 
 
+def halo_attention_lse_graph(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend by differentiable operations; also the log-sum-exp."""
+    out, lse = HaloTilesLse(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w)
+    return of_one_layout(out), of_one_layout(lse)
+
+
 class HaloTiles(EagerBody):
     """Halo attention of a training step, some heads of some images at a time. Tensors: q, k, v, rel_h, rel_w."""
 
     def __init__(self, plan: HaloPlan, scale: float) -> None:
         self.plan, self.scale = plan, scale
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Any:
         out = q.new_empty(*q.shape[:4], v.shape[-1])
         for part in _chunks(q, self.plan):
-            out[part] = _forward(q[part], k[part], v[part], rel_h, rel_w, self.plan, self.scale)
+            out[part] = _forward(q[part], k[part], v[part], rel_h, rel_w, self.plan, self.scale)[0]
         return out
 
     def backward(
-        self, _: None, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
+        self, _: Any, grad: Any, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        return self._backward(grad, None, q, k, v, rel_h, rel_w)
+
+    def _backward(
+        self, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *relative: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        rel_h, rel_w = relative
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
         tables = [t for t in (rel_h, rel_w) if t is not None]
         totals = [torch.zeros_like(t, dtype=accumulator(t.dtype)) for t in tables]
         for part in _chunks(q, self.plan):
-            *of_maps, of_tables = _backward(q[part], k[part], v[part], grad[part], rel_h, rel_w, self.plan, self.scale)
+            few = q[part], k[part], v[part], grad[part], None if grad_lse is None else grad_lse[part]
+            *of_maps, of_tables = _backward(*few, rel_h, rel_w, self.plan, self.scale)
             for whole, value in zip(grads, of_maps, strict=True):
                 whole[part] = value.permute(0, 2, 3, 1, 4)
             for total, value in zip(totals, of_tables, strict=True):
                 total += value
         return *grads, *([t.to(table.dtype) for t, table in zip(totals, tables, strict=True)] or (None, None))
 
-    def graph(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+    def graph(self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Any:
         q_tiles, k_tiles, v_tiles = _tiles(q, k, v, self.plan)
         mask = None
         if rel_h is not None and rel_w is not None:
             by_row, by_col = _relative_logits(q_tiles, rel_h, rel_w, self.plan)
-            mask = (by_row[..., :, None] + by_col[..., None, :]).flatten(-2).flatten(0, 1)
+            mask = _both(by_row, by_col).flatten(0, 1)
         few_q, few_k, few_v = (t.flatten(0, 1) for t in (q_tiles, k_tiles, v_tiles))
         out = F.scaled_dot_product_attention(few_q, few_k, few_v, attn_mask=mask, scale=self.scale)
         return merge_queries(out.unflatten(0, q_tiles.shape[:2]), *self.plan.queries).permute(0, 2, 3, 1, 4)
+
+
+class HaloTilesLse(HaloTiles):
+    """`HaloTiles` that also returns the log-sum-exp of the logits of every query, (B, H, W, heads)."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out = q.new_empty(*q.shape[:4], v.shape[-1])
+        lse = q.new_empty(q.shape[:4], dtype=accumulator(q.dtype))
+        for part in _chunks(q, self.plan):
+            few = q[part], k[part], v[part]
+            out[part], logits = _forward(*few, rel_h, rel_w, self.plan, self.scale)
+            lse[part] = _log_sum_exp(logits, self.plan)
+        return out, lse
+
+    def backward(
+        self, _: Any, grad: Any, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return self._backward(grad[0], grad[1], q, k, v, rel_h, rel_w)
+
+    def graph(
+        self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        q_tiles, k_tiles, v_tiles = _tiles(*(t.to(accumulator(q.dtype)) for t in (q, k, v)), self.plan)
+        logits = torch.matmul(q_tiles, k_tiles.mT) * self.scale
+        if rel_h is not None and rel_w is not None:
+            logits = logits + _both(*_relative_logits(q_tiles, rel_h, rel_w, self.plan))
+        out = merge_queries(torch.matmul(logits.softmax(-1), v_tiles), *self.plan.queries).permute(0, 2, 3, 1, 4)
+        return out.to(q.dtype), _log_sum_exp(logits, self.plan)
 
 
 def by_place(table: Tensor, queries: int) -> Tensor:
@@ -155,12 +209,21 @@ def _relative_logits(q: Tensor, rel_h: Tensor, rel_w: Tensor, plan: HaloPlan) ->
     return by_row.flatten(-3, -2), by_col.flatten(-3, -2)
 
 
-def _probs(q: Tensor, k: Tensor, relative: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
+def _tile_logits(q: Tensor, k: Tensor, relative: tuple[Tensor, Tensor] | None, scale: float) -> Tensor:
     logits = torch.matmul(q, k.mT).mul_(scale)  # (B, heads, tiles, T, K)
     if relative is not None:
-        by_row, by_col = relative
-        logits.add_((by_row[..., :, None] + by_col[..., None, :]).flatten(-2))
-    return logits.softmax(-1)
+        logits.add_(_both(*relative))
+    return logits
+
+
+def _both(by_row: Tensor, by_col: Tensor) -> Tensor:
+    """(.., T, key rows) and (.., T, key columns) -> (.., T, K): their sums for every key."""
+    return (by_row[..., :, None] + by_col[..., None, :]).flatten(-2)
+
+
+def _log_sum_exp(logits: Tensor, plan: HaloPlan) -> Tensor:
+    """(B, heads, tiles, T, K) -> (B, H, W, heads)."""
+    return merge_queries(logits.logsumexp(-1, keepdim=True), *plan.queries).squeeze(-1).permute(0, 2, 3, 1)
 
 
 def _chunks(q: Tensor, plan: HaloPlan) -> Iterator[tuple]:
@@ -175,14 +238,16 @@ def _chunks(q: Tensor, plan: HaloPlan) -> Iterator[tuple]:
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, plan: HaloPlan, scale: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Return the output (B, H, W, heads, d) and the logits of the tiles, for one chunk."""
     wide = accumulator(q.dtype)
     q, k, v = _tiles(q.to(wide), k.to(wide), v.to(wide), plan)
     relative = None
     if rel_h is not None and rel_w is not None:
         relative = _relative_logits(q, rel_h, rel_w, plan)
-    out = torch.matmul(_probs(q, k, relative, scale), v)
-    return merge_queries(out, *plan.queries).permute(0, 2, 3, 1, 4)
+    logits = _tile_logits(q, k, relative, scale)
+    out = torch.matmul(logits.softmax(-1), v)
+    return merge_queries(out, *plan.queries).permute(0, 2, 3, 1, 4), logits
 
 
 def _backward(
@@ -190,6 +255,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     grad: Tensor,
+    grad_lse: Tensor | None,
     rel_h: Tensor | None,
     rel_w: Tensor | None,
     plan: HaloPlan,
@@ -206,10 +272,13 @@ def _backward(
         with torch.enable_grad():
             relative = _relative_logits(leaf, leaf_h, leaf_w, plan)
         detached = relative[0].detach(), relative[1].detach()
-    probs = _probs(q, k, detached, scale)
+    probs = _tile_logits(q, k, detached, scale).softmax(-1)
     dv = torch.matmul(probs.mT, grad)
     dprobs = torch.matmul(grad, v.mT)
-    dlogits = dprobs.sub_((dprobs * probs).sum(-1, keepdim=True)).mul_(probs)
+    delta = (dprobs * probs).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta -= split_queries(grad_lse.to(wide).permute(0, 3, 1, 2)[..., None], *plan.queries)
+    dlogits = dprobs.sub_(delta).mul_(probs)
     dq = torch.matmul(dlogits, k).mul_(scale)
     dk = torch.matmul(dlogits.mT, q).mul_(scale)
     of_tables: list[Tensor] = []

@@ -4,13 +4,12 @@ Paper      Guo et al. 2022, arXiv:2202.09741 (VAN), figure 2: depthwise 5x5, dep
 Tiled      a dilated depthwise convolution is the plain one on every dilation group. oneDNN has a fast kernel for the
            plain one only: 8 x 64 channels, 56x56, 7x7 dilation 3 took 13.8 ms dilated and 2.1 ms by groups, to the same
            bits (2 threads of a Xeon with AVX-512, torch 2.15). Exporters see the plain dilated convolution.
-Fused      for inference, see kernels/gates/large_kernel.py. Its map is channels last.
+Fused      kernels/gates/large_kernel.py, forward and backward. Its map is channels last.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,7 +36,7 @@ def large_kernel_attention(
 ) -> Tensor:
     """Gate a map with a large-kernel convolution of itself: x * point(dilated(local(x))).
 
-    Cost: H * W * C * (local taps + dilated taps + C) multiply-adds.
+    Cost: H * W * C * (local taps + dilated taps + C) multiply-adds. The fused body has no double backward.
 
     Args:
         x: (B, C, H, W).
@@ -123,10 +122,8 @@ def _fused(x: Tensor, convolutions: Convolutions) -> Tensor:
     return large_kernel_attention(x.to(convolutions.local_weight.dtype), *convolutions).to(x.dtype)
 
 
-def why_not_fused(x: Tensor, convolutions: Convolutions) -> str | None:
+def why_not_fused(x: Tensor) -> str | None:
     """Return the reason why no fused kernel can run on these tensors, or None."""
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *convolutions)):
-        return "the kernel has no gradient; training takes the convolutions of cuDNN"
     if x.shape[1] > MOST_CHANNELS:
         return f"the kernel takes at most {MOST_CHANNELS} channels, got {x.shape[1]}"
     return why_no_kernel(x)

@@ -5,7 +5,7 @@
 Channel    DaViT's channel attention on views of a packed qkv, against two einsums and a softmax.
 ECA, ELA   Against mean, convolution (norm), sigmoid and products, on the feature maps of ResNet-50.
 LKA        Against three convolutions and a product on an NCHW map; ours on a channels-last map, as in VAN on a CPU.
-Ours       The fused kernels on a GPU, the tiled bodies on a CPU. LKA's kernel has no backward: training uses cuDNN.
+Ours       The fused kernels on a GPU, the tiled bodies on a CPU.
 Floor      On a GPU: minimum time to read and write the maps at the card's bandwidth, in % of the measured time.
 Model      VAN-B0, which runs channels-last, against the same layers and weights in NCHW.
 """

@@ -89,7 +89,7 @@ def window(q, k, v, window_size, bias, mask, scale, attend=attend) -> Tensor:
     return on_map(attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), seen, scale, dense), q)
 
 
-def halo(q, k, v, block_size, halo, stride, rel_h, rel_w, scale) -> Tensor:
+def halo(q, k, v, block_size, halo, stride, rel_h, rel_w, scale, attend=attend) -> Tensor:
     """arXiv:2103.12731: blocks see themselves and a border; zeros past the map are seen as keys."""
     sides = [halo_axis(*of_axis, stride) for of_axis in zip(q.shape[1:3], block_size, halo, strict=True)]
     (rows, _), (cols, _) = sides
@@ -121,7 +121,7 @@ def _with_border(x: Tensor, rows: int, cols: int, halo: tuple[int, int]) -> Tens
     return wide[:, :rows, :cols].flatten(1, 2)
 
 
-def circle(q, k, v, radius, scale) -> Tensor:
+def circle(q, k, v, radius, scale, attend=attend) -> Tensor:
     """CLEAR, arXiv:2412.16112: keys at a distance below the radius."""
     y, x = (at.flatten() for at in torch.meshgrid(*(torch.arange(n) for n in q.shape[1:3]), indexing="ij"))
     seen = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < radius**2

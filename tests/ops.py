@@ -15,8 +15,10 @@ from foveate.attention_ops import (
     channel_attention,
     channel_gate,
     circle_attention,
+    circle_attention_lse,
     dense,
     halo_attention,
+    halo_attention_lse,
     hilo_attention,
     large_kernel_attention,
     neighborhood_attention,
@@ -179,6 +181,12 @@ CASES = {
         lambda q, k, v, impl="auto": circle_attention(q, k, v, 2, impl=impl),
         local=True,
     ),
+    "circle, wide values, log-sum-exp": Case(
+        circle_attention_lse,
+        (*_maps(2, 5, 7, 2, 3, count=2), (2, 5, 7, 2, 4)),
+        lambda q, k, v, impl="auto": _with_lse(circle_attention_lse(q, k, v, 2, impl=impl)),
+        local=True,
+    ),
     "window": Case(
         window_attention,
         _maps(2, 4, 6, 2, 3),
@@ -222,6 +230,16 @@ CASES = {
         ((2, 3, 2, 2, 3), (2, 5, 4, 2, 3), (2, 5, 4, 2, 4), (7, 3), (7, 3)),
         lambda q, k, v, rel_h, rel_w, impl="auto": halo_attention(
             q, k, v, 2, 1, stride=2, rel_h=rel_h, rel_w=rel_w, scale=0.5, impl=impl
+        ),
+        batched=(True, True, True, False, False),
+        local=True,
+        names=("q", "k", "v", "rel_h", "rel_w"),
+    ),
+    "halo, tables, stride, log-sum-exp": Case(
+        halo_attention_lse,
+        ((2, 3, 2, 2, 3), (2, 5, 4, 2, 3), (2, 5, 4, 2, 4), (7, 3), (7, 3)),
+        lambda q, k, v, rel_h, rel_w, impl="auto": _with_lse(
+            halo_attention_lse(q, k, v, 2, 1, stride=2, rel_h=rel_h, rel_w=rel_w, scale=0.5, impl=impl)
         ),
         batched=(True, True, True, False, False),
         local=True,

@@ -212,6 +212,17 @@ def _window(make: Maker, op: Callable[..., Tensor], attend: Callable[..., Tensor
 
 
 def halo_attention(make: Maker) -> Call:
+    return _halo(make, ops.halo_attention, definitions.attend)
+
+
+def halo_attention_lse(make: Maker) -> Call:
+    def op(*args, **kwargs):
+        return joined(ops.halo_attention_lse(*args, **kwargs))
+
+    return _halo(make, op, definitions.attend_lse)
+
+
+def _halo(make: Maker, op: Callable[..., Tensor], attend: Callable[..., Tensor]) -> Call:
     stride = make.one_of(1, 1, 2)
     block = tuple(stride * n for n in make.pair(1, 4))
     halo, size, scale = make.pair(0, 3), make.pair(1, 11), make.scale()
@@ -225,30 +236,40 @@ def halo_attention(make: Maker) -> Call:
             tensors[name] = make.tensor(2 * (b + 2 * h) - 1, dim, scale=dim**-0.5)
 
     def run(q, k, v, rel_h=None, rel_w=None, *, impl):
-        return ops.halo_attention(q, k, v, block, halo, stride=stride, rel_h=rel_h, rel_w=rel_w, scale=scale, impl=impl)
+        return op(q, k, v, block, halo, stride=stride, rel_h=rel_h, rel_w=rel_w, scale=scale, impl=impl)
 
     def define(q, k, v, rel_h=None, rel_w=None):
-        return definitions.halo(q, k, v, block, halo, stride, rel_h, rel_w, scale)
+        return definitions.halo(q, k, v, block, halo, stride, rel_h, rel_w, scale, attend)
 
     return Call("", 0, tensors, run, define, {"block": block, "halo": halo, "stride": stride, "scale": scale})
 
 
 def circle_attention(make: Maker) -> Call:
+    return _circle(make, ops.circle_attention, definitions.attend)
+
+
+def circle_attention_lse(make: Maker) -> Call:
+    def op(*args, **kwargs):
+        return joined(ops.circle_attention_lse(*args, **kwargs))
+
+    return _circle(make, op, definitions.attend_lse)
+
+
+def _circle(make: Maker, op: Callable[..., Tensor], attend: Callable[..., Tensor]) -> Call:
     radius, scale = make.between(1, 6), make.scale()
     batch, heads, dim = make.of_attention()
-    tensors = make.qkv(batch, make.pair(1, 12), heads, dim)
+    size = make.pair(1, 12)
+    tensors = make.qkv(batch, size, heads, dim)
+    if make.one_of(True, False, False):
+        tensors["v"] = make.tensor(batch, *size, heads, make.between(1, 40))
 
     def run(q, k, v, *, impl):
-        return ops.circle_attention(q, k, v, radius, scale=scale, impl=impl)
+        return op(q, k, v, radius, scale=scale, impl=impl)
 
-    return Call(
-        "",
-        0,
-        tensors,
-        run,
-        lambda q, k, v: definitions.circle(q, k, v, radius, scale),
-        {"radius": radius, "scale": scale},
-    )
+    def define(q, k, v):
+        return definitions.circle(q, k, v, radius, scale, attend)
+
+    return Call("", 0, tensors, run, define, {"radius": radius, "scale": scale})
 
 
 def routed_attention(make: Maker) -> Call:
@@ -368,7 +389,7 @@ MAKERS: dict[str, Callable[[Maker], Call]] = {
     make.__name__: make
     for make in (
         *(neighborhood_attention, window_attention, halo_attention, circle_attention, routed_attention),
-        *(neighborhood_attention_lse, window_attention_lse),
+        *(neighborhood_attention_lse, window_attention_lse, halo_attention_lse, circle_attention_lse),
         *(hilo_attention, channel_attention, channel_gate, strip_gate, large_kernel_attention, dense),
     )
 }

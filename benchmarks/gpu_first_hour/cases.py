@@ -86,16 +86,19 @@ def window(
     return Case(f"{name} {_of(shape)} window {size}{' bias' if bias else ''} {layout}", dtype, make)
 
 
-def circle(shape: tuple[int, ...], radius: int, *, dtype: torch.dtype = BF16) -> Case:
+def circle(shape: tuple[int, ...], radius: int, *, dtype: torch.dtype = BF16, lse: bool = False) -> Case:
+    op = "circle_attention_lse" if lse else "circle_attention"
+    definition = exact.circle_lse if lse else exact.circle
+
     def make(device: str) -> Made:
         leaves, view = qkv("packed", shape, device, dtype)
         return Made(
             leaves,
-            lambda t: ops.circle_attention(*view(t), radius, impl="fused"),
-            lambda t: exact.circle(*view(t), radius),
+            lambda t: _joined(getattr(ops, op)(*view(t), radius, impl="fused")),
+            lambda t: _joined(definition(*view(t), radius)),
         )
 
-    return Case(f"circle {_of(shape)} radius {radius}", dtype, make)
+    return Case(f"{op.removesuffix('_attention')} {_of(shape)} radius {radius}", dtype, make)
 
 
 def halo(
@@ -107,8 +110,10 @@ def halo(
     *,
     tables: bool = True,
     dtype: torch.dtype = BF16,
+    lse: bool = False,
 ) -> Case:
     batch, height, width, heads, dim = shape
+    op, defined = ("halo_attention_lse", exact.halo_lse) if lse else ("halo_attention", exact.halo)
 
     def make(device: str) -> Made:
         queries = (batch, -(-height // stride), -(-width // stride), heads, dim)
@@ -123,16 +128,17 @@ def halo(
 
         def ours(t: list[Tensor]) -> Tensor:
             maps, (rel_h, rel_w) = split(t)
-            return ops.halo_attention(*maps, block, reach, stride=stride, rel_h=rel_h, rel_w=rel_w, impl="fused")
+            relative = {"rel_h": rel_h, "rel_w": rel_w}
+            return _joined(getattr(ops, op)(*maps, block, reach, stride=stride, **relative, impl="fused"))
 
         def definition(t: list[Tensor]) -> Tensor:
             maps, relative = split(t)
-            return exact.halo(*maps, block, reach, stride, *relative)
+            return _joined(defined(*maps, block, reach, stride, *relative))
 
         return Made(leaves, ours, definition)
 
     words = f"block {block} halo {reach} stride {stride}{' tables' if tables else ''}"
-    return Case(f"halo {_of(shape)}/{value_dim} {words}", dtype, make)
+    return Case(f"{op.removesuffix('_attention')} {_of(shape)}/{value_dim} {words}", dtype, make)
 
 
 def routed(
@@ -233,7 +239,7 @@ def gate(
         )
 
     name = f"{op} B{batch} {channels}x{height}x{width} {layout}"
-    return Case(name, dtype, make, differentiable=op != "large_kernel")
+    return Case(name, dtype, make)
 
 
 def _of(shape: tuple[int, ...]) -> str:
@@ -252,7 +258,9 @@ def small_cases() -> list[Case]:
         window((1, 14, 7, 1, 16), (7, 7), **low),
         window((1, 8, 6, 1, 16), (4, 3), lse=True, dtype=FP16),
         circle((1, 7, 9, 1, 16), 3, **low),
+        circle((1, 6, 5, 1, 16), 2, lse=True, **low),
         halo((1, 9, 8, 1, 16), 24, (4, 4), (1, 2), **low),
+        halo((1, 7, 6, 1, 16), 16, (4, 4), (1, 1), 2, lse=True, **low),
         routed(2, (2, 3), (3, 2), 1, 16, 8, 3, key_region=(2, 2), **low),
         channel((1, 6, 5, 2, 16), **low),
         channel((2, 7, 1, 1, 16), layout="crop", **low),
@@ -315,6 +323,7 @@ def _windows_and_circles() -> list[Case]:
         circle((1, 40, 44, 2, 64), 8),
         circle((2, 20, 23, 2, 32), 3, dtype=FP16),
         circle((1, 24, 24, 1, 128), 6),
+        circle((2, 20, 23, 2, 32), 5, lse=True),
     ]
 
 
@@ -327,6 +336,7 @@ def _halos() -> list[Case]:
         halo((1, 33, 30, 2, 128), 128, eight, three),
         halo((2, 30, 30, 2, 32), 32, (8, 4), (3, 5), dtype=FP16),
         halo((1, 24, 24, 2, 32), 32, eight, three, dtype=FP32),
+        halo((2, 24, 31, 2, 32), 48, eight, three, 2, lse=True, dtype=FP16),
     ]
 
 

@@ -4,6 +4,7 @@ All take maps as the ops do: (B, H, W, heads, head_dim) for attention, (B, C, H,
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,13 +115,21 @@ def window_attention_lse(
     return dense_lse(q, k, v, of_window[:, None] == of_window[None], bias, None)
 
 
-def circle(q: Tensor, k: Tensor, v: Tensor, radius: int) -> Tensor:
+def circle_lse(q: Tensor, k: Tensor, v: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     y, x = _positions(q)
     seen = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < radius * radius
-    return dense(q, k, v, seen, None, None)
+    return dense_lse(q, k, v, seen, None, None)
 
 
-def halo(
+def circle(q: Tensor, k: Tensor, v: Tensor, radius: int) -> Tensor:
+    return circle_lse(q, k, v, radius)[0]
+
+
+def halo(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    return halo_lse(q, k, v, *arguments)[0]
+
+
+def halo_lse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -129,7 +138,7 @@ def halo(
     stride: int = 1,
     rel_h: Tensor | None = None,
     rel_w: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Pad the map, unfold the window of every block; zeros outside the map take part, as in timm's layer."""
     rows, cols = (-(-length // size) for length, size in zip(k.shape[1:3], block, strict=True))
     per_block = [size // stride for size in block]
@@ -148,7 +157,9 @@ def halo(
         logits = logits + torch.einsum("byhxwnd,wjd->byxnhwj", queries, rel_w[cells_w])[..., None, :]
     probs = logits.flatten(-2).softmax(-1).unflatten(-1, seen)
     out = torch.einsum("byxnhwij,byxndij->byhxwnd", probs, values)
-    return out.flatten(3, 4).flatten(1, 2)[:, : q.shape[1], : q.shape[2]]
+    lse = logits.flatten(-2).logsumexp(-1).permute(0, 1, 4, 2, 5, 3)  # (B, rows, h, columns, w, heads)
+    both = (t.flatten(3, 4).flatten(1, 2)[:, : q.shape[1], : q.shape[2]] for t in (out, lse))
+    return next(both), next(both)
 
 
 def _relative_cells(window: int, queries: int, device: torch.device) -> Tensor:

@@ -21,12 +21,11 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `make` takes the device; `differentiable` is False where the fused body has no gradient."""
+    """One call. `make` takes the device."""
 
     name: str
     dtype: torch.dtype
     make: Callable[[str], Made]
-    differentiable: bool = True
 
     @property
     def op(self) -> str:

@@ -143,4 +143,9 @@ def run_backward_after_forward() -> None:
         strip_gate.strip_gate_forward,
         lambda i, out, kept, grad: body_of(strip_gate.strip_gate_backward)(*i[:4], *kept, grad, *i[4:]),
     )
-    replace(large_kernel, "large_kernel_gate", large_kernel.large_kernel_gate)
+    replace(
+        large_kernel,
+        "call_forward",
+        large_kernel.large_kernel_attention_forward,
+        lambda i, out, kept, grad: body_of(large_kernel.large_kernel_attention_backward)(*i[:7], *kept, grad, i[7]),
+    )

@@ -302,7 +302,7 @@ def _time_gates(session: Session, clock: Clock, bandwidth: float, deadline: floa
         try:
             made = case.make(session.device)
             leaves = [t.to(session.low) if t.dtype == FP32 else t for t in made.leaves]
-            for direction in ("forward", "both") if case.differentiable else ("forward",):
+            for direction in ("forward", "both"):
                 grad = direction == "both"
                 few = [t.detach().requires_grad_(grad) for t in leaves]
                 run = partial(_both, leaves=few) if grad else _forward

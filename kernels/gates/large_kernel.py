@@ -1,93 +1,225 @@
-"""Large kernel attention, inference (Triton): the dilated convolution, the pointwise one and the gate at once.
+"""Large kernel attention (Triton): two depthwise convolutions, then the pointwise one and the gate at once.
 
-Paper      Guo et al. 2022, arXiv:2202.09741 (VAN), figure 2; the local convolution before it is torch's.
-Tensors    x, y, out: (B, C, H, W), channels last; y is the local convolution of x. taps: (rows * columns, C).
-Grid       tiles of pixels of all images; a program owns all channels of its pixels, so no tap is counted twice.
-Numerics   taps and products in fp32; the dilated convolution is rounded once to the map's type for tensor cores.
-Memory     reads x, y and writes out once, where a chain of convolutions moves the map seven times after the local one.
-
-The two depthwise convolutions are not fused: a program cannot address the values of other threads by offset on chip, so
-each of the 49 dilated taps would recompute the 25 local ones (1225 products instead of 74). Fusing the end of the chain
-saves as many passes over the map, and two more. It has not been timed against cuDNN.
+Paper      Guo et al. 2022, arXiv:2202.09741 (VAN), figure 2.
+Tensors    x, y, g, out, grad: (B, C, H, W), channels last; y: the local convolution of x, g: the dilated one of y.
+Grid       gate: tiles of pixels of all images; a program owns all channels of its pixels. Convolutions: depthwise.py.
+Numerics   sums and products in fp32; y, g and the gradients of both are rounded once to the map's type, as by torch.
+Memory     forward reads x twice, y and g once, and writes y, g and out. Backward moves the map 17 times, a chain of
+           torch's operations 24 times. y and g are kept for the backward pass; the gate's logits are computed again.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import dot_precision, on_device
+from .._launch import (
+    dot_precision,
+    eager_backward,
+    eager_forward,
+    on_device,
+    refuse_second_derivative,
+    without_autocast,
+)
+from .depthwise import launch_depthwise, launch_taps_grad
 from .plan import large_kernel_tiles
 
 
 @triton.jit
-def dilated_gate_kernel(
-    x_ptr, y_ptr, taps_ptr, taps_bias_ptr, weight_ptr, bias_ptr, out_ptr, pixels, height, width,
-    C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DILATION: tl.constexpr,
+def _gate_logits(
+    g_ptr, weight_ptr, bias_ptr, p, n, pixels, C: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    row, col = (p // width % height).to(tl.int32), (p % width).to(tl.int32)
-    n = tl.arange(0, BLOCK_N)
+    """[pixels, channels]: the pointwise convolution of g."""
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, C, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
-        gate = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-        gate += tl.load(taps_bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        for tap_row in range(ROWS):
-            down = (tap_row - ROWS // 2) * DILATION
-            for tap_col in tl.static_range(COLS):
-                right = (tap_col - COLS // 2) * DILATION
-                inside = (row + down >= 0) & (row + down < height) & (col + right >= 0) & (col + right < width)
-                mask = (inside & (p < pixels))[:, None] & (c < C)[None, :]
-                y_offs = (p + down * width + right)[:, None] * C + c[None, :]
-                y = tl.load(y_ptr + y_offs, mask=mask, other=0.0).to(tl.float32)  # [P, K]
-                taps = tl.load(taps_ptr + (tap_row * COLS + tap_col) * C + c, mask=c < C, other=0.0).to(tl.float32)
-                gate += y * taps[None, :]
+        g = tl.load(g_ptr + p[:, None] * C + c[None, :], mask=(p < pixels)[:, None] & (c < C)[None, :], other=0.0)
         inside_weight = (c < C)[:, None] & (n < C)[None, :]
         weight = tl.load(weight_ptr + n[None, :] * C + c[:, None], mask=inside_weight, other=0.0)  # [K, N]
-        acc = tl.dot(gate.to(weight.dtype), weight, acc, input_precision=PRECISION)  # [P, N]
-    mask = (p < pixels)[:, None] & (n < C)[None, :]
-    acc += tl.load(bias_ptr + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
-    out = tl.load(x_ptr + p[:, None] * C + n[None, :], mask=mask, other=0.0).to(tl.float32) * acc
-    tl.store(out_ptr + p[:, None] * C + n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+        acc = tl.dot(g, weight, acc, input_precision=PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
+    return acc
 
 
-def launch_dilated_gate(x, y, taps, taps_bias, weight, bias, dilation: int, out) -> None:
-    """All maps channels last; taps (C, 1, rows, columns), weight (C, C, 1, 1), biases (C,)."""
-    batch, channels, height, width = x.shape
-    block_p, block_k, block_n, warps = large_kernel_tiles(channels, x.itemsize)
-    dilated_gate_kernel[(triton.cdiv(batch * height * width, block_p),)](
-        x, y, taps.flatten(1).t().contiguous(), taps_bias.contiguous(),
-        weight.flatten(1).contiguous(), bias.contiguous(), out,
-        batch * height * width, height, width,
-        C=channels, ROWS=taps.shape[2], COLS=taps.shape[3], DILATION=dilation,
-        BLOCK_P=block_p, BLOCK_K=block_k, BLOCK_N=block_n, PRECISION=dot_precision(x.dtype),
-        num_warps=warps, num_stages=2, enable_fp_fusion=True,
-    )  # fmt: skip
+@triton.jit
+def large_kernel_gate_kernel(
+    x_ptr, g_ptr, weight_ptr, bias_ptr, out_ptr, pixels, C: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_N)
+    logits = _gate_logits(g_ptr, weight_ptr, bias_ptr, p, n, pixels, C, HAS_BIAS, BLOCK_P, BLOCK_K, BLOCK_N, PRECISION)
+    mask, at = (p < pixels)[:, None] & (n < C)[None, :], p[:, None] * C + n[None, :]
+    out = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) * logits
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("foveate::large_kernel_gate", mutates_args=())
-def large_kernel_gate(
-    x: Tensor, y: Tensor, taps: Tensor, taps_bias: Tensor, weight: Tensor, bias: Tensor, dilation: int
-) -> Tensor:
-    """Return x * point(dilated(y)), channels last. Maps and weights of one type; it has no gradient."""
-    out = _empty_result(x)
+@triton.jit
+def large_kernel_gate_grad_kernel(
+    x_ptr, g_ptr, weight_ptr, bias_ptr, grad_ptr, dx_ptr, dlogits_ptr, dg_ptr, dbias_ptr, dg_sums_ptr, pixels,
+    C: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x through the gate's product, of the logits and of g; sums of the last two over the pixels."""
+    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_N)
+    logits = _gate_logits(g_ptr, weight_ptr, bias_ptr, p, n, pixels, C, HAS_BIAS, BLOCK_P, BLOCK_K, BLOCK_N, PRECISION)
+    mask, at = (p < pixels)[:, None] & (n < C)[None, :], p[:, None] * C + n[None, :]
+    grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + at, (grad * logits).to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dlogits_ptr + at, (grad * x).to(dlogits_ptr.dtype.element_ty), mask=mask)
+    sums_at = tl.program_id(0) * C + n
+    tl.store(dbias_ptr + sums_at, tl.sum(grad * x, 0), mask=n < C)
+
+    dg = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for start in range(0, C, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        here, inside = p[:, None] * C + c[None, :], (p < pixels)[:, None] & (c < C)[None, :]
+        dlogits = tl.load(grad_ptr + here, mask=inside, other=0.0).to(tl.float32)  # computed again: other threads
+        dlogits *= tl.load(x_ptr + here, mask=inside, other=0.0).to(tl.float32)  # hold what was stored
+        inside_weight = (c < C)[:, None] & (n < C)[None, :]
+        weight = tl.load(weight_ptr + c[:, None] * C + n[None, :], mask=inside_weight, other=0.0)  # [K, N]
+        dg = tl.dot(dlogits.to(weight.dtype), weight, dg, input_precision=PRECISION)  # [P, N]
+    tl.store(dg_ptr + at, dg.to(dg_ptr.dtype.element_ty), mask=mask)
+    tl.store(dg_sums_ptr + sums_at, tl.sum(dg, 0), mask=n < C)
+
+
+def _gate_constants(x: Tensor, bias: Tensor | None, grad: bool = False) -> dict[str, Any]:
+    block_p, block_k, block_n, warps = large_kernel_tiles(x.shape[1], x.itemsize, grad)
+    return {
+        "C": x.shape[1], "HAS_BIAS": bias is not None, "BLOCK_P": block_p, "BLOCK_K": block_k, "BLOCK_N": block_n,
+        "PRECISION": dot_precision(x.dtype), "num_warps": warps, "num_stages": 2, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def launch_gate(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x * (weight g + bias); maps channels last, weight (C, C, 1, 1), bias (C,)."""
+    constants, pixels = _gate_constants(x, bias), x.numel() // x.shape[1]
+    weight, bias = weight.flatten(1).contiguous(), x if bias is None else bias.contiguous()
+    large_kernel_gate_kernel[(triton.cdiv(pixels, constants["BLOCK_P"]),)](x, g, weight, bias, out, pixels, **constants)
+
+
+def launch_gate_grad(
+    x: Tensor, g: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor, dx: Tensor, dlogits: Tensor, dg: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients of x, of the gate's logits and of g; return the sums of the last two, (C,) fp32."""
+    constants, (pixels, channels) = _gate_constants(x, bias, grad=True), (x.numel() // x.shape[1], x.shape[1])
+    weight, bias = weight.flatten(1).contiguous(), x if bias is None else bias.contiguous()
+    programs = triton.cdiv(pixels, constants["BLOCK_P"])
+    sums = x.new_empty(2, programs, channels, dtype=torch.float32)
+    large_kernel_gate_grad_kernel[(programs,)](
+        x, g, weight, bias, grad, dx, dlogits, dg, sums[0], sums[1], pixels, **constants
+    )
+    dbias, dg_sums = sums.sum(1)
+    return dbias, dg_sums
+
+
+@torch.library.custom_op("foveate::large_kernel_attention_forward", mutates_args=())
+def large_kernel_attention_forward(
+    x: Tensor,
+    local_weight: Tensor,
+    local_bias: Tensor | None,
+    dilated_weight: Tensor,
+    dilated_bias: Tensor | None,
+    point_weight: Tensor,
+    point_bias: Tensor | None,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gated map, the local convolution of x and the dilated one of that, channels last.
+
+    Map and weights of one type. An NCHW map is copied once.
+    """
+    out, y, g = (_empty_like(x) for _ in range(3))
     if x.numel():
-        x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+        x = _channels_last(x)
         with on_device(x):
-            launch_dilated_gate(x, y, taps, taps_bias, weight, bias, dilation, out)
-    return out
+            launch_depthwise(x, local_weight, local_bias, 1, y)
+            launch_depthwise(y, dilated_weight, dilated_bias, dilation, g)
+            launch_gate(x, g, point_weight, point_bias, out)
+    return out, y, g
 
 
-@large_kernel_gate.register_fake
-def _(x, y, taps, taps_bias, weight, bias, dilation):
-    return _empty_result(x)
+@large_kernel_attention_forward.register_fake
+def _(x, *_):
+    return tuple(_empty_like(x) for _ in range(3))
 
 
-def _empty_result(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("foveate::large_kernel_attention_backward", mutates_args=())
+@without_autocast
+def large_kernel_attention_backward(
+    x: Tensor,
+    local_weight: Tensor,
+    local_bias: Tensor | None,
+    dilated_weight: Tensor,
+    dilated_bias: Tensor | None,
+    point_weight: Tensor,
+    point_bias: Tensor | None,
+    y: Tensor,
+    g: Tensor,
+    grad: Tensor,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, channels last, and of the weights and biases; an empty tensor for a bias of None."""
+    weights = (local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias)
+    dx, *dweights = _empty_grads(x, *weights)
+    if not x.numel():
+        return dx, *(dweight.zero_() for dweight in dweights)
+    x, grad = _channels_last(x), _channels_last(grad)
+    gate_dx, dlogits, dg, dy = (_empty_like(x) for _ in range(4))
+    with on_device(x):
+        dpoint_bias, ddilated_bias = launch_gate_grad(x, g, point_weight, point_bias, grad, gate_dx, dlogits, dg)
+        dlocal_bias = launch_depthwise(dg, dilated_weight, None, dilation, dy, back=True, sums=True)
+        launch_depthwise(dy, local_weight, None, 1, dx, addend=gate_dx, back=True)
+        ddilated = launch_taps_grad(y, dg, tuple(dilated_weight.shape[2:]), dilation)
+        dlocal = launch_taps_grad(x, dy, tuple(local_weight.shape[2:]), 1)
+    by_pixel = [t.permute(0, 2, 3, 1).flatten(0, 2) for t in (dlogits, g)]  # (pixels, C)
+    dpoint = torch.mm(by_pixel[0].t(), by_pixel[1])
+    found = (dlocal, dlocal_bias, ddilated, ddilated_bias, dpoint, dpoint_bias)
+    for dweight, sums in zip(dweights, found, strict=True):
+        if dweight.numel():
+            dweight.copy_(sums.view(dweight.shape))
+    return dx, *dweights
+
+
+@large_kernel_attention_backward.register_fake
+def _(x, *others):
+    return _empty_grads(x, *others[:6])
+
+
+def _empty_grads(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
+    return _empty_like(x), *(x.new_empty(0 if weight is None else weight.shape) for weight in weights)
+
+
+refuse_second_derivative(large_kernel_attention_backward, "large_kernel_attention")
+call_backward = eager_backward(large_kernel_attention_backward)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # y and g are results for the backward pass only
+    ctx.dilation = inputs[-1]
+    ctx.save_for_backward(*inputs[:-1], *output[1:])
+
+
+def _backward(ctx, grad, *_):
+    saved = ctx.saved_tensors
+    grads = call_backward(*saved, torch.zeros_like(saved[0]) if grad is None else grad, ctx.dilation)
+    return *(None if given is None else found for given, found in zip(saved[:7], grads, strict=True)), None
+
+
+call_forward = eager_forward(large_kernel_attention_forward, _save, _backward)
 
 
 def large_kernel_attention(
@@ -100,10 +232,6 @@ def large_kernel_attention(
     point_bias: Tensor | None,
     dilation: int,
 ) -> Tensor:
-    """Return the gated map, channels last. An NCHW map is copied once."""
-    channels = x.shape[1]
-    x = x.contiguous(memory_format=torch.channels_last)
-    padding = [side // 2 for side in local_weight.shape[2:]]
-    y = F.conv2d(x, local_weight, local_bias, padding=padding, groups=channels)
-    biases = [x.new_zeros(channels) if bias is None else bias for bias in (dilated_bias, point_bias)]
-    return large_kernel_gate(x, y, dilated_weight, biases[0], point_weight, biases[1], dilation)
+    """Return the gated map, channels last; differentiable once."""
+    weights = (local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias)
+    return call_forward(x, *weights, dilation)[0]

@@ -142,14 +142,20 @@ def launch_sums(x: Tensor, y: Tensor | None = None, gates: Strips | None = None)
     _, block_h, block_w = strip_gate_tiles(channels, height, width, x.stride(1) == 1)
     rows = x.new_empty(batch, channels, triton.cdiv(width, block_w), height, dtype=torch.float32)
     cols = x.new_empty(batch, channels, triton.cdiv(height, block_h * TURNS), width, dtype=torch.float32)
-    other, used = (x, (rows, cols)) if y is None else (y, gates)
+    other, used = (x, (rows, cols)) if y is None else (y, _contiguous(gates))
     _launch(sums_kernel, x, other, TURNS, x, other, *used, rows, cols, BACK=y is not None, TURNS=TURNS)
     return Strips(rows.sum(2), cols.sum(2))
 
 
 def launch_gate(x: Tensor, gates: Strips, grads: Strips | None, out: Tensor) -> None:
-    used = gates if grads is None else grads
+    gates = _contiguous(gates)
+    used = gates if grads is None else _contiguous(grads)
     _launch(gate_kernel, x, out, 1, x, *gates, *used, out, BACK=grads is not None)
+
+
+def _contiguous(strips: Strips) -> Strips:
+    """torch's convolution lays strips out by the strides of its weight."""
+    return Strips(strips.rows.contiguous(), strips.cols.contiguous())
 
 
 @torch.library.custom_op("foveate::strip_gate_forward", mutates_args=())

@@ -305,10 +305,18 @@ def local_attention(
 
 
 def local_attention_lse(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, bias: Tensor | None = None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    bias: Tensor | None = None,
+    tables: tuple[Tensor, Tensor] | None = None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attend as `local_attention` does, and return the log-sum-exp of the logits too, (B, H, W, heads) fp32."""
-    out, lse = call_forward(q, k, v, bias, None, None, *_fields(pattern), scale)
+    rel_h, rel_w = (None, None) if tables is None else tables
+    out, lse = call_forward(q, k, v, bias, rel_h, rel_w, *_fields(pattern), scale)
     return out, (lse * math.log(2)).permute(0, 2, 3, 1)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gates import by_op
 
 from foveate.attention_ops import EfficientChannelAttention, channel_gate
 from foveate.attention_ops.channel_gate import adaptive_kernel_size
@@ -32,7 +33,8 @@ def test_it_is_the_definition_with_every_gradient(channels, size, k, layout, imp
     torch.testing.assert_close(*(torch.autograd.grad((y * probe).sum(), [x, weight]) for y in (out, expected)))
 
 
-def test_the_layer_equals_the_official_ones(det, golden, relative_error):
+def check_the_official_layers(det, golden, relative_error, form):
+    """`form` makes what is called of a layer."""
     cases, arrays = golden("module__eca")
     kinds = set()
     for name, case in cases.items():
@@ -42,13 +44,18 @@ def test_the_layer_equals_the_official_ones(det, golden, relative_error):
         weights = det.det_state_dict(case["state_dict"])
         layer.load_state_dict({key.removeprefix(prefix): value for key, value in weights.items()})
         x = torch.from_numpy(det.det_input(case["x"]["shape"], case["x"]["seed"])).requires_grad_()
-        out = layer(x)
+        out = form(layer)(x)
         (out * torch.from_numpy(det.det_input(out.shape, 15))).sum().backward()
         assert relative_error(out, arrays[f"{name}/out"]) < 1e-6, name
         assert relative_error(x.grad, arrays[f"{name}/dx"]) < 1e-5, name
         assert relative_error(layer.conv.weight.grad, arrays[f"{name}/d.conv.weight"]) < 1e-4, name
         kinds.add(official)
     assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("form", [lambda layer: layer, by_op], ids=["layer", "op"])
+def test_the_layer_equals_the_official_ones(form, det, golden, relative_error):
+    check_the_official_layers(det, golden, relative_error, form)
 
 
 def test_the_adaptive_kernel_is_timms():

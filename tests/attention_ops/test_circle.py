@@ -52,6 +52,8 @@ def test_a_distance_of_the_radius_itself_is_not_seen():
         ({"q": torch.zeros(1, 4, 4, 8)}, r"q must be \(B, H, W, heads, head_dim\), got shape"),
         ({"k": torch.zeros(1, 4, 5, 2, 8)}, "k must have the shape of q"),
         ({"v": torch.zeros(1, 4, 4, 2, 8, dtype=torch.float64)}, "v must have the dtype of q"),
+        ({"v": torch.zeros(1, 4, 5, 2, 8)}, r"v must be \(1, 4, 4, 2, 'value_dim'\) as q, got \(1, 4, 5, 2, 8\)"),
+        ({"v": torch.zeros(1, 4, 4, 2, 0)}, "H, W, heads and head_dim must be at least 1"),
         ({"radius": 0}, r"radius must be at least 1, got \(0,\)"),
         ({"impl": "quick"}, "impl must be one of"),
     ],

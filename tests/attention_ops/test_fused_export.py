@@ -25,7 +25,7 @@ LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch
     "routed nchw": (lambda: BiLevelRoutingAttentionNchw(32, 2, 3, 2), "routed_attention_forward", "softmax"),
     "hilo": (lambda: HiLoAttention(32, 4, 2, 0.5), "local_attention_forward", "_softmax"),
     "channel": (lambda: ChannelAttention(32, 2), "channel_attention_forward", "softmax"),
-    "large kernel": (lambda: by_op(LargeKernelAttention(32).requires_grad_(False)), "large_kernel_gate", "mul"),
+    "large kernel": (lambda: by_op(LargeKernelAttention(32)), "large_kernel_attention_forward", "convolution"),
     "channel gate": (lambda: by_op(EfficientChannelAttention(32)), "channel_gate_forward", "sigmoid"),
     "strip gate": (lambda: by_op(EfficientLocalAttention(32)), "strip_gate_forward", "sigmoid"),
 }

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from foveate.attention_ops import (
+    circle_attention,
+    circle_attention_lse,
+    halo_attention,
+    halo_attention_lse,
     merge_attention,
     neighborhood_attention,
     neighborhood_attention_lse,
@@ -71,9 +75,32 @@ def test_the_output_is_that_of_the_op_without_log_sum_exp(impl):
     q, k, v, *_ = inputs()
     near = neighborhood_attention_lse(q, k, v, KERNEL, DILATION, impl=impl)[0]
     torch.testing.assert_close(near, neighborhood_attention(q, k, v, KERNEL, DILATION, impl=impl))
+    near = circle_attention_lse(q, k, v, 3, impl=impl)[0]
+    torch.testing.assert_close(near, circle_attention(q, k, v, 3, impl=impl))
+    tables = {"rel_h": normal(9, 6, seed=5), "rel_w": normal(11, 6, seed=6)}
+    near = halo_attention_lse(q, k, v, (3, 4), 1, **tables, impl=impl)[0]
+    torch.testing.assert_close(near, halo_attention(q, k, v, (3, 4), 1, **tables, impl=impl))
     q, k, v = (x[:, :, :12] for x in (q, k, v))
     windows = window_attention_lse(q, k, v, (3, 4), impl=impl)[0]
     torch.testing.assert_close(windows, window_attention(q, k, v, (3, 4), impl=impl))
+
+
+@every_body
+def test_a_circle_that_covers_the_map_and_blocks_of_the_whole_map_are_dense_attention(impl):
+    q, k, v, *_ = leaves = inputs()
+    exact = dense(q, k.flatten(1, 2), v.flatten(1, 2))
+    probes = [torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=x.dtype) for x in exact]
+    results = []
+    for found in (
+        exact,
+        circle_attention_lse(q, k, v, 20, impl=impl),
+        halo_attention_lse(q, k, v, SIZE, 0, impl=impl),
+        window_attention_lse(q, k, v, SIZE, impl=impl),
+    ):
+        loss = sum((x * probe).sum() for x, probe in zip(found, probes, strict=True))
+        results.append([*found, *torch.autograd.grad(loss, leaves[:3])])
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=0, atol=1e-11)
 
 
 @every_body
@@ -87,6 +114,8 @@ def test_log_sum_exps_are_wide_and_have_no_channel(impl, dtype, of_lse):
     for out, lse in (
         neighborhood_attention_lse(q, k, v, 3, impl=impl),
         window_attention_lse(q, k, v, (9, 13), impl=impl),
+        halo_attention_lse(q, k, v, 4, 1, impl=impl),
+        circle_attention_lse(q, k, v, 2, impl=impl),
     ):
         assert (out.dtype, lse.dtype, lse.shape) == (dtype, of_lse, q.shape[:-1])
 

@@ -117,6 +117,22 @@ def test_a_strip_gate_on_maps_of_any_size(layout, shape, weight, norm_groups):
     assert_strip_gate_exact(LAYOUTS[layout], shape, weight, norm_groups)
 
 
+@pytest.mark.parametrize("lies", [(0, 2, 1), (2, 0, 1), (1, 0, 2)], ids=str)
+def test_weights_of_any_strides(lies):
+    """torch's convolution gives strips the layout of its weight."""
+    torch.manual_seed(0)
+    x, scale, shift, grad = torch.randn(2, 8, 5, 6), torch.randn(8), torch.randn(8), torch.randn(2, 8, 5, 6)
+    weight = torch.randn([(8, 8, 5)[axis] for axis in lies]).permute(*(lies.index(axis) for axis in range(3)))
+    results = []
+    for impl, dtype in (("fused", torch.float32), ("reference", torch.float64)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, scale, shift)]
+        assert leaves[1].stride() == weight.stride() and not leaves[1].is_contiguous()
+        out = strip_gate(*leaves, 4, impl=impl)
+        results.append([out, *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
 def test_eps_is_used():
     x, weight, ones = torch.randn(1, 4, 5, 6), torch.randn(4, 1, 3), torch.ones(4)
     fused, small = (strip_gate(x, weight, ones, ones, 2, eps, impl="fused") for eps in (0.5, 1e-5))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gates import by_op
 
 OPS = Path(__file__).parents[2] / "attention_ops"
 
@@ -27,12 +28,11 @@ def test_channel_attention_equals_the_official_code(det, golden, relative_error)
 
 
 def test_the_channel_gate_equals_the_official_code(det, golden, relative_error):
-    op_tests("channel_gate").test_the_layer_equals_the_official_ones(det, golden, relative_error)
+    op_tests("channel_gate").check_the_official_layers(det, golden, relative_error, by_op)
 
 
 def test_large_kernel_attention_equals_the_official_code(det, golden, relative_error):
-    with torch.no_grad():  # the kernel is for inference
-        op_tests("large_kernel").test_the_layer_equals_the_official_one(det, golden, relative_error)
+    op_tests("large_kernel").check_the_official_layer(det, golden, relative_error, by_op)
 
 
 def check(layer, case, out_of, expected, det, relative_error):

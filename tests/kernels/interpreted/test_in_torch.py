@@ -1,5 +1,7 @@
 """The kernels' ops under torch's own machinery, run by Triton's interpreter: opcheck, compile, and the layers."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,8 @@ LAYERS = {
     "channel gate": lambda: by_op(EfficientChannelAttention(16)),
     "strip gate": lambda: by_op(EfficientLocalAttention(16)),
 }
+ONE_OF_EACH = list({case.name: name for name, case in CASES.items()}.values())  # of the ops
+SOME = [name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 NODES = {"routed": "routed_attention", "hilo": "local_attention", "channel": "channel_attention"}
 
 
@@ -65,6 +69,7 @@ def test_layers_equal_their_double_selves_which_no_kernel_runs(kind):
         assert (ours - truth).abs().max() <= 1e-5 * max(truth.abs().max(), 1)
 
 
+@cache
 def refusal(name) -> str | None:
     """The reason why no kernel takes a case with gradients."""
     try:
@@ -91,7 +96,7 @@ def test_transforms_never_reach_a_kernel(name):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SOME)
 def test_a_second_derivative_of_a_kernel_is_refused(name):
     if (why := refusal(name)) is not None:
         assert "cannot run here" in why
@@ -104,7 +109,7 @@ def test_a_second_derivative_of_a_kernel_is_refused(name):
         first.sum().backward()
 
 
-@pytest.mark.parametrize("name", {case.name: name for name, case in CASES.items()}.values())  # one of each op
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_backward_pass_inside_autocast_gives_the_same_gradients(name):
     """Users may call backward inside autocast: what it calls of torch keeps the dtypes of its tensors."""
     if (why := refusal(name)) is not None:

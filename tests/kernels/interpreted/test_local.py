@@ -325,7 +325,9 @@ def check_layer(layer, x, out, arrays, name, det, relative_error) -> None:
         assert relative_error(ours, arrays[f"{name}/{key}"]) < 2e-5, (name, key)
 
 
-@pytest.mark.parametrize("name", ["h7w7_k7_d1_rpb", "h6w9_k7_d1_rpb", "h3w4_k3_d4_rpb"])
+@pytest.mark.parametrize(
+    "name", ["h7w7_k7_d1_rpb", "h6w9_k7_d1_rpb", pytest.param("h3w4_k3_d4_rpb", marks=pytest.mark.slow)]
+)
 def test_the_official_neighborhood_layer_is_met(name, det, golden, relative_error, fused_calls):
     cases, arrays = golden("module__na_layer")
     (case,) = (c for c in cases if c["name"] == name)
@@ -337,7 +339,10 @@ def test_the_official_neighborhood_layer_is_met(name, det, golden, relative_erro
     assert fused_calls == ["neighborhood"]
 
 
-@pytest.mark.parametrize("name", ["b8h2_dimhead16", "b4h1_qkratio_bias", "b7h2_s2_21x14"])
+@pytest.mark.parametrize(
+    "name",
+    ["b8h2_dimhead16", *(pytest.param(n, marks=pytest.mark.slow) for n in ("b4h1_qkratio_bias", "b7h2_s2_21x14"))],
+)
 def test_timms_halo_layer_is_met(name, det, golden, relative_error, fused_calls):
     cases, arrays = golden("module__halo")
     case = cases[name]

@@ -104,8 +104,9 @@ def check(net: nn.Module, ops: set[str], decisions: list, with_gradients: bool =
     assert all("the kernels take float32" in why for _, _, why in decisions)
     with without_kernels():
         tiled = results(net, x, with_gradients)
+    largest = max(exact.abs().max() for exact in truth)  # in small gradients, sums of large numbers cancel
     for ours, plain, exact in zip(fused, tiled, truth, strict=True):
-        floor = 32 * torch.finfo(torch.float32).eps * exact.abs().max()
+        floor = torch.finfo(torch.float32).eps * max(32 * exact.abs().max(), largest)
         assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + floor
 
 
@@ -114,17 +115,9 @@ def test_a_pruned_net_runs_on_the_kernels(name, left, decisions):
     check(pruned(name, left), NETS[name][2], decisions)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "van_b0"])
+@pytest.mark.parametrize("name", SMALL)
 def test_a_pruned_net_learns_through_the_kernels(name, decisions):
     check(pruned(name, "uneven"), NETS[name][2], decisions, with_gradients=True)
-
-
-def test_a_pruned_van_is_trained_without_the_kernel(decisions):
-    net = pruned("van_b0", "uneven")
-    decisions.clear()
-    net(images())
-    assert {(op, run) for op, run, _ in decisions} == {("large_kernel_attention", "tiled")}
-    assert all(why.startswith("the kernel has no gradient") for _, _, why in decisions)
 
 
 def test_what_is_left_is_odd():
