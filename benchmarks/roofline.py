@@ -136,7 +136,7 @@ def _local_work(layer: LocalLayer, batch: int, code: Compiled) -> Work:
     turns = batch * layer.heads * steps * col_tiles * cols.walks
     owners, walked = rows.tile * cols.tile, rows.walk * cols.walk
     words = f"{rows.tile}x{cols.tile}/{rows.walk}x{cols.walk}"
-    has_bias = code.constants.get("HAS_BIAS", code.name == "local_bias_kernel")
+    has_bias = code.constants.get("HAS_BIAS", False) or code.constants.get("CELLS", 0) > 0
     bias = owners * walked * BIAS_BYTES * has_bias
     summed = alone and has_bias and code.name != "local_closed_forward_kernel"
     sums = code.programs * owners * walked * 8 if summed else 0  # fp32, written and read

@@ -95,6 +95,7 @@ class Tensors:
         rows, cols = layer.pattern.keys
         cells = (rows * cols) ** 2 if layer.pattern.kind == "block" else (2 * rows - 1) * (2 * cols - 1)
         self.bias = torch.zeros(layer.heads, cells, device=device) if layer.biased else None
+        self.dbias = None if self.bias is None else torch.empty_like(self.bias)
         self.out, self.lse = launch.empty_results(self.q, self.v)
         self.delta, self.grad = torch.empty_like(self.lse), make(self.out.shape, device=device).to(dtype)
         self.dq, self.dk, self.dv = (self.q.new_empty(self.q.shape) for _ in "qkv")
@@ -113,7 +114,7 @@ class Tensors:
         elif kernel == "dkv":
             launch.launch_dkv(*inputs, None, self.grad, self.lse, self.delta, self.dk, self.dv)
         else:
-            launch.launch_dbias(*inputs, self.grad, self.lse, self.delta)
+            launch.launch_dbias(*inputs, self.grad, self.lse, self.delta, self.dbias)
 
     def written(self, kernel: str) -> list[Tensor]:
         return {"forward": [self.out], "dq": [self.dq], "dkv": [self.dk, self.dv], "dbias": []}[kernel]
@@ -142,7 +143,7 @@ def forced(setting: Setting) -> Iterator[None]:
         "warps": lambda *_: setting.warps,
         "one_pass_shape": lambda *_: None,
     }
-    caches = (launch_plan.plan_launch, launch_plan.plan_one_pass)
+    caches = (launch_plan.plan_launch, launch_plan.plan_one_pass, launch_plan.plan_shares)
     for cache in caches:
         cache.cache_clear()
     try:

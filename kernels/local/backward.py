@@ -12,8 +12,8 @@ Memory     O(tile) on chip; no logits reach HBM.
 import triton
 import triton.language as tl
 
+from .bias import bias_of_step, bias_of_tile
 from .intervals import (
-    bias_of_tile,
     hidden,
     load_tokens,
     locate,
@@ -31,10 +31,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=SIZES)
 def local_dq_kernel(
-    q_ptr, k_ptr, v_ptr, rel_ptr, bias_ptr, variants_y_ptr, variants_x_ptr, out_ptr, grad_ptr, lse_ptr, grad_lse_ptr,
+    q_ptr, k_ptr, v_ptr, rel_ptr, bias_ptr, out_ptr, grad_ptr, lse_ptr, grad_lse_ptr,
     dq_ptr, drel_ptr, delta_ptr,
     q_strides, k_strides, v_strides, rel_strides, out_strides, grad_strides, dq_strides,
-    heads, tiles, dilation, queries, keys, variants, scale, factor,
+    heads, tiles, dilation, queries, keys, scale, factor,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     PAD: tl.constexpr, PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
     PLACES: tl.constexpr, PRECISION: tl.constexpr,
@@ -71,11 +71,7 @@ def local_dq_kernel(
         rel = load_tokens(rel_ptr, rel_offs, valid, 2 * PLACES, 2 * PLACES)  # [M, 2 * PLACES]
         drel = tl.zeros((M, 2 * PLACES), tl.float32)
     if HAS_BIAS:
-        bias_ptr = bias_of_tile(
-            bias_ptr, variants_y_ptr, variants_x_ptr, variants, head, tiles, tile_y, tile_x, group_y, group_x,
-            ROWS.walks * COLS.walks * M * N,
-        )  # fmt: skip
-        bias_ptr += m[:, None] * N + n[None, :]
+        bias_ptr = bias_of_tile(bias_ptr, head, tile_y, tile_x, begin_y, begin_x, ROWS, COLS)
 
     dq = tl.zeros((M, PAD), tl.float32)
     for step in range(visits_y * COLS.walks):
@@ -90,7 +86,8 @@ def local_dq_kernel(
             cells = place_cells(key_y - begin_y, key_x - begin_x, PLACES, q.dtype)  # [N, 2 * PLACES]
             logits = tl.dot(rel, tl.trans(cells), logits * scale, input_precision=PRECISION)
         if HAS_BIAS:
-            logits = logits * scale + tl.load(bias_ptr + step * (M * N)).to(tl.float32)
+            bias = tl.load(bias_ptr + bias_of_step(step, step_y, step_x, ROWS, COLS))
+            logits = logits * scale + bias.to(tl.float32)
         unseen = hidden(word_y, high_y, word_x, high_x, step_y, step_x, y, x, key_y, key_x, inside, ROWS, COLS)
         probs = tl.where(unseen, 0.0, tl.exp2(logits * factor - lse[:, None]))
         dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -108,10 +105,10 @@ def local_dq_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def local_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, rel_ptr, bias_ptr, variants_y_ptr, variants_x_ptr, grad_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, rel_ptr, bias_ptr, grad_ptr, lse_ptr, delta_ptr,
     dk_ptr, dv_ptr,
     q_strides, k_strides, v_strides, rel_strides, grad_strides, dk_strides, dv_strides,
-    heads, tiles, dilation, queries, keys, variants, scale, factor,
+    heads, tiles, dilation, queries, keys, scale, factor,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     PAD: tl.constexpr, PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -137,11 +134,7 @@ def local_dkv_kernel(
     if PLACES > 0:
         rel_ptr = of_head(rel_ptr, rel_strides, image, head)
     if HAS_BIAS:
-        bias_ptr = bias_of_tile(
-            bias_ptr, variants_y_ptr, variants_x_ptr, variants, head, tiles, tile_y, tile_x, group_y, group_x,
-            ROWS.walks * COLS.walks * M * N,
-        )  # fmt: skip
-        bias_ptr += m[:, None] * N + n[None, :]
+        bias_ptr = bias_of_tile(bias_ptr, head, tile_y, tile_x, begin_y, begin_x, ROWS, COLS)
 
     dk = tl.zeros((M, PAD), tl.float32)
     dv = tl.zeros((M, PAD_V), tl.float32)
@@ -165,7 +158,8 @@ def local_dkv_kernel(
             rel = load_tokens(rel_ptr, rel_offs, inside, 2 * PLACES, 2 * PLACES)  # [N, 2 * PLACES]
             logits = tl.dot(cells, tl.trans(rel), logits * scale, input_precision=PRECISION)
         if HAS_BIAS:
-            logits = logits * scale + tl.load(bias_ptr + step * (M * N)).to(tl.float32)
+            bias = tl.load(bias_ptr + bias_of_step(step, step_y, step_x, ROWS, COLS))
+            logits = logits * scale + bias.to(tl.float32)
         unseen = hidden(word_y, high_y, word_x, high_x, step_y, step_x, y, x, query_y, query_x, inside, ROWS, COLS)
         probs = tl.where(unseen, 0.0, tl.exp2(logits * factor - lse[None, :]))
         dv = tl.dot(probs.to(grad.dtype), grad, dv, input_precision=PRECISION)

@@ -13,8 +13,8 @@ Memory     O(tile) on chip; no logits and no gathered keys reach HBM. For the ba
 import triton
 import triton.language as tl
 
+from .bias import bias_of_step, bias_of_tile
 from .intervals import (
-    bias_of_tile,
     hidden,
     load_tokens,
     locate,
@@ -32,9 +32,9 @@ FLOOR = tl.constexpr(-1.0e30)  # finite, not -inf: a query may see no key of a w
 
 @triton.jit(do_not_specialize=SIZES)
 def local_forward_kernel(
-    q_ptr, k_ptr, v_ptr, rel_ptr, bias_ptr, variants_y_ptr, variants_x_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, rel_ptr, bias_ptr, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, rel_strides, out_strides,
-    heads, tiles, dilation, queries, keys, variants, scale, factor,
+    heads, tiles, dilation, queries, keys, scale, factor,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     PAD: tl.constexpr, PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,11 +58,7 @@ def local_forward_kernel(
         rel_offs = map_offsets(y, x, group_y, group_x, dilation, rel_strides)
         rel = load_tokens(rel_ptr, rel_offs, valid, 2 * PLACES, 2 * PLACES)  # [M, 2 * PLACES]
     if HAS_BIAS:
-        bias_ptr = bias_of_tile(
-            bias_ptr, variants_y_ptr, variants_x_ptr, variants, head, tiles, tile_y, tile_x, group_y, group_x,
-            ROWS.walks * COLS.walks * M * N,
-        )  # fmt: skip
-        bias_ptr += m[:, None] * N + n[None, :]
+        bias_ptr = bias_of_tile(bias_ptr, head, tile_y, tile_x, begin_y, begin_x, ROWS, COLS)
 
     top = tl.full((M,), FLOOR, tl.float32)
     total = tl.zeros((M,), tl.float32)
@@ -78,7 +74,8 @@ def local_forward_kernel(
             cells = place_cells(key_y - begin_y, key_x - begin_x, PLACES, q.dtype)  # [N, 2 * PLACES]
             logits = tl.dot(rel, tl.trans(cells), logits * scale, input_precision=PRECISION)
         if HAS_BIAS:
-            logits = logits * scale + tl.load(bias_ptr + step * (M * N)).to(tl.float32)
+            bias = tl.load(bias_ptr + bias_of_step(step, step_y, step_x, ROWS, COLS))
+            logits = logits * scale + bias.to(tl.float32)
         unseen = hidden(word_y, high_y, word_x, high_x, step_y, step_x, y, x, key_y, key_x, inside, ROWS, COLS)
         logits = tl.where(unseen, FLOOR, logits)
         new_top = tl.maximum(top, tl.max(logits, 1))

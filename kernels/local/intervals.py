@@ -196,23 +196,3 @@ def map_offsets(y, x, group_y, group_x, dilation, strides):
 def of_head(ptr, strides, image, head):
     """Where one head of one image begins; in int64, since a batch may pass 2 ** 31 elements."""
     return ptr + image * strides[0] + head * strides[3]
-
-
-@triton.jit
-def bias_of_tile(
-    bias_ptr,
-    variants_y_ptr,
-    variants_x_ptr,
-    variants,
-    head,
-    tiles,
-    tile_y,
-    tile_x,
-    group_y,
-    group_x,
-    SIZE: tl.constexpr,
-):
-    """Where the bias tiles of this owner tile begin; SIZE elements a variant."""
-    variant = tl.load(variants_y_ptr + group_y * tiles[0] + tile_y)
-    variant += tl.load(variants_x_ptr + group_x * tiles[1] + tile_x)
-    return bias_ptr + (head * variants + variant).to(tl.int64) * SIZE

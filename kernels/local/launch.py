@@ -19,19 +19,11 @@ from .._launch import (
     without_autocast,
 )
 from .backward import local_dkv_kernel, local_dq_kernel
-from .bias import (
-    PROGRAMS,
-    BiasLayout,
-    bias_layout,
-    bias_tiles,
-    cells_gradient,
-    local_bias_kernel,
-    table_gradient,
-    works_of,
-)
+from .bias import bias_tiles
+from .bias_gradient import local_bias_kernel, table_gradient
 from .forward import local_forward_kernel
 from .halo_logits import halo_logits, halo_logits_backward
-from .launch_plan import FULL_PRECISION, KernelLaunch, Sizes, plan_launch, plan_one_pass
+from .launch_plan import FULL_PRECISION, KernelLaunch, Sizes, plan_launch, plan_one_pass, plan_shares
 from .one_pass import local_backward_kernel, local_closed_forward_kernel
 from .plan import Pattern, Plan
 
@@ -49,36 +41,38 @@ class Launch:
             pattern, (rows, cols), (k.shape[1], k.shape[2]), images, heads, dim, v.shape[-1], q.element_size(),
             dot_precision(q.dtype, FULL_PRECISION), bias, tables,
         )  # fmt: skip
-        self.pattern, self.scale, self.device = pattern, scale, q.device
+        self.pattern, self.scale = pattern, scale
         self.factor = LOG2_E if bias or tables else scale * LOG2_E
 
     def of(self, kernel: str) -> KernelLaunch:
         return plan_launch(kernel, self.sizes)
 
-    def layout(self, plan: Plan) -> BiasLayout:
-        return bias_layout(self.pattern, plan, self.sizes.queries, self.sizes.keys, self.device)
-
-    def arguments(self, kernel: KernelLaunch, layout: BiasLayout | None) -> tuple:
+    def arguments(self, kernel: KernelLaunch) -> tuple:
         """The numbers that forward, dq and dkv take between their strides and their constants."""
-        sizes, variants = self.sizes, 0 if layout is None else layout.cells.shape[0]
-        dilation = self.pattern.dilation
-        return sizes.heads, kernel.tiles, dilation, sizes.queries, sizes.keys, variants, self.scale, self.factor
+        sizes, dilation = self.sizes, self.pattern.dilation
+        return sizes.heads, kernel.tiles, dilation, sizes.queries, sizes.keys, self.scale, self.factor
 
 
 def _contiguous_dim(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(t.stride()[:4] for t in tensors)
 
 
-def _bias_arguments(launch: Launch, plan: Plan, bias: Tensor | None, q: Tensor) -> tuple[BiasLayout | None, tuple]:
-    """The layout and (tiles, row variants, column variants); q replaces pointers that are not read."""
-    if bias is None:
-        return None, (q, q, q)
-    layout = launch.layout(plan)
-    return layout, (bias_tiles(bias, layout), layout.variants_y, layout.variants_x)
+def _tiles_of(bias: Tensor | None, plan: Plan, q: Tensor) -> Tensor:
+    """The bias laid out for the tiles of a plan; q replaces a pointer that is not read."""
+    return q if bias is None else bias_tiles(bias, plan)
+
+
+def _cells(bias: Tensor | None) -> int:
+    """Cells of the table of a head, 0 without a bias."""
+    return 0 if bias is None else bias.numel() // bias.shape[0]
 
 
 def _rel_logits(launch: Launch, q: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor | None:
@@ -96,22 +90,20 @@ def launch_forward(launch: Launch, q, k, v, bias, rel, out, lse) -> None:
         launch_closed_forward(launch, q, k, v, bias, out, lse)
         return
     kernel = launch.of("forward")
-    layout, bias_arguments = _bias_arguments(launch, kernel.plan, bias, q)
     rel_or_q = q if rel is None else rel
     local_forward_kernel[kernel.grid](
-        q, k, v, rel_or_q, *bias_arguments, out, lse, *_strides(q, k, v, rel_or_q, out),
-        *launch.arguments(kernel, layout),
+        q, k, v, rel_or_q, _tiles_of(bias, kernel.plan, q), out, lse, *_strides(q, k, v, rel_or_q, out),
+        *launch.arguments(kernel),
         HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
     )  # fmt: skip
 
 
 def launch_dq(launch: Launch, q, k, v, bias, rel, out, grad, lse, dq, drel, delta, grad_lse=None) -> None:
     kernel = launch.of("dq")
-    layout, bias_arguments = _bias_arguments(launch, kernel.plan, bias, q)
     rel_or_q, drel_or_dq = (q, dq) if rel is None else (rel, drel)
     local_dq_kernel[kernel.grid](
-        q, k, v, rel_or_q, *bias_arguments, out, grad, lse, lse if grad_lse is None else grad_lse,
-        dq, drel_or_dq, delta, *_strides(q, k, v, rel_or_q, out, grad, dq), *launch.arguments(kernel, layout),
+        q, k, v, rel_or_q, _tiles_of(bias, kernel.plan, q), out, grad, lse, lse if grad_lse is None else grad_lse,
+        dq, drel_or_dq, delta, *_strides(q, k, v, rel_or_q, out, grad, dq), *launch.arguments(kernel),
         HAS_BIAS=bias is not None, HAS_GRAD_LSE=grad_lse is not None,
         PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
     )  # fmt: skip
@@ -119,28 +111,25 @@ def launch_dq(launch: Launch, q, k, v, bias, rel, out, grad, lse, dq, drel, delt
 
 def launch_dkv(launch: Launch, q, k, v, bias, rel, grad, lse, delta, dk, dv) -> None:
     kernel = launch.of("dkv")
-    layout, bias_arguments = _bias_arguments(launch, kernel.plan, bias, q)
     rel_or_q = q if rel is None else rel
     local_dkv_kernel[kernel.grid](
-        q, k, v, rel_or_q, *bias_arguments, grad, lse, delta, dk, dv, *_strides(q, k, v, rel_or_q, grad, dk, dv),
-        *launch.arguments(kernel, layout),
+        q, k, v, rel_or_q, _tiles_of(bias, kernel.plan, q), grad, lse, delta, dk, dv,
+        *_strides(q, k, v, rel_or_q, grad, dk, dv), *launch.arguments(kernel),
         HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
     )  # fmt: skip
 
 
-def launch_dbias(launch: Launch, q, k, v, bias, grad, lse, delta) -> Tensor:
-    """Return the gradient of the bias table, (heads, cells) in fp32."""
-    kernel, sizes = launch.of("dbias"), launch.sizes
+def launch_dbias(launch: Launch, q, k, v, bias, grad, lse, delta, dbias) -> None:
+    """Write the gradient of the bias table."""
+    kernel, sizes, shares = launch.of("dbias"), launch.sizes, plan_shares(launch.sizes)
     plan = kernel.plan
-    layout, (tiles_of_bias, *_) = _bias_arguments(launch, plan, bias, q)
-    works, entries, shares = works_of(layout, sizes.images, PROGRAMS // (sizes.heads * plan.steps))
-    sums = q.new_empty(len(works), sizes.heads, plan.steps, plan.owners, plan.walked, dtype=torch.float32)
-    local_bias_kernel[(len(works) * sizes.heads * plan.steps,)](
-        q, k, v, tiles_of_bias, grad, lse, delta, entries, shares, sums, *_strides(q, k, v, grad),
-        sizes.heads, launch.pattern.dilation, sizes.queries, sizes.keys, layout.cells.shape[0],
-        launch.scale, launch.factor, **kernel.constants,
+    sums = q.new_empty(shares.works, sizes.heads, plan.steps, plan.owners, plan.walked, dtype=torch.float32)
+    local_bias_kernel[(shares.works * sizes.heads * plan.steps,)](
+        q, k, v, bias, grad, lse, delta, sums, *_strides(q, k, v, grad),
+        sizes.heads, launch.pattern.dilation, sizes.queries, sizes.images, shares.images, *shares.numbers,
+        launch.scale, launch.factor, CELLS=_cells(bias), DILATED=launch.pattern.dilation != (1, 1), **kernel.constants,
     )  # fmt: skip
-    return table_gradient(sums, works, layout)
+    table_gradient(sums, dbias, launch.pattern, plan, sizes.queries, shares)
 
 
 def launch_closed_forward(launch: Launch, q, k, v, bias, out, lse) -> None:
@@ -148,32 +137,31 @@ def launch_closed_forward(launch: Launch, q, k, v, bias, out, lse) -> None:
     planned, sizes = plan_one_pass("forward", launch.sizes), launch.sizes
     assert planned is not None
     kernel, units, shares = planned
-    _, (tiles_of_bias, *_) = _bias_arguments(launch, kernel.plan, bias, q)
     inputs = _strides(q, k, v)
     local_closed_forward_kernel[kernel.grid](
-        q, k, v, tiles_of_bias, out, lse, *inputs, *_strides(out), sizes.heads, kernel.tiles, launch.pattern.dilation,
-        sizes.queries, units, shares, launch.scale * LOG2_E,
-        HAS_BIAS=bias is not None, ALIKE=len({*inputs}) == 1, **kernel.constants,
+        q, k, v, q if bias is None else bias, out, lse, *inputs, *_strides(out), sizes.heads, kernel.tiles,
+        launch.pattern.dilation, sizes.queries, units, shares, launch.scale * LOG2_E,
+        CELLS=_cells(bias), ALIKE=len({*inputs}) == 1, **kernel.constants,
     )  # fmt: skip
 
 
-def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, bias_grad: bool) -> Tensor | None:
-    """Launch the backward pass as one kernel; return the gradient of the bias table, (heads, cells) fp32, if wanted."""
+def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, dbias: Tensor | None) -> None:
+    """Launch the backward pass as one kernel; where `dbias` is given, write the gradient of the bias table too."""
     planned, sizes = plan_one_pass("backward", launch.sizes), launch.sizes
     assert planned is not None
     kernel, units, shares = planned
     owners = kernel.plan.owners
-    layout, (tiles_of_bias, *_) = _bias_arguments(launch, kernel.plan, bias, q)
     inputs, others = _strides(q, k, v), _strides(out, grad, dq, dk, dv)
-    parts = (kernel.grid[0] // sizes.heads, sizes.heads, owners, owners)
-    sums = q.new_empty(parts, dtype=torch.float32) if bias_grad else None
+    parts = (kernel.grid[0] // sizes.heads, sizes.heads, 1, owners, owners)
+    sums = None if dbias is None else q.new_empty(parts, dtype=torch.float32)
     local_backward_kernel[kernel.grid](
-        q, k, v, tiles_of_bias, out, grad, lse, dq, dk, dv, dq if sums is None else sums,
+        q, k, v, q if bias is None else bias, out, grad, lse, dq, dk, dv, dq if sums is None else sums,
         *inputs, *others, sizes.heads, kernel.tiles, launch.pattern.dilation, sizes.queries,
-        units, shares, launch.scale, launch.scale * LOG2_E,
-        HAS_BIAS=bias is not None, BIAS_GRAD=bias_grad, ALIKE=len({*inputs}) == len({*others}) == 1, **kernel.constants,
+        units, shares, launch.scale, launch.scale * LOG2_E, CELLS=_cells(bias), BIAS_GRAD=dbias is not None,
+        ALIKE=len({*inputs}) == len({*others}) == 1, **kernel.constants,
     )  # fmt: skip
-    return None if sums is None or layout is None else cells_gradient(sums.sum(0), layout)
+    if sums is not None and dbias is not None:
+        table_gradient(sums, dbias, launch.pattern, kernel.plan, sizes.queries, None)
 
 
 @torch.library.custom_op("foveate::local_attention_forward", mutates_args=())
@@ -186,7 +174,7 @@ def _forward(
     if out.numel() > 0:
         q, k, v = (_contiguous_dim(t) for t in (q, k, v))
         tables = None if rel_h is None or rel_w is None else (rel_h.contiguous(), rel_w.contiguous())
-        pattern = _pattern(kind, keys, reach, stride, dilation, causal)
+        pattern, bias = _pattern(kind, keys, reach, stride, dilation, causal), _contiguous(bias)
         launch = Launch(q, k, v, pattern, scale, bias is not None, tables is not None)
         with on_device(q):
             launch_forward(launch, q, k, v, bias, _rel_logits(launch, q, tables), out, lse)
@@ -224,23 +212,22 @@ def _backward(
     if out.numel() == 0:
         return dq, dk, dv, dbias.zero_(), drel_h.zero_(), drel_w.zero_()
     q, k, v, grad = (_contiguous_dim(t) for t in (q, k, v, grad))
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_lse, bias = _contiguous(grad_lse), _contiguous(bias)
     tables = None if rel_h is None or rel_w is None else (rel_h.contiguous(), rel_w.contiguous())
     launch = Launch(
         q, k, v, _pattern(kind, keys, reach, stride, dilation, causal), scale, bias is not None, tables is not None
     )
     with on_device(q):
         if grad_lse is None and plan_one_pass("backward", launch.sizes) is not None:
-            table = launch_one_pass(launch, q, k, v, bias, out, grad, lse, dq, dk, dv, bias is not None and bias_grad)
-            if table is not None:
-                dbias.copy_(table.view_as(dbias))
+            wanted = dbias if bias is not None and bias_grad else None
+            launch_one_pass(launch, q, k, v, bias, out, grad, lse, dq, dk, dv, wanted)
             return dq, dk, dv, dbias, drel_h, drel_w
         delta, rel = torch.empty_like(lse), _rel_logits(launch, q, tables)
         drel = None if rel is None else torch.empty_like(rel)
         launch_dq(launch, q, k, v, bias, rel, out, grad, lse, dq, drel, delta, grad_lse)
         launch_dkv(launch, q, k, v, bias, rel, grad, lse, delta, dk, dv)
         if bias is not None and bias_grad:
-            dbias.copy_(launch_dbias(launch, q, k, v, bias, grad, lse, delta).view_as(bias))
+            launch_dbias(launch, q, k, v, bias, grad, lse, delta, dbias)
         if tables is not None:
             sums = halo_logits_backward(q, tables, drel, dq, _per_block(launch.pattern), launch.sizes.precision)
             drel_h.copy_(sums[0])

@@ -17,6 +17,7 @@ from .plan import (
     stages_of,
     tile_costs,
 )
+from .shares import PROGRAMS, Shares, share_out
 
 
 def warps(owners: int, itemsize: int) -> int:
@@ -86,6 +87,13 @@ def plan_one_pass(kernel: str, sizes: Sizes) -> tuple[KernelLaunch, int, int] | 
     units = sizes.images * math.prod(tiles)
     shares = share_images(units, others)
     return KernelLaunch(plan, (others * shares,), tiles, _constants(plan, sizes, stages)), units, shares
+
+
+@lru_cache(maxsize=1024)
+def plan_shares(sizes: Sizes) -> Shares:
+    """Share the work of "dbias" out among programs."""
+    plan = plan_launch("dbias", sizes).plan
+    return share_out(sizes.pattern, plan, sizes.queries, sizes.images, max(PROGRAMS // (sizes.heads * plan.steps), 1))
 
 
 def _tiles(plan: Plan, sizes: Sizes) -> tuple[int, int]:

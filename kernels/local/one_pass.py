@@ -13,6 +13,7 @@ import math
 import triton
 import triton.language as tl
 
+from .bias import table_cells
 from .intervals import hidden, load_tokens, map_offsets, of_head, own, store_tokens, walk
 from .plan import SIZES
 
@@ -21,8 +22,8 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def closed_bias(
-    bias_ptr, head, group_y, group_x, dilation, size,
-    ROWS: tl.constexpr, COLS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    table_ptr, head, group_y, group_x, dilation, size,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """[M, M]: bias * log2(e) of all tiles of a head and group, -inf where a query does not see a key."""
     M: tl.constexpr = ROWS.tile * COLS.tile
@@ -32,8 +33,12 @@ def closed_bias(
     key_y, inside_y = walk(0, n // COLS.tile, begin_y, keys_y, ROWS)
     key_x, inside_x = walk(0, n % COLS.tile, begin_x, keys_x, COLS)
     unseen = hidden(word_y, high_y, word_x, high_x, 0, 0, y, x, key_y, key_x, inside_y & inside_x, ROWS, COLS)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + head * (M * M) + m[:, None] * M + n[None, :]).to(tl.float32) * LOG2_E
+    if CELLS > 0:
+        cell, known = table_cells(
+            (m // COLS.tile)[:, None], (m % COLS.tile)[:, None], (n // COLS.tile)[None, :], (n % COLS.tile)[None, :],
+            ROWS, COLS,
+        )  # fmt: skip
+        bias = tl.load(table_ptr + head * CELLS + cell, mask=known, other=0.0).to(tl.float32) * LOG2_E
     else:
         bias = tl.zeros((M, M), tl.float32)
     return tl.where(unseen, float("-inf"), bias)
@@ -55,16 +60,16 @@ def token_of_unit(m, unit, group, dilation, size, tiles, i: tl.constexpr, AXIS: 
 
 @triton.jit(do_not_specialize=(*SIZES, "size", "units", "shares"))
 def local_closed_forward_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
+    q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
     heads, tiles, dilation, size, units, shares, scale_log2,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, PAD: tl.constexpr,
-    PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    PAD_V: tl.constexpr, CELLS: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS.tile * COLS.tile
     head, pid = tl.program_id(0) % heads, tl.program_id(0) // heads
     group_x, pid = pid % dilation[1], pid // dilation[1]
     group_y, share = pid % dilation[0], pid // dilation[0]
-    bias = closed_bias(bias_ptr, head, group_y, group_x, dilation, size, ROWS, COLS, HAS_BIAS)
+    bias = closed_bias(table_ptr, head, group_y, group_x, dilation, size, ROWS, COLS, CELLS)
     m = tl.arange(0, M)
     for unit in range(share, units, shares):
         row, inside_y = token_of_unit(m, unit, group_y, dilation[0], size[0], tiles, 0, ROWS, COLS)
@@ -91,17 +96,17 @@ def local_closed_forward_kernel(
 
 @triton.jit(do_not_specialize=(*SIZES, "size", "units", "shares"))
 def local_backward_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, sums_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, grad_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, sums_ptr,
     q_strides, k_strides, v_strides, out_strides, grad_strides, dq_strides, dk_strides, dv_strides,
     heads, tiles, dilation, size, units, shares, scale, scale_log2,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, PAD: tl.constexpr,
-    PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    PAD_V: tl.constexpr, CELLS: tl.constexpr, BIAS_GRAD: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = ROWS.tile * COLS.tile
     head, pid = tl.program_id(0) % heads, tl.program_id(0) // heads
     group_x, pid = pid % dilation[1], pid // dilation[1]
     group_y, share = pid % dilation[0], pid // dilation[0]
-    bias = closed_bias(bias_ptr, head, group_y, group_x, dilation, size, ROWS, COLS, HAS_BIAS)
+    bias = closed_bias(table_ptr, head, group_y, group_x, dilation, size, ROWS, COLS, CELLS)
     m = tl.arange(0, M)
     if BIAS_GRAD:
         dbias = tl.zeros((M, M), tl.float32)

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any, TypeVar
 
 WORD_BITS = 32
-SIZES = ("heads", "tiles", "queries", "keys", "variants")  # arguments of which no kernel needs a version of its own
+SIZES = ("heads", "tiles", "queries", "keys")  # arguments of which no kernel needs a version of its own
 T = TypeVar("T", bound=type)
 
 
@@ -73,6 +73,26 @@ class Axis:
     def wide(self) -> bool:
         """Whether the walked tokens of an owner tile are more than the bits of a word."""
         return self.walks // self.walk_split * self.walk_step > WORD_BITS
+
+    @property
+    def period(self) -> int:
+        """After how many tiles, away from borders, the distance from a tile to its first walked token repeats."""
+        return self.split if self.kind == "block" else self.stride // math.gcd(self.stride, self.tile)
+
+    @property
+    def lead(self) -> int:
+        """How far a walked token may lie before an owner of its tile, and no further: also owners past the map."""
+        return self.keys - 1 + self.tile - 1
+
+    @property
+    def lines(self) -> int:
+        """Distances from an owner to a walked token, of a row."""
+        return self.lead + self.walks * self.walk
+
+    @property
+    def shifts(self) -> int:
+        """Distances from an owner to the first walked token of a step."""
+        return self.lead + (self.walks - 1) * self.walk + 1
 
     def tiles(self, owners: int) -> int:
         return -(-(owners - self.first) // self.step) * self.split

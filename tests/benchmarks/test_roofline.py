@@ -71,7 +71,7 @@ def plan_size(compiled) -> int:
 
 
 def test_the_one_pass_kernel_visits_each_tile_once_and_moves_eight_maps():
-    work = work_of(WINDOWS, 3, code(WINDOWS, "local_backward_kernel", HAS_BIAS=False))
+    work = work_of(WINDOWS, 3, code(WINDOWS, "local_backward_kernel", CELLS=0))
     assert work.logits == 3 * 2 * 6 * 32 * 32 and work.turns == 36 / 5  # tiles of 4x8 tokens hold a window of 3x7
     assert math.isclose(work.maps, 8 + 4 / 32)  # and lse, fp32 for 16 channels of 2 bytes
 

@@ -1,10 +1,12 @@
 """Local attention's kernels as machine code for sm_80 and sm_90: registers, memory, instructions of the main loop."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from foveate.benchmarks._machine_code import Compiled
 from foveate.benchmarks.gpu_first_hour.sweep import Setting, forced
 from foveate.kernels.local import launch as local
 from foveate.kernels.local.halo_logits import halo_logits, halo_logits_backward, places
@@ -65,10 +67,15 @@ class Call:
         elif kernel == "dkv":
             local.launch_dkv(self.launch, q, k, v, *tables, out, lse, lse, out, out)
         elif kernel == "dbias":
-            local.launch_dbias(self.launch, q, k, v, self.bias, out, lse, lse)
+            local.launch_dbias(self.launch, q, k, v, self.bias, out, lse, lse, self.bias)
         else:
-            has_bias = self.bias is not None
-            local.launch_one_pass(self.launch, q, k, v, self.bias, out, out, lse, out, out, out, has_bias)
+            local.launch_one_pass(self.launch, q, k, v, self.bias, out, out, lse, out, out, out, self.bias)
+
+
+def compile_local(compile_for, capability: int, launch: Callable[..., None], *arguments) -> Compiled:
+    """The kernel that moves the maps, of those that a launcher launches: bias tables have kernels of their own."""
+    (found,) = (k for k in compile_for(capability, launch, *arguments) if k.name.startswith("local_"))
+    return found
 
 
 # Machine instructions a computed logit in the main loop, over all threads, bf16: a little more than triton 3.8 gives,
@@ -114,7 +121,7 @@ REST = [key for key in BOUNDS if key not in FIRST]
 def broken_bounds(compile_for, shared_limit_bytes, name, kernel, capability, dim) -> dict[str, object]:
     """What one kernel exceeds or lacks, with the value found; empty where all bounds hold."""
     call = Call(CASES[name], dim, torch.bfloat16)
-    found = compile_for(capability, call.run, kernel)[-1]
+    found = compile_local(compile_for, capability, call.run, kernel)
     plan = call.launch.of(kernel).plan
     logits, one_turn = plan.owners * plan.walked, plan.steps == 1 and kernel != "dbias"
     per_logit = found.loop_instructions_per(logits)
@@ -188,7 +195,7 @@ def test_the_other_loops_too(compile_for, shared_limit_bytes, name, kernel, capa
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkv", "dbias"])
 def test_other_dtypes_compile_within_shared_memory(compile_for, shared_limit_bytes, kernel, dtype, capability):
     call = Call(CASES["neighborhood, bias"], 32, dtype)
-    found = compile_for(capability, call.run, kernel)[-1]
+    found = compile_local(compile_for, capability, call.run, kernel)
     assert found.shared_bytes <= shared_limit_bytes[capability]
     if dtype == torch.float16:
         assert found.stack_bytes == 0 and found.count(r"wgmma\.mma_async|mma\.sync") > 0
@@ -199,7 +206,7 @@ def test_other_dtypes_compile_within_shared_memory(compile_for, shared_limit_byt
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkv", "dbias"])
 @pytest.mark.parametrize("dim", [16, 24, 128])
 def test_other_head_dims_compile_within_shared_memory(compile_for, shared_limit_bytes, dim, kernel, capability):
-    found = compile_for(capability, Call(CASES["neighborhood, bias"], dim, torch.bfloat16).run, kernel)[-1]
+    found = compile_local(compile_for, capability, Call(CASES["neighborhood, bias"], dim, torch.bfloat16).run, kernel)
     assert found.shared_bytes <= shared_limit_bytes[capability]
     assert dim % 16 != 0 or found.loop_spills() == []  # other head_dims are loaded number by number
 
@@ -209,12 +216,21 @@ def test_other_head_dims_compile_within_shared_memory(compile_for, shared_limit_
 def test_the_one_pass_kernels_are_short_and_do_not_spill(
     compile_for, shared_limit_bytes, name, kernel, dim, capability
 ):
-    (found,) = compile_for(capability, Call(CASES[name], dim, torch.bfloat16).run, kernel)
+    found = compile_local(compile_for, capability, Call(CASES[name], dim, torch.bfloat16).run, kernel)
     assert found.name == {"forward": "local_closed_forward_kernel", "backward": "local_backward_kernel"}[kernel]
     assert found.loop_spills() == [] and found.stack_bytes == 0
     assert found.loop_instructions_per(64 * 64) <= ONE_PASS[name, kernel, dim][capability // 90]
     assert found.shared_bytes <= shared_limit_bytes[86] and found.blocks_of_sm >= 2
     assert sum(op.startswith("MUFU.EX2") for op in found.loops[0]) == 64 * 64 // 128
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["neighborhood, bias", "window, bias"])
+def test_the_kernels_of_bias_tables_keep_all_in_registers(compile_for, name, capability):
+    call = Call(CASES[name], 32, torch.bfloat16)
+    found = {k.name: k for kernel in ("dq", "dkv", "dbias") for k in compile_for(capability, call.run, kernel)}
+    assert {"bias_tiles_kernel", "table_gradient_kernel"} <= set(found)
+    assert all(found[k].loop_spills() == [] for k in ("bias_tiles_kernel", "table_gradient_kernel"))
 
 
 # Head_dims of 65 to 128 need most shared memory; sm_86, sm_89 and sm_120 give a block 99 KB.
@@ -228,7 +244,7 @@ AT_RISK = [
 @pytest.mark.parametrize("capability", [86, 120])
 @pytest.mark.parametrize(("name", "kernel", "dtype"), AT_RISK, ids=str)
 def test_wide_heads_fit_the_smallest_shared_memory(compile_for, shared_limit_bytes, name, kernel, dtype, capability):
-    found = compile_for(capability, Call(CASES[name], 128, dtype).run, kernel)[-1]
+    found = compile_local(compile_for, capability, Call(CASES[name], 128, dtype).run, kernel)
     assert found.shared_bytes <= shared_limit_bytes[capability]
 
 
@@ -241,7 +257,7 @@ def test_every_kernel_fits_the_smallest_shared_memory(compile_for, shared_limit_
     call, limit = Call(CASES[name], dim, dtype), shared_limit_bytes[capability]
     kernels = ["forward", "dq", "dkv"] + ["dbias"] * (call.bias is not None)
     kernels += ["backward"] * (local.plan_one_pass("backward", call.launch.sizes) is not None)
-    found = {kernel: compile_for(capability, call.run, kernel)[-1].shared_bytes for kernel in kernels}
+    found = {kernel: compile_local(compile_for, capability, call.run, kernel).shared_bytes for kernel in kernels}
     assert {kernel: size for kernel, size in found.items() if size > limit} == {}
 
 

@@ -21,6 +21,7 @@ from foveate.attention_ops import (
     window_attention,
 )
 from foveate.kernels.local import launch as local
+from foveate.kernels.local import launch_plan
 
 # Rectangles that cross tiles of 8; kernels odd, even, and as large as the map; dilations that do not divide the map.
 CASES = [
@@ -67,6 +68,16 @@ def test_it_is_the_definition_with_every_gradient(case):
     inputs = case.inputs()
     exact = results(case, [x.double() for x in inputs], "reference")
     assert max(errors(results(case, inputs, "fused"), exact)) < 1e-5
+
+
+@pytest.mark.parametrize("case", [na((9, 17), (3, 4), (2, 1), table=True), CASES[13]], ids=str)
+def test_one_program_sums_the_gradient_of_a_bias_over_tiles_groups_and_images(case, monkeypatch):
+    monkeypatch.setattr(launch_plan, "PROGRAMS", 1)
+    launch_plan.plan_shares.cache_clear()
+    inputs = case.inputs(batch=2)
+    exact = results(case, [x.double() for x in inputs], "reference")
+    assert max(errors(results(case, inputs, "fused"), exact)) < 1e-5
+    launch_plan.plan_shares.cache_clear()
 
 
 def random_case(seed: int) -> Case:
