@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ._attend import accumulator
 from ._checks import check_at_least, check_qkv, why_no_local_kernel
+from ._graph.local import circle_attention_graph
 from ._op import Impl, declare, run
-from .tile_plan import cached_tile_mask, positions, tile_mask, tile_plan
+from .tile_plan import cached_tile_mask, positions, tile_plan
 from .tiled_attention import TiledAttention
 from .tiling import AxisTiling
 
@@ -96,13 +97,6 @@ def circle_attention_tiled(q: Tensor, k: Tensor, v: Tensor, circle: Circle, scal
     plan = tile_plan(circle, size)
     mask = cached_tile_mask(circle, size, plan, q.device, accumulator(q.dtype))
     return TiledAttention(plan, mask, scale)(q, k, v, None)
-
-
-def circle_attention_graph(q: Tensor, k: Tensor, v: Tensor, circle: Circle, scale: float) -> Tensor:
-    """Attend by differentiable operations; the mask becomes part of a traced graph."""
-    size = (q.shape[1], q.shape[2])
-    plan = tile_plan(circle, size)
-    return TiledAttention(plan, tile_mask(circle, size, plan, q.device), scale).graph(q, k, v, None)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, radius: int, scale: float) -> Tensor:

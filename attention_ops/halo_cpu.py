@@ -1,4 +1,4 @@
-"""Halo attention on tiles: the torch body for CPUs, compilers and exporters.
+"""Halo attention on tiles: the torch body for CPUs.
 
 One key tile holds a block and its halo.
 
@@ -68,7 +68,7 @@ def halo_attention_tiled(
 ) -> Tensor:
     """Every block of queries against its one key tile."""
     if q.is_cuda:  # a GPU wants few operations
-        return halo_attention_graph(q, k, v, rel_h, rel_w, blocks, scale)
+        return of_one_layout(HaloTiles(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w))
     plan = halo_plan(q, k, blocks)
     if torch.is_grad_enabled():
         return HaloTiles(plan, scale)(q, k, v, rel_h, rel_w)
@@ -86,13 +86,6 @@ def _logits(plan: HaloPlan) -> int:
     """Logits of one head of one image."""
     (qy, qx), (ky, kx) = plan
     return qy.tiles * qy.tile * qx.tiles * qx.tile * ky.keys * kx.keys
-
-
-def halo_attention_graph(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
-) -> Tensor:
-    """Attend by differentiable operations."""
-    return of_one_layout(HaloTiles(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w))
 
 
 class HaloTiles(EagerBody):
