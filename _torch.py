@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
@@ -30,6 +31,8 @@ __all__ = [
     "name_of",
     "prefers_flash_attention",
     "pytree",
+    "takes_sizes_of_one",
+    "taking_sizes_of_one",
     "transforms_are_on",
     "without_compiler_caches",
 ]
@@ -55,6 +58,16 @@ def dispatch_modes_are_on() -> bool:
 def body_of(op: CustomOpDef) -> Callable[..., Any]:
     """Return the function that a custom op was made of."""
     return op._init_fn
+
+
+def takes_sizes_of_one() -> bool:
+    """Say whether the exporter at work lets free sizes be 1 without a case of their own."""
+    return torch.fx.experimental._config.backed_size_oblivious
+
+
+def taking_sizes_of_one() -> AbstractContextManager[None]:
+    """Let the exporter leave sizes free that may be 1."""
+    return torch.fx.experimental._config.patch(backed_size_oblivious=True)
 
 
 def name_of(op: CustomOpDef) -> str:

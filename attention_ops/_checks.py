@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._launch import LEAST_SCALE, MOST_HEAD_DIM, why_no_triton
+from ._graph.sizes import is_known
 
 T = TypeVar("T", int, bool)
 _NUMBERS = (int, torch.SymInt)  # bool is an int
@@ -22,7 +23,7 @@ def pair(op: str, name: str, value: T | Sequence[T]) -> list[T]:
 
 def check_at_least(op: str, name: str, values: Sequence[int], least: int) -> None:
     """Raise ValueError where one of the values is below `least`."""
-    if min(values) < least:
+    if any(is_known(value < least) for value in values):
         raise ValueError(f"{op}: {name} must be at least {least}, got {tuple(values)}")
 
 
@@ -44,7 +45,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, value_dim: bool = False)
         raise ValueError(f"{op}: v must have the shape of q {tuple(shape)}, got {tuple(v.shape)}")
     check_alike(op, q=q, k=k, v=v)
     for size in (*shape[1:], v.shape[4]):  # one by one: no guard between two symbols of a tracer
-        if size < 1:
+        if is_known(size < 1):
             raise ValueError(f"{op}: H, W, heads and head_dim must be at least 1, got shape {tuple(shape)}")
 
 

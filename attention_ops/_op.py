@@ -178,6 +178,7 @@ def choose(op: str, impl: str, why_not_fused: str | None) -> Impl:
 
 
 OPS: dict[str, Op] = {}
+REGISTERED: dict[str, Body] = {}  # what each op of the library foveate is made of, by name
 
 
 def declare(
@@ -245,6 +246,7 @@ def declare(
 def register(promise: Callable[..., Any], body: Body) -> None:
     """Define `foveate::NAME` with the schema of a public function, made of the operations of `body`."""
     qualified = f"foveate::{promise.__name__}"
+    REGISTERED[promise.__name__] = body
     torch.library.define(qualified, _schema(promise))
     for key in (
         "CompositeImplicitAutograd",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_at_least
-from .tiling import cut_regions, join_regions, pad_to_windows
+from .tiling import crop, cut_regions, join_regions, pad_to_windows
 
 Routing = Literal["hard", "soft", "differentiable", "learned"]
 
@@ -188,7 +188,7 @@ class BiLevelRoutingAttention(nn.Module):
         out = self.attend(q, k, v, region_size)
         if self.lepe is not None:
             out = out + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(out)[:, :height, :width]
+        return crop(self.proj(out), height, width)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, region_size: list[int]) -> Tensor:  # (B, H, W, width) each
         keys, values, kv_region_size = k, v, region_size
@@ -259,7 +259,7 @@ class BiLevelRoutingAttentionNchw(nn.Module):
         out = torch.ops.foveate.routed_attention(
             heads[0], heads[1], heads[2], routes, region_size=region_size, scale=self.scale
         )
-        out = out.flatten(3)[:, :height, :width].permute(0, 3, 1, 2)
+        out = crop(out.flatten(3), height, width).permute(0, 3, 1, 2)
         if self.lepe is not None:
             out = out + self.lepe(v.permute(0, 3, 1, 2))
         return self.proj(out)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._attend import accumulator
 from ._checks import check_qkv, why_no_attention_kernel
+from ._graph.tiles import product
 from ._op import Impl, declare, run
 
 OP = "channel_attention"
@@ -54,8 +55,8 @@ def channel_attention_tiled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Te
     """Two batched products. The sums over all tokens are made in float32: in 16 bits they lose digits or overflow."""
     size, wide = q.shape[1:3], accumulator(q.dtype)
     q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, d)
-    logits = torch.matmul(q.to(wide).mT, k.to(wide)) * scale
-    out = torch.matmul(v, logits.softmax(-1).to(v.dtype).mT)  # (B, heads, N, d)
+    logits = product(q.to(wide).mT, k.to(wide)) * scale
+    out = product(v, logits.softmax(-1).to(v.dtype), transposes=True)  # (B, heads, N, d)
     return out.transpose(1, 2).unflatten(1, size)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..kernels.local.plan import Pattern
 from ._attend import accumulator
 from ._checks import check_at_least, check_qkv, why_no_local_kernel
+from ._graph.local import circle_attention_graph, circle_attention_lse_graph
 from ._lse import first_result, lse_variant
 from ._op import Impl, declare, run
-from .tile_plan import cached_tile_mask, positions, tile_mask, tile_plan
+from .tile_plan import cached_tile_mask, positions, tile_plan
 from .tiled_attention import TiledAttention, TiledAttentionLse
 from .tiling import AxisTiling
 
@@ -104,13 +105,6 @@ def _tiled(kind: type[TiledAttention], q: Tensor, k: Tensor, v: Tensor, circle: 
     return kind(plan, mask, scale)(q, k, v, None)
 
 
-def _graph(kind: type[TiledAttention], q: Tensor, k: Tensor, v: Tensor, circle: Circle, scale: float) -> Any:
-    """Attend by differentiable operations; the mask becomes part of a traced graph."""
-    size = (q.shape[1], q.shape[2])
-    plan = tile_plan(circle, size)
-    return kind(plan, tile_mask(circle, size, plan, q.device), scale).graph(q, k, v, None)
-
-
 def _pattern(radius: int) -> Pattern:
     return Pattern("circle", (radius, radius), (radius - 1, radius - 1))
 
@@ -140,7 +134,7 @@ declare(
     check=partial(_check, OP),
     reference=first_result(circle_attention_lse_reference),
     tiled=partial(_tiled, TiledAttention),
-    graph=partial(_graph, TiledAttention),
+    graph=circle_attention_graph,
     fused=_fused,
     why_not_fused=why_no_local_kernel,
     macs=_macs,
@@ -151,7 +145,7 @@ declare(
     check=partial(_check, f"{OP}_lse"),
     reference=circle_attention_lse_reference,
     tiled=partial(_tiled, TiledAttentionLse),
-    graph=partial(_graph, TiledAttentionLse),
+    graph=circle_attention_lse_graph,
     fused=_fused_lse,
     why_not_fused=why_no_local_kernel,
     macs=_macs,

@@ -18,15 +18,11 @@ from torch import Tensor, nn
 from ..kernels.local.plan import Pattern
 from ._attend import accumulator
 from ._checks import check_alike, check_at_least, check_device, why_no_local_kernel
+from ._graph.halo import halo_attention_graph, halo_attention_lse_graph
+from ._graph.sizes import differs, is_known
 from ._lse import first_result, lse_variant
 from ._op import Impl, Size, declare, run
-from .halo_cpu import (
-    Blocks,
-    halo_attention_graph,
-    halo_attention_lse_graph,
-    halo_attention_lse_tiled,
-    halo_attention_tiled,
-)
+from .halo_cpu import Blocks, halo_attention_lse_tiled, halo_attention_tiled
 from .tiling import AxisWindow
 
 OP = "halo_attention"
@@ -89,16 +85,16 @@ def _check(
         if t.dim() != 5:
             raise ValueError(f"{op}: {name} must be (B, H, W, heads, head_dim), got shape {tuple(t.shape)}")
     check_alike(op, q=q, k=k, v=v)
-    if any(size < 1 for size in (*k.shape[1:], v.shape[4])):  # one by one: no guard between two symbols of a tracer
+    if any(is_known(size < 1) for size in (*k.shape[1:], v.shape[4])):
         raise ValueError(f"{op}: H, W, heads and head_dim must be at least 1, got {tuple(k.shape)}, {tuple(v.shape)}")
     check_at_least(op, "block_size", block_size, 1)
     check_at_least(op, "halo", halo, 0)
     if stride < 1 or block_size[0] % stride or block_size[1] % stride:
         raise ValueError(f"{op}: stride must divide block_size {tuple(block_size)}, got {stride}")
-    if v.shape[:4] != k.shape[:4]:
+    if differs(v.shape[:4], k.shape[:4]):
         raise ValueError(f"{op}: v must be {(*k.shape[:4], 'value_dim')} as k, got {tuple(v.shape)}")
     queries = (k.shape[0], (k.shape[1] + stride - 1) // stride, (k.shape[2] + stride - 1) // stride, *k.shape[3:])
-    if tuple(q.shape) != queries:
+    if differs(q.shape, queries):
         raise ValueError(f"{op}: q must be {queries} for k {tuple(k.shape)} and stride {stride}, got {tuple(q.shape)}")
     if (rel_h is None) != (rel_w is None):
         raise ValueError(f"{op}: rel_h and rel_w must both be given, or none")

@@ -1,4 +1,4 @@
-"""Halo attention on tiles: the torch body for CPUs, compilers and exporters.
+"""Halo attention on tiles: the torch body for CPUs.
 
 One key tile holds a block and its halo.
 
@@ -68,7 +68,7 @@ def halo_attention_tiled(
 ) -> Tensor:
     """Every block of queries against its one key tile."""
     if q.is_cuda:  # a GPU wants few operations
-        return halo_attention_graph(q, k, v, rel_h, rel_w, blocks, scale)
+        return of_one_layout(HaloTiles(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w))
     plan = halo_plan(q, k, blocks)
     if torch.is_grad_enabled():
         return HaloTiles(plan, scale)(q, k, v, rel_h, rel_w)
@@ -81,9 +81,11 @@ def halo_attention_lse_tiled(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The same tiles; also the log-sum-exp of the logits of every query."""
+    tiles = HaloTilesLse(halo_plan(q, k, blocks), scale)
     if q.is_cuda:
-        return halo_attention_lse_graph(q, k, v, rel_h, rel_w, blocks, scale)
-    return HaloTilesLse(halo_plan(q, k, blocks), scale)(q, k, v, rel_h, rel_w)
+        out, lse = tiles.graph(q, k, v, rel_h, rel_w)
+        return of_one_layout(out), of_one_layout(lse)
+    return tiles(q, k, v, rel_h, rel_w)
 
 
 def _budget() -> int:
@@ -95,21 +97,6 @@ def _logits(plan: HaloPlan) -> int:
     """Logits of one head of one image."""
     (qy, qx), (ky, kx) = plan
     return qy.tiles * qy.tile * qx.tiles * qx.tile * ky.keys * kx.keys
-
-
-def halo_attention_graph(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
-) -> Tensor:
-    """Attend by differentiable operations."""
-    return of_one_layout(HaloTiles(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w))
-
-
-def halo_attention_lse_graph(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, blocks: Blocks, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend by differentiable operations; also the log-sum-exp."""
-    out, lse = HaloTilesLse(halo_plan(q, k, blocks), scale).graph(q, k, v, rel_h, rel_w)
-    return of_one_layout(out), of_one_layout(lse)
 
 
 class HaloTiles(EagerBody):

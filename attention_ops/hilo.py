@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ._attend import accumulator, sdpa
 from ._checks import check_alike, check_at_least
+from ._graph.sizes import is_known
+from ._graph.window import hilo_attention_graph
 from ._op import OPS, Impl, SymSize, Tensors, declare, run
-from .tiling import pad_to_windows
+from .tiling import crop, pad_to_windows
 from .window import why_not_fused as why_no_window_kernel
 from .window import (
     window_attention_fused,
-    window_attention_graph,
     window_attention_reference,
     window_attention_tiled,
 )
@@ -75,10 +76,10 @@ def _check(high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int
         raise ValueError(f"{OP}: high q and low q must have one batch, map and head_dim, got {shapes}")
     if high_q.shape[3] + low_q.shape[3] == 0:
         raise ValueError(f"{OP}: one of high and low must have heads, got none")
-    if any(size < 1 for size in (*low_q.shape[1:3], low_q.shape[4], *low_k.shape[1:3])):
+    if any(is_known(size < 1) for size in (*low_q.shape[1:3], low_q.shape[4], *low_k.shape[1:3])):
         raise ValueError(f"{OP}: H, W and head_dim must be at least 1, got shapes {[tuple(t.shape) for t in low]}")
     check_at_least(OP, "window_size", window_size, 1)
-    if low_q.shape[1] % window_size[0] or low_q.shape[2] % window_size[1]:
+    if any(is_known(low_q.shape[1 + i] % window_size[i] != 0) for i in (0, 1)):
         raise ValueError(f"{OP}: window_size {tuple(window_size)} must divide the map {tuple(low_q.shape[1:3])}")
 
 
@@ -100,13 +101,6 @@ def hilo_attention_tiled(
 ) -> Tensor:
     """SDPA on windows, and SDPA to the pooled tokens."""
     return _both(window_attention_tiled, sdpa, high, low, window_size, scale)
-
-
-def hilo_attention_graph(
-    high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int], scale: float
-) -> Tensor:
-    """Attend by differentiable operations."""
-    return _both(window_attention_graph, F.scaled_dot_product_attention, high, low, window_size, scale)
 
 
 def _fused(high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int], scale: float) -> Tensor:
@@ -222,7 +216,7 @@ class HiLoAttention(nn.Module):
                 high = [q[:, :, :, :0], q[:, :, :, :0], q[:, :, :, :0]]
         window = [self.window_size, self.window_size]
         out = torch.ops.foveate.hilo_attention(high, low, window, scale=self.scale)
-        return self.project(out)[:, :height, :width]
+        return crop(self.project(out), height, width)
 
     def pool(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H / window, W / window, C)
         if self.window_size == 1:

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from ..kernels.local.plan import Pattern
 from ._attend import accumulator
 from ._checks import check_at_least, check_device, check_qkv, pair, why_no_local_kernel
+from ._graph.local import neighborhood_attention_graph, neighborhood_attention_lse_graph
+from ._graph.sizes import is_known, pad_to_least
 from ._op import Flags, Impl, Pair, Size, declare, run
 from .neighborhood_cpu import (
     Neighborhood,
     axis_intervals,
     first_key,
-    neighborhood_attention_graph,
-    neighborhood_attention_lse_graph,
     neighborhood_attention_lse_tiled,
     neighborhood_attention_tiled,
 )
-from .tiling import AxisWindow
+from .tiling import AxisWindow, crop
 
 OP = "neighborhood_attention"
 OP_LSE = "neighborhood_attention_lse"
@@ -123,7 +123,7 @@ def _check(
     check_at_least(op, "dilation", dilation, 1)
     _check_stride(op, stride, kernel_size)
     least = [size * step for size, step in zip(kernel_size, dilation, strict=True)]
-    if q.shape[1] < least[0] or q.shape[2] < least[1]:
+    if is_known(q.shape[1] < least[0]) or is_known(q.shape[2] < least[1]):
         raise ValueError(
             f"{op}: the map must be at least kernel_size * dilation = {tuple(least)} tokens, got {tuple(q.shape[1:3])}"
         )
@@ -295,10 +295,11 @@ class NeighborhoodAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         height, width = x.shape[1], x.shape[2]
-        pad_h = max(self.kernel_size[0] * self.dilation[0] - height, 0)
-        pad_w = max(self.kernel_size[1] * self.dilation[1] - width, 0)
-        if pad_h > 0 or pad_w > 0:
-            x = F.pad(x, [0, 0, 0, pad_w, 0, pad_h])
+        least_h, least_w = self.kernel_size[0] * self.dilation[0], self.kernel_size[1] * self.dilation[1]
+        if torch.jit.is_scripting():
+            x = F.pad(x, [0, 0, 0, max(least_w - width, 0), 0, max(least_h - height, 0)])
+        else:
+            x = pad_to_least(x, least_h, least_w)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         out = torch.ops.foveate.neighborhood_attention(
             q,
@@ -311,7 +312,7 @@ class NeighborhoodAttention2d(nn.Module):
             is_causal=self.is_causal,
             scale=self.scale,
         )
-        return self.proj_drop(self.proj(out.flatten(3)[:, :height, :width]))
+        return self.proj_drop(self.proj(crop(out.flatten(3), height, width)))
 
     def extra_repr(self) -> str:
         sizes = f"kernel_size={self.kernel_size}, dilation={self.dilation}, stride={self.stride}"

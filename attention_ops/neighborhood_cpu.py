@@ -1,4 +1,4 @@
-"""Neighborhood attention on tiles: the torch body for CPUs, compilers and exporters.
+"""Neighborhood attention on tiles: the torch body for CPUs.
 
 The map is cut into tiles of queries; one key tile covers the neighborhoods of all queries of a tile, a mask says which
 key each query sees. Dilation groups become maps apart, so one plan serves every dilation.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._attend import accumulator
-from .tile_plan import SMALL_MASK, TileMask, TilePlan, cached_tile_mask, positions, tile_mask, tile_plan
+from .tile_plan import SMALL_MASK, TilePlan, cached_tile_mask, positions, tile_plan
 from .tiled_attention import TiledAttention, TiledAttentionLse
 from .tiling import AxisTiling
 
@@ -128,29 +128,6 @@ def neighborhood_attention_lse_tiled(
     """The same tiles; also the log-sum-exp of the logits of every query."""
     body, bias = _body_and_bias(q, rpb, neighborhood, scale, TiledAttentionLse)
     return body(q, k, v, bias)
-
-
-def neighborhood_attention_graph(
-    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
-) -> Tensor:
-    """Attend by differentiable operations; the mask becomes part of a traced graph."""
-    plan, mask, bias = _new_tiles(q, rpb, neighborhood)
-    return TiledAttention(plan, mask, scale).graph(q, k, v, bias)
-
-
-def neighborhood_attention_lse_graph(
-    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, neighborhood: Neighborhood, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend by differentiable operations; also the log-sum-exp."""
-    plan, mask, bias = _new_tiles(q, rpb, neighborhood)
-    return TiledAttentionLse(plan, mask, scale).graph(q, k, v, bias)
-
-
-def _new_tiles(q: Tensor, rpb: Tensor | None, neighborhood: Neighborhood) -> tuple[TilePlan, TileMask, Tensor | None]:
-    size = (q.shape[1], q.shape[2])
-    plan = tile_plan(neighborhood, size)
-    mask = tile_mask(neighborhood, size, plan, q.device)
-    return plan, mask, None if rpb is None else _tile_bias(rpb, _cells(neighborhood, plan, q.device))
 
 
 def _tile_bias(rpb: Tensor, cells: Tensor) -> Tensor:

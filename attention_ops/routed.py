@@ -16,8 +16,11 @@ from torch import Tensor
 from ..kernels._launch import no_autocast
 from ._attend import accumulator
 from ._checks import check_alike, check_at_least, pair, why_no_attention_kernel
+from ._graph.routed import routed_attention_graph
+from ._graph.sizes import covering, differs, is_known
+from ._graph.tiles import product
 from ._op import Count, Impl, SymSize, declare, is_traced, register, run, under_transform
-from .routed_cpu import Regions, routed_attention_graph, routed_attention_tiled
+from .routed_cpu import Regions, routed_attention_tiled
 from .tiling import merge_windows, pad_to_windows, split_windows
 
 OP = "routed_attention"
@@ -53,9 +56,9 @@ def _bi_level_routes(q: Tensor, k: Tensor, *, region_size: list[int], topk: int)
     check_at_least("bi_level_routes", "topk", [topk], 1)
     with torch.no_grad(), no_autocast(q):
         means_q, means_k = (region_means(x.detach().flatten(3), region_size) for x in (q, k))
-        if topk > means_q.shape[1]:
+        if is_known(topk > means_q.shape[1]):
             raise ValueError(f"bi_level_routes: topk must be at most the {means_q.shape[1]} regions, got {topk}")
-        return torch.matmul(means_q, means_k.mT).topk(topk).indices
+        return product(means_q, means_k, transposes=True).topk(topk).indices
 
 
 register(bi_level_routes, _bi_level_routes)
@@ -67,8 +70,8 @@ def region_means(x: Tensor, region_size: Sequence[int]) -> Tensor:
     counts = tokens((x.shape[1], x.shape[2]), (region_size[0], region_size[1]), x.device)
     x = pad_to_windows(x, list(region_size))
     # One axis after the other: 33 % of the time of both at once, and no copy where x is a slice of a packed qkv.
-    sums = x.unflatten(2, (-1, region_size[1])).sum(3, dtype=accumulator(x.dtype))
-    sums = sums.unflatten(1, (-1, region_size[0])).sum(2)
+    sums = x.unflatten(2, (counts.shape[1], region_size[1])).sum(3, dtype=accumulator(x.dtype))
+    sums = sums.unflatten(1, (counts.shape[0], region_size[0])).sum(2)
     return (sums / counts).flatten(1, 2)
 
 
@@ -76,7 +79,7 @@ def _tokens(size: tuple[int, int], region_size: tuple[int, int], device: torch.d
     """(region rows, region columns, 1): the tokens of the map that lie in each region."""
     of_axis = []
     for length, region in zip(size, region_size, strict=True):
-        starts = torch.arange(0, length, region, device=device)
+        starts = torch.arange(covering(length, region), device=device) * region
         of_axis.append((length - starts).clamp(max=region))
     return (of_axis[0][:, None] * of_axis[1])[..., None]
 
@@ -128,28 +131,29 @@ def routed_attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions) -> None:
     region_size, kv_region_size = regions.region_size, regions.of_keys
-    if q.dim() != 5 or min(q.shape[1:]) < 1:
+    if q.dim() != 5 or any(is_known(size < 1) for size in q.shape[1:]):
         raise ValueError(f"{OP}: q must be (B, H, W, heads, head_dim), none of the last four 0, got {tuple(q.shape)}")
-    if k.dim() != 5 or (k.shape[0], *k.shape[3:]) != (q.shape[0], *q.shape[3:]):
+    if k.dim() != 5 or differs((k.shape[0], *k.shape[3:]), (q.shape[0], *q.shape[3:])):
         raise ValueError(f"{OP}: k must be (B, Hk, Wk, heads, head_dim) as q {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.dim() != 5 or v.shape[:4] != k.shape[:4]:
+    if v.dim() != 5 or differs(v.shape[:4], k.shape[:4]):
         raise ValueError(f"{OP}: v must be (B, Hk, Wk, heads, width) as k {tuple(k.shape)}, got {tuple(v.shape)}")
     check_alike(OP, q=q, k=k, v=v)
     check_at_least(OP, "region_size", region_size, 1)
     check_at_least(OP, "kv_region_size", kv_region_size, 1)
     for name, t, size in (("region_size", q, region_size), ("kv_region_size", k, kv_region_size)):
-        if t.shape[1] % size[0] or t.shape[2] % size[1]:
+        if any(is_known(t.shape[1 + i] % size[i] != 0) for i in (0, 1)):
             raise ValueError(f"{OP}: {name} {tuple(size)} must divide the map {tuple(t.shape[1:3])}")
     grid, kv_grid = (
         tuple(t.shape[1 + i] // size[i] for i in (0, 1)) for t, size in ((q, region_size), (k, kv_region_size))
     )
-    if grid != kv_grid:
+    if differs(grid, kv_grid):
         raise ValueError(f"{OP}: kv_region_size must cut k into {grid} regions as q, got {kv_grid}")
     _check_routes(routes, q, grid[0] * grid[1])
 
 
 def _check_routes(routes: Tensor, q: Tensor, regions: int) -> None:
-    if routes.dim() != 3 or tuple(routes.shape[:2]) != (q.shape[0], regions) or not 1 <= routes.shape[2] <= regions:
+    shape, topk = (q.shape[0], regions), routes.shape[-1]
+    if routes.dim() != 3 or differs(routes.shape[:2], shape) or is_known(topk < 1) or is_known(topk > regions):
         wanted = f"(B = {q.shape[0]}, regions = {regions}, topk of 1 to {regions})"
         raise ValueError(f"{OP}: routes must be {wanted}, got {tuple(routes.shape)}")
     if routes.dtype != torch.int64 or routes.device != q.device:

@@ -1,4 +1,4 @@
-"""Routed attention on a CPU, and as tracers see it.
+"""Routed attention on a CPU.
 
 Attention runs over copies of the routed keys, or over all keys with a mask, whichever is cheaper, part by part of the
 batch. Figures are of 2 threads of a Xeon with AVX-512 and torch 2.15.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import tiled_attention as tiles
-from ._attend import EagerBody, accumulator, is_finite, of_one_layout
+from ._attend import EagerBody, accumulator, is_finite
 from ._buffers import Buffers
 from .tile_plan import KEY_COPY_COST
 from .tiling import boxes, cut_regions, join_regions
@@ -41,12 +41,6 @@ class Regions(NamedTuple):
 def routed_attention_tiled(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, scale: float) -> Tensor:
     """Attend to copies of the routed keys, or to all keys with a mask, whichever is cheaper, part by part."""
     return RoutedAttention(routes, RegionPlan(regions.region_size, regions.of_keys, scale))(q, k, v)
-
-
-def routed_attention_graph(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, scale: float) -> Tensor:
-    """Attend by differentiable operations."""
-    body = RoutedAttention(routes, RegionPlan(regions.region_size, regions.of_keys, scale))
-    return of_one_layout(body.graph(q, k, v))
 
 
 class RegionPlan(NamedTuple):

@@ -15,8 +15,12 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._graph.sizes import cover_map, pad_to_multiples
+from ._graph.sizes import crop as crop_map
 
 
 def pieces(length: int, size: int) -> int:
@@ -84,18 +88,28 @@ def boxes(counts: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
 
 def pad_to_windows(x: Tensor, window: list[int]) -> Tensor:
     """Add zeros below and right of (..., Y, X, d) until whole windows cover the map, and no more."""
-    rows = (window[0] - x.shape[-3] % window[0]) % window[0]
-    cols = (window[1] - x.shape[-2] % window[1]) % window[1]
-    return F.pad(x, [0, 0, 0, cols, 0, rows]) if rows > 0 or cols > 0 else x
+    if torch.jit.is_scripting():
+        rows = (window[0] - x.shape[-3] % window[0]) % window[0]
+        cols = (window[1] - x.shape[-2] % window[1]) % window[1]
+        return F.pad(x, [0, 0, 0, cols, 0, rows]) if rows > 0 or cols > 0 else x
+    else:
+        return pad_to_multiples(x, window[0], window[1])
 
 
 def cover_with_windows(x: Tensor, window: list[int]) -> Tensor:
-    """Pad as `pad_to_windows`, for windows that do not see each other: a symbol of a tracer gets more windows."""
-    rows = pieces(x.shape[-3], window[0]) * window[0] - x.shape[-3]
-    cols = pieces(x.shape[-2], window[1]) * window[1] - x.shape[-2]
-    if isinstance(rows, int) and isinstance(cols, int) and rows == 0 and cols == 0:  # asking a symbol would fix it
-        return x
-    return F.pad(x, [0, 0, 0, cols, 0, rows])
+    """Pad as `pad_to_windows`, for windows that do not see each other: a map of any size may get more windows."""
+    if torch.jit.is_scripting():
+        return pad_to_windows(x, window)
+    else:
+        return cover_map(x, window[0], window[1])
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """Return the upper left part of a map (B, Y, X, ...)."""
+    if torch.jit.is_scripting():
+        return x[:, :height, :width]
+    else:
+        return crop_map(x, height, width)
 
 
 # Regions

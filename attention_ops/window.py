@@ -10,16 +10,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.local.plan import Pattern
 from ._attend import accumulator, sdpa
 from ._checks import check_at_least, check_device, check_qkv, pair, why_no_local_kernel
+from ._graph.sizes import differs, is_known
+from ._graph.window import window_attention_graph, window_attention_lse_graph
 from ._op import Impl, Pair, SymSize, declare, run
 from .tile_plan import TileMask, plan_tiles
 from .tiled_attention import TiledAttention, TiledAttentionLse
-from .tiling import cover_with_windows, cut_windows, merge_windows, split_windows
+from .tiling import cover_with_windows, crop, cut_windows, merge_windows, split_windows
 
 OP = "window_attention"
 OP_LSE = "window_attention_lse"
@@ -95,14 +96,14 @@ def _check(
     check_qkv(op, q, k, v)
     check_at_least(op, "window_size", window_size, 1)
     (height, width), (rows, cols) = q.shape[1:3], window_size
-    if height % rows or width % cols:
+    if is_known(height % rows != 0) or is_known(width % cols != 0):
         raise ValueError(f"{op}: window_size {(rows, cols)} must divide the map {(height, width)}")
     tokens, windows = rows * cols, (height // rows) * (width // cols)
     for name, t, shape, words in (
         ("bias", bias, (q.shape[3], tokens, tokens), "(heads, window tokens, window tokens)"),
         ("mask", mask, (windows, tokens, tokens), "(windows, window tokens, window tokens)"),
     ):
-        if t is not None and tuple(t.shape) != shape:
+        if t is not None and differs(t.shape, shape):
             raise ValueError(f"{op}: {name} must be {words} = {shape}, got {tuple(t.shape)}")
         check_device(op, name, t, "q", q)
     if mask is not None and mask.dtype != torch.bool:
@@ -148,27 +149,11 @@ def window_attention_tiled(
     return _tiles(TiledAttention, q, window_size, mask, scale)(q, k, v, bias)
 
 
-def window_attention_graph(
-    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> Tensor:
-    """Attend by differentiable operations."""
-    if bias is None and mask is None:
-        return _on_windows(F.scaled_dot_product_attention, q, k, v, window_size, scale)
-    return _tiles(TiledAttention, q, window_size, mask, scale).graph(q, k, v, bias)
-
-
 def window_attention_lse_tiled(
     q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The body that local patterns share."""
     return _tiles(TiledAttentionLse, q, window_size, mask, scale)(q, k, v, bias)
-
-
-def window_attention_lse_graph(
-    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend by differentiable operations; also the log-sum-exp."""
-    return _tiles(TiledAttentionLse, q, window_size, mask, scale).graph(q, k, v, bias)
 
 
 def _on_windows(
@@ -288,7 +273,7 @@ class WindowAttention2d(nn.Module):
         x = cover_with_windows(x, self.window_size)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         out = torch.ops.foveate.window_attention(q, k, v, self.window_size, scale=self.scale)
-        return self.proj_drop(self.proj(out.flatten(3))[:, :height, :width])
+        return self.proj_drop(crop(self.proj(out.flatten(3)), height, width))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, window_size={self.window_size}"

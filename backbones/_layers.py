@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention_ops._graph.sizes import pad_to_multiples as pad_sides
+
 
 def layer_scale(shape: tuple[int, ...], initial: float | None, **dd) -> nn.Parameter | None:
     """Make the factors of layer scale, or None where there is none."""
@@ -32,10 +34,13 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 def pad_to_multiples(x: Tensor, size: int) -> Tensor:
     """Zero-pad a (B, C, H, W) map on the right and at the bottom, to sides that are multiples of `size`."""
-    rest_h, rest_w = x.shape[2] % size, x.shape[3] % size
-    if rest_h > 0 or rest_w > 0:
-        return F.pad(x, [0, (size - rest_w) % size, 0, (size - rest_h) % size])
-    return x
+    if torch.jit.is_scripting():
+        rest_h, rest_w = x.shape[2] % size, x.shape[3] % size
+        if rest_h > 0 or rest_w > 0:
+            return F.pad(x, [0, (size - rest_w) % size, 0, (size - rest_h) % size])
+        return x
+    else:
+        return pad_sides(x, size, size, channels=0)
 
 
 class MapGELU(nn.Module):

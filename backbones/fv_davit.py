@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .._weights import unwrap
 from ..attention_ops import ChannelAttention, WindowAttention2d
-from ..attention_ops.tiling import cover_with_windows
+from ..attention_ops.tiling import cover_with_windows, crop
 from ._build import StateDict, build, cfg, check_fits
 from ._layers import pad_to_multiples, to_channels_last, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
@@ -91,7 +91,7 @@ class TileAttention(WindowAttention2d):
         q, k, v = self.qkv(x.flatten(0, 2)).unflatten(-1, (3, self.heads, -1)).unbind(3)
         out = torch.ops.foveate.window_attention(q, k, v, self.window_size, scale=self.scale)
         x = self.proj_drop(self.proj(out.flatten(3))).unflatten(0, (-1, grid[0], grid[1]))
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
+        return crop(x.transpose(2, 3).flatten(3, 4).flatten(1, 2), size[0], size[1])
 
 
 class ConvPosition(nn.Module):

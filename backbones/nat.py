@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from .._weights import unwrap
 from ..attention_ops import NeighborhoodAttention2d
+from ..attention_ops._graph.local import neighborhood_attention_up_to
+from ..attention_ops._graph.sizes import known, sides
+from ..attention_ops.tiling import pad_to_windows
 from ._build import StateDict, build, cfg, check_fits, resize_rpb
 from ._layers import layer_scale, pad_to_multiples, scaled, to_channels_last, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
@@ -122,8 +124,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] % 2 > 0 or x.shape[2] % 2 > 0:
-            x = F.pad(x, [0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2])
+        x = pad_to_windows(x, [2, 2])
         top, bottom = x[:, 0::2], x[:, 1::2]
         x = torch.cat([top[:, :, 0::2], bottom[:, :, 0::2], top[:, :, 1::2], bottom[:, :, 1::2]], dim=-1)
         return self.reduction(self.norm(x))
@@ -140,11 +141,14 @@ class DenseAttention2d(NeighborhoodAttention2d):
     rpb: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        rows, cols = self.kernel_size
-        kernel_h, kernel_w = min(rows, x.shape[1]), min(cols, x.shape[2])
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
-        rpb = self.rpb[:, rows - kernel_h : rows + kernel_h - 1, cols - kernel_w : cols + kernel_w - 1]
-        out = torch.ops.foveate.neighborhood_attention(q, k, v, [kernel_h, kernel_w], rpb=rpb, scale=self.scale)
+        if torch.jit.is_scripting() or known(*sides(x)):
+            rows, cols = self.kernel_size
+            kernel_h, kernel_w = min(rows, x.shape[1]), min(cols, x.shape[2])
+            rpb = self.rpb[:, rows - kernel_h : rows + kernel_h - 1, cols - kernel_w : cols + kernel_w - 1]
+            out = torch.ops.foveate.neighborhood_attention(q, k, v, [kernel_h, kernel_w], rpb=rpb, scale=self.scale)
+        else:
+            out = neighborhood_attention_up_to(q, k, v, self.rpb, self.kernel_size, self.scale)
         return self.proj_drop(self.proj(out.flatten(3)))
 
 

@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .._errors import first_line
 from .._files import atomic_path
 from .._modes import evaluating
-from .._torch import OpOverload
 from .._torch_files import written
 from .errors import ExportError
 from .files import check_target, require_packages
 from .inputs import check_fits, data_config
 from .metadata import KEY, Metadata, metadata_of
+from .spelling import SpelledOut
 
 ONNX_SUFFIX, PROGRAM_SUFFIX = ".onnx", ".pt2"
 INPUT_NAME = "images"
@@ -105,7 +104,7 @@ def spelled_out_program(
         most: images of a batch, where it is dynamic; None: any number.
     """
     _output_names(model, example)
-    with _OursSpelledOut():
+    with SpelledOut():
         program = quietly(lambda: _program(model, example, dynamic_batch, most))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
@@ -175,20 +174,6 @@ def _output_names(model: nn.Module, example: Tensor) -> list[str]:
         shape = tuple(example.shape)
         raise ExportError(f"the model does not run on an input of {shape}: {first_line(error)}") from error
     return ["logits"] if isinstance(outputs, Tensor) else [f"features_{i}" for i in range(len(outputs))]
-
-
-class _OursSpelledOut(TorchFunctionMode):
-    """Trace our ops as the torch ops they consist of, so that the file can be loaded without this package.
-
-    `run_decompositions` after the export is not an alternative: it turns reshapes into views that are valid for one
-    memory layout of attention's output, and torch returns another layout when gradients are recorded.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if not str(func).startswith("foveate."):
-            return func(*args, **(kwargs or {}))
-        op = func if isinstance(func, OpOverload) else func.default
-        return op.decompose(*args, **(kwargs or {}))
 
 
 def quietly(export: Callable):
