@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .._errors import first_line
 from .._files import atomic_path
@@ -26,6 +26,7 @@ from .graphs import (
 from .metadata import KEY, Metadata
 
 IR_SUFFIX, EXECUTORCH_SUFFIX, COREML_SUFFIX = ".xml", ".pte", ".mlpackage"
+_XNNPACK_DIMENSIONS = 6
 _MOST_IMAGES = 64  # of a batch of an ExecuTorch program: it plans its memory for the largest batch
 
 
@@ -130,9 +131,20 @@ def _executorch_bytes(program: torch.export.ExportedProgram, metadata: Metadata 
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
+    class FewDimensions(XnnpackPartitioner):
+        def get_matched_nodes_from_configs(self, exported: Any) -> list[list[fx.Node]]:
+            found = super().get_matched_nodes_from_configs(exported)
+            return [nodes for nodes in found if all(map(_xnnpack_takes, nodes))]
+
     constants = None if metadata is None else {KEY: metadata.dumps()}
-    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=constants)
+    edge = to_edge_transform_and_lower(program, partitioner=[FewDimensions()], constant_methods=constants)
     return bytes(edge.to_executorch().buffer)
+
+
+def _xnnpack_takes(node: fx.Node) -> bool:
+    """XNNPACK fails on tensors of more dimensions when it loads the program, not when it is written."""
+    values = (part.meta.get("val") for part in (node, *node.all_input_nodes))
+    return all(not isinstance(value, Tensor) or value.dim() <= _XNNPACK_DIMENSIONS for value in values)
 
 
 def export_coreml(

@@ -1,6 +1,8 @@
 """The code blocks of the pages that promise to run."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,25 @@ def test_the_code_of_a_page_runs_as_one_script(page):
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_deployment_page_run(tmp_path, monkeypatch):
+    """In order: blocks of Python as one script, blocks of shell commands in the same folder."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    blocks = re.findall(r"^```(python|sh)\n(.*?)^```$", (DOCS / "deploy.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert {kind for kind, _ in blocks} == {"python", "sh"}
+    foveate = Path(sys.executable).with_name("foveate")
+    for kind, block in blocks:
+        if kind == "python":
+            exec(compile(block, "deploy.md", "exec"), names)
+            continue
+        commands = f'set -ef\nfoveate() {{ {foveate} "$@"; }}\n{block}'  # -f: brackets are no patterns of files
+        done = subprocess.run(["bash", "-c", commands], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len(Path("answers.jsonl").read_text().splitlines()) == 50
+    assert Path("hub", "model.safetensors").exists() and Path("int8.onnx").stat().st_size > 0
 
 
 def test_every_page_is_listed_in_the_readme():
