@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "OpOverload",
-    "assert_async",
     "body_of",
     "compiles",
     "dispatch_modes_are_on",
@@ -30,8 +29,6 @@ __all__ = [
     "transforms_are_on",
     "without_compiler_caches",
 ]
-
-assert_async = torch._assert_async
 
 
 def transforms_are_on() -> bool:
