@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "OpOverload",
-    "assert_async",
     "body_of",
     "compile_package",
     "compiles",
@@ -36,8 +35,6 @@ __all__ = [
     "transforms_are_on",
     "without_compiler_caches",
 ]
-
-assert_async = torch._assert_async
 
 
 def transforms_are_on() -> bool:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..kernels._launch import no_autocast
+from ..kernels.routed.plan import MOST_REGIONS
 from ._attend import accumulator
-from ._checks import check_alike, check_at_least, pair, why_no_attention_kernel
+from ._checks import check_alike, check_at_least, pair, why_no_attention_kernel, why_no_kernel
 from ._graph.routed import routed_attention_graph
 from ._graph.sizes import covering, differs, is_known
 from ._graph.tiles import product
@@ -55,10 +56,22 @@ def _bi_level_routes(q: Tensor, k: Tensor, *, region_size: list[int], topk: int)
     check_at_least("bi_level_routes", "region_size", region_size, 1)
     check_at_least("bi_level_routes", "topk", [topk], 1)
     with torch.no_grad(), no_autocast(q):
-        means_q, means_k = (region_means(x.detach().flatten(3), region_size) for x in (q, k))
-        if is_known(topk > means_q.shape[1]):
-            raise ValueError(f"bi_level_routes: topk must be at most the {means_q.shape[1]} regions, got {topk}")
+        q, k = (x.detach().flatten(3) for x in (q, k))
+        if q.dtype == k.dtype and why_no_kernel(q, k) is None and not under_transform([q, k]):
+            regions = -(-q.shape[1] // region_size[0]) * -(-q.shape[2] // region_size[1])
+            if regions <= MOST_REGIONS:
+                _check_topk(topk, regions)
+                from ..kernels.routed.routes import bi_level_routes_forward  # here, so that CPU users need no Triton
+
+                return bi_level_routes_forward(q, k, [region_size[0], region_size[1]], topk)
+        means_q, means_k = (region_means(x, region_size) for x in (q, k))
+        _check_topk(topk, means_q.shape[1])
         return product(means_q, means_k, transposes=True).topk(topk).indices
+
+
+def _check_topk(topk: int, regions: int) -> None:
+    if is_known(topk > regions):
+        raise ValueError(f"bi_level_routes: topk must be at most the {regions} regions, got {topk}")
 
 
 register(bi_level_routes, _bi_level_routes)
@@ -123,7 +136,7 @@ def routed_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, a region size does not divide its map, or routes are out of
-            range. On a GPU, routes are checked by an assertion on the device, which stops the stream.
+            range. Kernels do not raise for a route out of range: the results of its region are NaN.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
     return run(OP, locals())

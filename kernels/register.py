@@ -3,6 +3,6 @@
 from . import channel
 from .gates import channel_gate, large_kernel, strip_gate
 from .local import launch
-from .routed import backward, forward
+from .routed import backward, forward, routes
 
-__all__ = ["backward", "channel", "channel_gate", "forward", "large_kernel", "launch", "strip_gate"]
+__all__ = ["backward", "channel", "channel_gate", "forward", "large_kernel", "launch", "routes", "strip_gate"]

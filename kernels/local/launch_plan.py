@@ -19,10 +19,11 @@ from .plan import (
 )
 from .shares import PROGRAMS, Shares, share_out
 
+OWNERS_OF_A_WARP = {2: 16, 4: 8}  # by bytes of a number: float32 products keep twice the registers busy
+
 
 def warps(owners: int, itemsize: int) -> int:
-    """16 owners a warp; float32 products keep twice the registers busy."""
-    return max(owners // (8 if itemsize == 4 else 16), 1)
+    return max(owners // OWNERS_OF_A_WARP[itemsize], 1)
 
 
 # Three TF32 products ("tf32x3") take as many instructions (sm_80: 114 a logit, 106 without) and spill in dkv.

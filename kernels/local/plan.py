@@ -12,6 +12,8 @@ from itertools import product
 from typing import Any, TypeVar
 
 WORD_BITS = 32
+# Pipeline stages that a card wants, measured by benchmarks/retune.py: by kernel, head_dim, bytes of a number, extra
+STAGES: dict[tuple[str, int, int, bool], int] = {}
 SIZES = ("heads", "tiles", "queries", "keys")  # arguments of which no kernel needs a version of its own
 T = TypeVar("T", bound=type)
 
@@ -173,6 +175,11 @@ def launch_shape(kernel: str, head_dim: int, itemsize: int, extra: bool) -> tupl
         kernel: "forward", "dq", "dkv" or "dbias".
         head_dim: the larger one, padded. extra: with a bias or relative logits.
     """
+    walked, stages = _shape_of_registers(kernel, head_dim, itemsize, extra)
+    return walked, STAGES.get((kernel, head_dim, itemsize, extra), stages)
+
+
+def _shape_of_registers(kernel: str, head_dim: int, itemsize: int, extra: bool) -> tuple[int, int]:
     if itemsize == 4:
         return (16, 1) if head_dim > 64 and kernel != "forward" else (32, 2)
     if kernel == "dbias":

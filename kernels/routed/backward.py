@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import eager_backward, on_device, refuse_second_derivative, without_autocast
+from .._launch import eager_backward, on_device, power_of_2, refuse_second_derivative, without_autocast
 from .inverse import InverseRoutes, invert_routes
-from .plan import Regions, constants, region_tiles
-from .tokens import load_region, store_region
+from .invert import launch_inverse
+from .plan import MOST_INVERTED, Regions, constants, region_tiles
+from .tokens import load_region, routes_are_valid, store_region
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def queries_kernel(
     scale, scale_log2, heads, regions, topk,
     GRID_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_COLS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOPK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = ROWS * COLS
     KEYS: tl.constexpr = KEY_ROWS * KEY_COLS
@@ -46,6 +47,10 @@ def queries_kernel(
     tl.store(delta_ptr + rows, delta, mask=inside)
     routes_ptr += (image * regions + region) * topk
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if not routes_are_valid(routes_ptr, topk, regions, TOPK):
+        acc += float("nan")
+        store_region(dq_ptr, acc, dq_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, D, BLOCK_D)
+        return
     for start in range(0, topk * KEYS, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         seen = n < topk * KEYS
@@ -65,7 +70,7 @@ def queries_kernel(
 @triton.jit
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_sums_ptr, dv_sums_ptr,
-    queries_ptr, starts_ptr, extra_starts_ptr, owners_ptr,
+    queries_ptr, starts_ptr, ends_ptr, extra_starts_ptr, owners_ptr,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
     scale, scale_log2, heads, regions, lists, piece,
     GRID_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_COLS: tl.constexpr,
@@ -80,7 +85,8 @@ def keys_kernel(
     owner = tl.load(owners_ptr + place) if EXTRA else place
     if owner >= lists:
         return
-    begin, end = tl.load(starts_ptr + owner), tl.load(starts_ptr + owner + 1)
+    begin, end = tl.load(starts_ptr + owner), tl.load(ends_ptr + owner)
+    extras = tl.maximum(end - begin - 1, 0) // piece
     if EXTRA:
         begin += (place - tl.load(extra_starts_ptr + owner) + 1) * piece
     if SPLIT:
@@ -119,7 +125,8 @@ def keys_kernel(
         store_region(dv_sums_ptr, dv, dv_sum_strides, at, head, 0, n, inside, 1, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
         return
     if SPLIT:
-        for other in range(tl.load(extra_starts_ptr + owner), tl.load(extra_starts_ptr + owner + 1)):
+        first = tl.load(extra_starts_ptr + owner)
+        for other in range(first, first + extras):
             at = tl.cast(other, tl.int64)
             dk += load_region(dk_sums_ptr, dk_sum_strides, at, head, 0, n, inside, 1, KEY_ROWS, KEY_COLS, D, BLOCK_D)
             dv += load_region(dv_sums_ptr, dv_sum_strides, at, head, 0, n, inside, 1, KEY_ROWS, KEY_COLS, DV, BLOCK_DV)
@@ -147,10 +154,11 @@ def routed_attention_backward(
     dq, dk, dv = _empty_grads(q, k, v)
     if not q.numel():
         return dq, dk, dv
-    delta, lists = torch.empty_like(lse), invert_routes(routes, cut.queries)
-    sums = [x.new_empty(lists.extras, *_of_a_region(x, cut), dtype=torch.float32) for x in (k, v)]
+    delta, routes = torch.empty_like(lse), routes.contiguous()
     with on_device(q):
-        launch_queries(q, k, v, routes.contiguous(), out, lse, grad, delta, dq, cut, scale)
+        lists = (launch_inverse if cut.count <= MOST_INVERTED else invert_routes)(routes, cut.queries)
+        sums = [x.new_empty(lists.extras, *_of_a_region(x, cut), dtype=torch.float32) for x in (k, v)]
+        launch_queries(q, k, v, routes, out, lse, grad, delta, dq, cut, scale)
         for extra in (True, False) if lists.extras else (False,):
             launch_keys(q, k, v, lists, lse, grad, delta, dk, dv, sums, cut, scale, extra)
     return dq, dk, dv
@@ -180,7 +188,8 @@ def launch_queries(q, k, v, routes, out, lse, grad, delta, dq, cut: Regions, sca
         q, k, v, routes, out, grad, lse, delta, dq,
         q.stride(), k.stride(), v.stride(), out.stride(), grad.stride(), dq.stride(),
         scale, scale * math.log2(math.e), heads, cut.count, routes.shape[2],
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=3, **constants(q, v, cut),
+        BLOCK_M=block_m, BLOCK_N=block_n, TOPK=power_of_2(routes.shape[2]), num_warps=warps, num_stages=3,
+        **constants(q, v, cut),
     )  # fmt: skip
 
 
@@ -191,7 +200,7 @@ def launch_keys(
     block_n, block_m, warps = region_tiles(cut.keys, lists.piece * cut.queries, q.itemsize)
     keys_kernel[((lists.extras if extra else count) * heads * triton.cdiv(cut.keys, block_n),)](
         q, k, v, grad, lse, delta, dk, dv, *sums,
-        lists.queries, lists.starts, lists.extra_starts, lists.extra_owners,
+        lists.queries, lists.starts, lists.ends, lists.extra_starts, lists.extra_owners,
         q.stride(), k.stride(), v.stride(), grad.stride(), dk.stride(), dv.stride(),
         scale, scale * math.log2(math.e), heads, cut.count, count, lists.piece,
         BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=lists.extras > 0, EXTRA=extra,

@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._torch import assert_async
-from .._launch import eager_forward, on_device
+from .._launch import eager_forward, on_device, power_of_2
 from .backward import call_backward
 from .plan import Regions, constants, region_tiles
-from .tokens import load_region, store_region
+from .tokens import load_region, routes_are_valid, store_region
 
 
 @triton.jit
@@ -28,7 +27,7 @@ def forward_kernel(
     scale_log2, heads, regions, topk,
     GRID_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_COLS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOPK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = ROWS * COLS
     KEYS: tl.constexpr = KEY_ROWS * KEY_COLS
@@ -43,6 +42,12 @@ def forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    lse_ptr += ((image * heads + head) * regions + region) * QUERIES
+    if not routes_are_valid(routes_ptr, topk, regions, TOPK):
+        out = tl.full((BLOCK_M, BLOCK_DV), float("nan"), tl.float32)
+        store_region(out_ptr, out, out_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, DV, BLOCK_DV)
+        tl.store(lse_ptr + m, tl.full((BLOCK_M,), float("nan"), tl.float32), mask=inside)
+        return
     for start in range(0, topk * KEYS, BLOCK_N):  # a tile of keys may hold several small regions
         n = start + tl.arange(0, BLOCK_N)
         seen = n < topk * KEYS
@@ -59,7 +64,6 @@ def forward_kernel(
         top = new_top
     out = acc / total[:, None]
     store_region(out_ptr, out, out_strides, image, head, region, m, inside, GRID_W, ROWS, COLS, DV, BLOCK_DV)
-    lse_ptr += ((image * heads + head) * regions + region) * QUERIES
     tl.store(lse_ptr + m, top + tl.log2(total), mask=inside)
 
 
@@ -69,7 +73,8 @@ def launch_forward(q, k, v, routes, out, lse, cut: Regions, scale: float) -> Non
         q, k, v, routes, out, lse,
         q.stride(), k.stride(), v.stride(), out.stride(),
         scale * math.log2(math.e), q.shape[3], cut.count, routes.shape[2],
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=3, **constants(q, v, cut),
+        BLOCK_M=block_m, BLOCK_N=block_n, TOPK=power_of_2(routes.shape[2]), num_warps=warps, num_stages=3,
+        **constants(q, v, cut),
     )  # fmt: skip
 
 
@@ -87,14 +92,12 @@ def routed_attention_forward(
     """Return out as contiguous (B, H, W, heads, DV), and lse as (B, heads, regions, tokens), fp32, base 2.
 
     Args:
-        routes: (B, regions, topk) int64; one out of range stops the device before the kernel starts.
+        routes: (B, regions, topk) int64; where one is out of range, the results of its region are NaN.
         grid: regions in a column and in a row of the map; region, key_region: tokens.
     """
     cut = Regions(tuple(grid), tuple(region), tuple(key_region))
     out, lse = _empty_results(q, v, cut)
     if out.numel():
-        low, high = routes.aminmax()
-        assert_async((low >= 0) & (high < cut.count), "routed_attention: routes are out of range")
         with on_device(q):
             launch_forward(q, k, v, routes.contiguous(), out, lse, cut, scale)
     return out, lse

@@ -20,8 +20,9 @@ class InverseRoutes:
     """
 
     queries: Tensor  # (B * regions * topk,) int32: regions of queries, list after list
-    starts: Tensor  # (B * regions + 1,) int32: where a list begins in `queries`
-    extra_starts: Tensor  # (B * regions + 1,) int32: how many extra pieces the lists before have
+    starts: Tensor  # (B * regions,) int32: where a list begins in `queries`
+    ends: Tensor  # (B * regions,) int32: where it ends
+    extra_starts: Tensor  # (B * regions,) int32: the first extra piece of a list
     extra_owners: Tensor  # (extras,) int32: the list that an extra piece belongs to; B * regions: none
     piece: int  # regions of queries in one piece
 
@@ -39,6 +40,8 @@ def piece_size(regions: int, topk: int, tokens: int) -> int:
 def invert_routes(routes: Tensor, tokens: int) -> InverseRoutes:
     """Invert (B, regions, topk) routes, in the order of the regions of queries. Nothing waits for the device.
 
+    For any number of regions; where there are few, invert.py does the same in one launch.
+
     Args:
         routes: (B, regions, topk) int64, in 0 ... regions - 1.
         tokens: of a region of queries.
@@ -54,4 +57,5 @@ def invert_routes(routes: Tensor, tokens: int) -> InverseRoutes:
     places = torch.arange(batch * regions * topk // piece if regions > piece else 0, device=routes.device)
     owners = torch.searchsorted(extra_starts[1:], places, right=True)
     queries = order // topk % regions
-    return InverseRoutes(queries.int(), starts.int(), extra_starts.int(), owners.int(), piece)
+    starts = starts.int()
+    return InverseRoutes(queries.int(), starts[:-1], starts[1:], extra_starts[:-1].int(), owners.int(), piece)

@@ -10,6 +10,8 @@ from torch import Tensor
 from .._launch import LEAST_DOT, MOST_HEAD_DIM, dot_precision, power_of_2
 
 MOST_TILE = 64  # tokens that the registers hold
+MOST_REGIONS = 256  # of a map whose routes a kernel makes: the registers hold the scores of 16 regions
+MOST_INVERTED = 64  # regions of a map whose routes a kernel inverts: it holds one number for each pair
 
 
 @dataclass(frozen=True)

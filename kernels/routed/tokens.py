@@ -16,6 +16,14 @@ def _token_offs(region, token, strides, GRID_W: tl.constexpr, ROWS: tl.constexpr
 
 
 @triton.jit
+def routes_are_valid(ptr, topk, regions, TOPK: tl.constexpr):
+    """Whether all routes of a region are in the map; TOPK is topk or the next power of two."""
+    place = tl.arange(0, TOPK)
+    route = tl.load(ptr + place, mask=place < topk, other=0)
+    return tl.sum(((route < 0) | (route >= regions)).to(tl.int32), 0) == 0
+
+
+@triton.jit
 def load_region(
     ptr, strides, image, head, region, token, seen,
     GRID_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,

@@ -23,6 +23,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch body
     "routed": (lambda: BiLevelRoutingAttention(32, 2, 3, 2), "routed_attention_forward", "softmax"),
     "routed nchw": (lambda: BiLevelRoutingAttentionNchw(32, 2, 3, 2), "routed_attention_forward", "softmax"),
+    "routes": (lambda: BiLevelRoutingAttention(32, 2, 3, 2), "bi_level_routes_forward", "topk"),
     "hilo": (lambda: HiLoAttention(32, 4, 2, 0.5), "local_attention_forward", "_softmax"),
     "channel": (lambda: ChannelAttention(32, 2), "channel_attention_forward", "softmax"),
     "large kernel": (lambda: by_op(LargeKernelAttention(32)), "large_kernel_attention_forward", "convolution"),

@@ -6,7 +6,9 @@ import torch
 from foveate.kernels.routed.backward import launch_keys, launch_queries
 from foveate.kernels.routed.forward import launch_forward
 from foveate.kernels.routed.inverse import invert_routes
-from foveate.kernels.routed.plan import Regions, region_tiles
+from foveate.kernels.routed.invert import launch_inverse
+from foveate.kernels.routed.plan import MOST_REGIONS, Regions, region_tiles
+from foveate.kernels.routed.routes import launch_routes
 
 # BiFormer at 224 px, but for stage 1, whose topk 1 needs no loop: map, region, heads, head_dim, topk.
 # Then instructions for a logit: what was measured, and a little more.
@@ -67,3 +69,30 @@ def test_float32_and_wide_heads_fit(compile_for, shared_limit_bytes, capability)
             assert kernel.count("tf32" if dtype == torch.float32 else r"mma") > 0
             if dim == 32:
                 assert kernel.loop_spills() == [], (dim, dtype, kernel.name)
+
+
+def make_and_invert_routes(size, region, dim, topk):
+    q, k, _ = torch.empty(8, *size, 3, dim, dtype=torch.bfloat16, device="meta").unbind(3)
+    grid = (size[0] // region[0], size[1] // region[1])
+    launch_inverse(launch_routes(q, k, grid, region, topk), region[0] * region[1])
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_routes_are_made_and_inverted_without_spills(compile_for, shared_limit_bytes, capability):
+    for size, region, dim, topk in (((56, 56), (8, 8), 64, 1), ((14, 14), (2, 2), 256, 16)):
+        kernels = compile_for(capability, make_and_invert_routes, size, region, dim, topk)
+        assert [k.name for k in kernels] == ["region_means_kernel", "routes_kernel", "invert_routes_kernel"]
+        for kernel in kernels:
+            assert kernel.stack_bytes == 0 and kernel.loop_spills() == [], (kernel.name, kernel.registers)
+            assert kernel.shared_bytes <= shared_limit_bytes[86] // 2, kernel.name
+        assert kernels[0].count(r"ld\.global\.v[248]") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+def test_routes_of_the_most_regions_fit(compile_for, shared_limit_bytes, capability):
+    assert MOST_REGIONS == 16 * 16
+    q, k, _ = torch.empty(8, 32, 32, 3, 512, device="meta").unbind(3)
+    kernels = compile_for(capability, launch_routes, q, k, (16, 16), (2, 2), 16)
+    assert [kernel.loop_spills() for kernel in kernels] == [[], []]
+    assert max(kernel.shared_bytes for kernel in kernels) <= shared_limit_bytes[capability]

@@ -169,7 +169,7 @@ def test_inverse_lists_hold_every_route_once_in_order(topk):
     lists = invert_routes(routes, 16)
     for image in range(3):
         for region in range(12):
-            start, end = lists.starts[image * 12 + region : image * 12 + region + 2]
+            start, end = lists.starts[image * 12 + region], lists.ends[image * 12 + region]
             seers = [query for query in range(12) if region in routes[image, query]]
             assert lists.queries[start:end].tolist() == seers
 
