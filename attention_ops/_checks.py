@@ -26,16 +26,24 @@ def check_at_least(op: str, name: str, values: Sequence[int], least: int) -> Non
         raise ValueError(f"{op}: {name} must be at least {least}, got {tuple(values)}")
 
 
-def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless q, k, v are (B, H, W, heads, head_dim) of one shape, floating dtype and device."""
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, value_dim: bool = False) -> None:
+    """Raise ValueError unless q, k, v are (B, H, W, heads, head_dim) of one shape, floating dtype and device.
+
+    Args:
+        value_dim: whether v may have another head_dim.
+    """
     shape = q.shape
     if len(shape) != 5:
         raise ValueError(f"{op}: q must be (B, H, W, heads, head_dim), got shape {tuple(shape)}")
-    for name, t in (("k", k), ("v", v)):
-        if t.shape != shape:
-            raise ValueError(f"{op}: {name} must have the shape of q {tuple(shape)}, got {tuple(t.shape)}")
+    if k.shape != shape:
+        raise ValueError(f"{op}: k must have the shape of q {tuple(shape)}, got {tuple(k.shape)}")
+    if value_dim:
+        if v.dim() != 5 or v.shape[:4] != shape[:4]:
+            raise ValueError(f"{op}: v must be {(*shape[:4], 'value_dim')} as q, got {tuple(v.shape)}")
+    elif v.shape != shape:
+        raise ValueError(f"{op}: v must have the shape of q {tuple(shape)}, got {tuple(v.shape)}")
     check_alike(op, q=q, k=k, v=v)
-    for size in shape[1:]:  # one by one: no guard between two symbols of a tracer
+    for size in (*shape[1:], v.shape[4]):  # one by one: no guard between two symbols of a tracer
         if size < 1:
             raise ValueError(f"{op}: H, W, heads and head_dim must be at least 1, got shape {tuple(shape)}")
 

@@ -32,7 +32,7 @@ CHUNK_LOGITS = 1 << 19
 class TiledAttention(EagerBody):
     """Attend from every query tile to its key tile, chunk by chunk. Tensors: q, k, v, bias.
 
-    q, k, v: (B, H, W, heads, d).
+    q, k, v: (B, H, W, heads, d); v of any width.
     bias: (heads, query tokens, key tokens), added to the scaled logits of every tile; or None.
 
     Args:
@@ -52,7 +52,7 @@ class TiledAttention(EagerBody):
         chunks = self._chunks(q)
         if len(chunks) == 1:
             return self._attend_checked(q, k, v, bias, mask).contiguous()
-        out = q.new_empty(q.shape)
+        out = q.new_empty(v.shape)
         for part in chunks:
             out[part] = self._attend_checked(q[part], k[part], v[part], bias, mask)
         return out
@@ -72,7 +72,7 @@ class TiledAttention(EagerBody):
         self, out: Tensor, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         mask = self.additive_mask(bias, q.dtype)
-        grads = [q.new_empty(q.shape) for _ in "qkv"]
+        grads = [t.new_empty(t.shape) for t in (q, k, v)]
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=accumulator(q.dtype))
         for part in self._chunks(q):
             few = q[part], k[part], v[part], out[part], grad[part], None if grad_lse is None else grad_lse[part]
@@ -211,7 +211,7 @@ class TiledAttentionLse(TiledAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         mask = self.additive_mask(bias, q.dtype)
-        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=accumulator(q.dtype))
+        out, lse = q.new_empty(v.shape), q.new_empty(q.shape[:4], dtype=accumulator(q.dtype))
         for part in self._chunks(q):
             out[part], lse[part] = self._attend_checked(q[part], k[part], v[part], bias, mask)
         return out, lse

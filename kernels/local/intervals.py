@@ -15,6 +15,9 @@ def interval(x, walked, AXIS: tl.constexpr):
     REACH: tl.constexpr = AXIS.reach
     if AXIS.kind == "circle":
         low, high = tl.maximum(x - REACH, 0), tl.minimum(x + REACH + 1, walked)
+    elif AXIS.is_window:
+        low = (x - AXIS.origin) // SIZE * SIZE + AXIS.origin
+        high = low + SIZE
     elif AXIS.kind == "block":
         if AXIS.inverse:
             BEHIND: tl.constexpr = REACH // SIZE + 1  # blocks: no division of a negative number
@@ -68,6 +71,8 @@ def walk_offset(index, AXIS: tl.constexpr):
 def seen_word(x, walked, begin, AXIS: tl.constexpr):
     """Bit i of a word: owner `x` sees walked token begin + i. Where the bits are too few: the interval, unpacked."""
     low, high = interval(x, walked, AXIS)
+    if AXIS.shift > 0:
+        low, high = tl.maximum(low, 0), tl.minimum(high, walked)
     low, high = low - begin, high - begin
     if not AXIS.wide:
         one = tl.full(x.shape, 1, tl.int64)

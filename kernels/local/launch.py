@@ -168,13 +168,13 @@ def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, d
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None,
     kind: str, keys: list[int], reach: list[int], stride: list[int], dilation: list[int], causal: list[bool],
-    scale: float,
+    shift: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = empty_results(q, v)
     if out.numel() > 0:
         q, k, v = (_contiguous_dim(t) for t in (q, k, v))
         tables = None if rel_h is None or rel_w is None else (rel_h.contiguous(), rel_w.contiguous())
-        pattern, bias = _pattern(kind, keys, reach, stride, dilation, causal), _contiguous(bias)
+        pattern, bias = _pattern(kind, keys, reach, stride, dilation, causal, shift), _contiguous(bias)
         launch = Launch(q, k, v, pattern, scale, bias is not None, tables is not None)
         with on_device(q):
             launch_forward(launch, q, k, v, bias, _rel_logits(launch, q, tables), out, lse)
@@ -184,8 +184,8 @@ def _forward(
 _cached_pattern = lru_cache(maxsize=1024)(Pattern)
 
 
-def _pattern(kind, keys, reach, stride, dilation, causal) -> Pattern:
-    return _cached_pattern(kind, tuple(keys), tuple(reach), tuple(stride), tuple(dilation), tuple(causal))
+def _pattern(kind, keys, reach, stride, dilation, causal, shift) -> Pattern:
+    return _cached_pattern(kind, *(tuple(pair) for pair in (keys, reach, stride, dilation, causal, shift)))
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +195,7 @@ def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_forward.register_fake
-def _(q, k, v, bias, rel_h, rel_w, kind, keys, reach, stride, dilation, causal, scale):
+def _(q, k, v, bias, rel_h, rel_w, kind, keys, reach, stride, dilation, causal, shift, scale):
     return empty_results(q, v)
 
 
@@ -205,7 +205,7 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None,
     out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, bias_grad: bool,
     kind: str, keys: list[int], reach: list[int], stride: list[int], dilation: list[int], causal: list[bool],
-    scale: float,
+    shift: list[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return gradients of q, k, v, bias, rel_h, rel_w; an empty tensor for what is not given or not needed."""
     dq, dk, dv, dbias, drel_h, drel_w = _empty_gradients(q, k, v, bias if bias_grad else None, rel_h, rel_w)
@@ -214,9 +214,8 @@ def _backward(
     q, k, v, grad = (_contiguous_dim(t) for t in (q, k, v, grad))
     grad_lse, bias = _contiguous(grad_lse), _contiguous(bias)
     tables = None if rel_h is None or rel_w is None else (rel_h.contiguous(), rel_w.contiguous())
-    launch = Launch(
-        q, k, v, _pattern(kind, keys, reach, stride, dilation, causal), scale, bias is not None, tables is not None
-    )
+    pattern = _pattern(kind, keys, reach, stride, dilation, causal, shift)
+    launch = Launch(q, k, v, pattern, scale, bias is not None, tables is not None)
     with on_device(q):
         if grad_lse is None and plan_one_pass("backward", launch.sizes) is not None:
             wanted = dbias if bias is not None and bias_grad else None
@@ -300,4 +299,4 @@ def local_attention_lse(
 
 
 def _fields(p: Pattern) -> tuple:
-    return p.kind, list(p.keys), list(p.reach), list(p.stride), list(p.dilation), list(p.causal)
+    return p.kind, *(list(pair) for pair in (p.keys, p.reach, p.stride, p.dilation, p.causal, p.shift))

@@ -28,6 +28,7 @@ CASES = {
     "neighborhood, bias": Case(Pattern("neighborhood", (7, 7)), (56, 56), 2, True),
     "window": Case(Pattern("block", (7, 7)), (56, 56), 3, False),
     "window, bias": Case(Pattern("block", (7, 7)), (56, 56), 3, True),
+    "window, shift, bias": Case(Pattern("block", (7, 7), shift=(3, 3)), (56, 56), 3, True),
     "one map, bias": Case(Pattern("neighborhood", (7, 7)), (7, 7), 16, True),
     "halo": Case(Pattern("block", (8, 8), (3, 3)), (64, 64), 4, False),
     "halo, relative": Case(Pattern("block", (8, 8), (3, 3)), (64, 64), 4, True),
@@ -109,6 +110,8 @@ ONE_PASS = {
     ("window", "backward", 64): (39, 31),
     ("window, bias", "forward", 32): (19, 19.5),
     ("window, bias", "backward", 32): (26.5, 23),
+    ("window, shift, bias", "forward", 32): (21, 22),
+    ("window, shift, bias", "backward", 32): (28.5, 25.5),
     ("one map, bias", "forward", 32): (15.5, 15.5),
     ("one map, bias", "backward", 32): (24.5, 20.5),
 }
