@@ -193,6 +193,14 @@ def walk(index, i, begin, end, AXIS: tl.constexpr):
 
 
 @triton.jit
+def in_elements(strides, UNIT: tl.constexpr):
+    """Strides that were passed in units of UNIT elements: the compiler then knows that UNIT divides them."""
+    if UNIT == 1:
+        return strides
+    return strides[0] * UNIT, strides[1] * UNIT, strides[2] * UNIT, strides[3] * UNIT
+
+
+@triton.jit
 def map_offsets(y, x, group_y, group_x, dilation, strides):
     """Where tokens (ranks y, x of their groups) lie in one image, in elements."""
     return (group_y + y * dilation[0]) * strides[1] + (group_x + x * dilation[1]) * strides[2]

@@ -61,8 +61,18 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    return tuple(t.stride()[:4] for t in tensors)
+def _strides(*tensors: Tensor) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """Return a unit and the strides of maps in that unit.
+
+    Triton knows of a number whether 16 divides it. Where it does not, but whole vectors of 16 bytes fit between tokens
+    (head_dim 24 in 16 bits), the unit is such a vector, so that kernels load vectors.
+    """
+    strides = tuple(t.stride()[:4] for t in tensors)
+    unit = 16 // tensors[0].element_size()
+    common = math.gcd(*(step for steps in strides for step in steps))
+    if common % 16 == 0 or common % unit:
+        return 1, strides
+    return unit, tuple(tuple(step // unit for step in steps) for steps in strides)
 
 
 def _tiles_of(bias: Tensor | None, plan: Plan, q: Tensor) -> Tensor:
@@ -91,31 +101,34 @@ def launch_forward(launch: Launch, q, k, v, bias, rel, out, lse) -> None:
         return
     kernel = launch.of("forward")
     rel_or_q = q if rel is None else rel
+    unit, strides = _strides(q, k, v, rel_or_q, out)
     local_forward_kernel[kernel.grid](
-        q, k, v, rel_or_q, _tiles_of(bias, kernel.plan, q), out, lse, *_strides(q, k, v, rel_or_q, out),
+        q, k, v, rel_or_q, _tiles_of(bias, kernel.plan, q), out, lse, *strides,
         *launch.arguments(kernel),
-        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
+        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, UNIT=unit, **kernel.constants,
     )  # fmt: skip
 
 
 def launch_dq(launch: Launch, q, k, v, bias, rel, out, grad, lse, dq, drel, delta, grad_lse=None) -> None:
     kernel = launch.of("dq")
     rel_or_q, drel_or_dq = (q, dq) if rel is None else (rel, drel)
+    unit, strides = _strides(q, k, v, rel_or_q, out, grad, dq)
     local_dq_kernel[kernel.grid](
         q, k, v, rel_or_q, _tiles_of(bias, kernel.plan, q), out, grad, lse, lse if grad_lse is None else grad_lse,
-        dq, drel_or_dq, delta, *_strides(q, k, v, rel_or_q, out, grad, dq), *launch.arguments(kernel),
+        dq, drel_or_dq, delta, *strides, *launch.arguments(kernel),
         HAS_BIAS=bias is not None, HAS_GRAD_LSE=grad_lse is not None,
-        PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
+        PLACES=0 if rel is None else rel.shape[-1] // 2, UNIT=unit, **kernel.constants,
     )  # fmt: skip
 
 
 def launch_dkv(launch: Launch, q, k, v, bias, rel, grad, lse, delta, dk, dv) -> None:
     kernel = launch.of("dkv")
     rel_or_q = q if rel is None else rel
+    unit, strides = _strides(q, k, v, rel_or_q, grad, dk, dv)
     local_dkv_kernel[kernel.grid](
         q, k, v, rel_or_q, _tiles_of(bias, kernel.plan, q), grad, lse, delta, dk, dv,
-        *_strides(q, k, v, rel_or_q, grad, dk, dv), *launch.arguments(kernel),
-        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
+        *strides, *launch.arguments(kernel),
+        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, UNIT=unit, **kernel.constants,
     )  # fmt: skip
 
 
@@ -124,10 +137,12 @@ def launch_dbias(launch: Launch, q, k, v, bias, grad, lse, delta, dbias) -> None
     kernel, sizes, shares = launch.of("dbias"), launch.sizes, plan_shares(launch.sizes)
     plan = kernel.plan
     sums = q.new_empty(shares.works, sizes.heads, plan.steps, plan.owners, plan.walked, dtype=torch.float32)
+    unit, strides = _strides(q, k, v, grad)
     local_bias_kernel[(shares.works * sizes.heads * plan.steps,)](
-        q, k, v, bias, grad, lse, delta, sums, *_strides(q, k, v, grad),
+        q, k, v, bias, grad, lse, delta, sums, *strides,
         sizes.heads, launch.pattern.dilation, sizes.queries, sizes.images, shares.images, *shares.numbers,
-        launch.scale, launch.factor, CELLS=_cells(bias), DILATED=launch.pattern.dilation != (1, 1), **kernel.constants,
+        launch.scale, launch.factor, CELLS=_cells(bias), DILATED=launch.pattern.dilation != (1, 1), UNIT=unit,
+        **kernel.constants,
     )  # fmt: skip
     table_gradient(sums, dbias, launch.pattern, plan, sizes.queries, shares)
 
@@ -137,11 +152,11 @@ def launch_closed_forward(launch: Launch, q, k, v, bias, out, lse) -> None:
     planned, sizes = plan_one_pass("forward", launch.sizes), launch.sizes
     assert planned is not None
     kernel, units, shares = planned
-    inputs = _strides(q, k, v)
+    unit, strides = _strides(q, k, v, out)
     local_closed_forward_kernel[kernel.grid](
-        q, k, v, q if bias is None else bias, out, lse, *inputs, *_strides(out), sizes.heads, kernel.tiles,
+        q, k, v, q if bias is None else bias, out, lse, *strides, sizes.heads, kernel.tiles,
         launch.pattern.dilation, sizes.queries, units, shares, launch.scale * LOG2_E,
-        CELLS=_cells(bias), ALIKE=len({*inputs}) == 1, **kernel.constants,
+        CELLS=_cells(bias), ALIKE=len({*strides[:3]}) == 1, UNIT=unit, **kernel.constants,
     )  # fmt: skip
 
 
@@ -151,14 +166,14 @@ def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, d
     assert planned is not None
     kernel, units, shares = planned
     owners = kernel.plan.owners
-    inputs, others = _strides(q, k, v), _strides(out, grad, dq, dk, dv)
+    unit, strides = _strides(q, k, v, out, grad, dq, dk, dv)
     parts = (kernel.grid[0] // sizes.heads, sizes.heads, 1, owners, owners)
     sums = None if dbias is None else q.new_empty(parts, dtype=torch.float32)
     local_backward_kernel[kernel.grid](
         q, k, v, q if bias is None else bias, out, grad, lse, dq, dk, dv, dq if sums is None else sums,
-        *inputs, *others, sizes.heads, kernel.tiles, launch.pattern.dilation, sizes.queries,
+        *strides, sizes.heads, kernel.tiles, launch.pattern.dilation, sizes.queries,
         units, shares, launch.scale, launch.scale * LOG2_E, CELLS=_cells(bias), BIAS_GRAD=dbias is not None,
-        ALIKE=len({*inputs}) == len({*others}) == 1, **kernel.constants,
+        ALIKE=len({*strides[:3]}) == len({*strides[3:]}) == 1, UNIT=unit, **kernel.constants,
     )  # fmt: skip
     if sums is not None and dbias is not None:
         table_gradient(sums, dbias, launch.pattern, kernel.plan, sizes.queries, None)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .bias import table_cells
-from .intervals import hidden, load_tokens, map_offsets, of_head, own, store_tokens, walk
+from .intervals import hidden, in_elements, load_tokens, map_offsets, of_head, own, store_tokens, walk
 from .plan import SIZES
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -68,8 +68,10 @@ def local_closed_forward_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
     heads, tiles, dilation, size, units, shares, scale_log2,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, PAD: tl.constexpr,
-    PAD_V: tl.constexpr, CELLS: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    PAD_V: tl.constexpr, CELLS: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    q_strides, k_strides = in_elements(q_strides, UNIT), in_elements(k_strides, UNIT)
+    v_strides, out_strides = in_elements(v_strides, UNIT), in_elements(out_strides, UNIT)
     M: tl.constexpr = ROWS.tile * COLS.tile
     head, pid = tl.program_id(0) % heads, tl.program_id(0) // heads
     group_x, pid = pid % dilation[1], pid // dilation[1]
@@ -108,7 +110,12 @@ def local_backward_kernel(
     heads, tiles, dilation, size, units, shares, scale, scale_log2,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, PAD: tl.constexpr,
     PAD_V: tl.constexpr, CELLS: tl.constexpr, BIAS_GRAD: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
+    q_strides, k_strides = in_elements(q_strides, UNIT), in_elements(k_strides, UNIT)
+    v_strides, out_strides = in_elements(v_strides, UNIT), in_elements(out_strides, UNIT)
+    grad_strides, dq_strides = in_elements(grad_strides, UNIT), in_elements(dq_strides, UNIT)
+    dk_strides, dv_strides = in_elements(dk_strides, UNIT), in_elements(dv_strides, UNIT)
     M: tl.constexpr = ROWS.tile * COLS.tile
     head, pid = tl.program_id(0) % heads, tl.program_id(0) // heads
     group_x, pid = pid % dilation[1], pid // dilation[1]

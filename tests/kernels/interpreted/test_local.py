@@ -55,6 +55,7 @@ CASES = [
     windows((6, 10), (2, 5), (1, 4)),
     na((11, 9), (4, 3), (2, 1), table=True, value_dim=40),
     na((7, 12), (5, 3), dim=24, value_dim=8),
+    na((7, 12), (5, 3), dim=24, table=True),
 ]
 SOME = [CASES[i] for i in (3, 4, 10, 15, 19)]  # one of each pattern, with what it can have
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -118,7 +119,7 @@ def test_random_shapes_are_the_definition_with_every_gradient(seed):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)], ids=str)
-@some_cases
+@pytest.mark.parametrize("case", [*SOME, CASES[-1]], ids=str)
 def test_low_precision_is_as_good_as_plain_torch(case, dtype, tolerance, monkeypatch):
     inputs = case.inputs(dtype)
     exact = results(case, [x.double() for x in inputs], "reference")
