@@ -62,7 +62,7 @@ def neighborhood_attention(
     body has no double backward.
 
     Args:
-        q, k, v: (B, H, W, heads, head_dim), one shape, dtype and device; strided views are fine.
+        q, k: (B, H, W, heads, head_dim); v: (B, H, W, heads, value_dim). One dtype and device; strided views are fine.
         kernel_size: neighborhood in tokens, an int or (rows, columns); odd or even, at least 1.
         dilation: step between neighbors in tokens, an int or (rows, columns), at least 1.
         stride: queries that share one window, an int or (rows, columns), 1 to kernel_size.
@@ -74,7 +74,7 @@ def neighborhood_attention(
         impl: "auto", "fused", "tiled" or "reference".
 
     Returns:
-        (B, H, W, heads, head_dim), dtype of q (under autocast: the autocast dtype).
+        (B, H, W, heads, value_dim), dtype of q (under autocast: the autocast dtype).
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, a size is below 1, stride is above kernel_size, or a side of
@@ -106,7 +106,7 @@ def neighborhood_attention_lse(
         q, k, v, kernel_size, dilation, stride, rpb, is_causal, scale, impl: see `neighborhood_attention`.
 
     Returns:
-        The output, (B, H, W, heads, head_dim), dtype of q, and the natural logarithm of the sum of exp(logit) over the
+        The output, (B, H, W, heads, value_dim), dtype of q, and the natural logarithm of the sum of exp(logit) over the
         keys that a query sees, with logits scaled and biased: (B, H, W, heads), float32, or float64 for float64.
 
     Raises:
@@ -118,7 +118,7 @@ def neighborhood_attention_lse(
 def _check(
     op: str, q: Tensor, k: Tensor, v: Tensor, kernel_size: Pair, dilation: Pair, stride: Pair, rpb: Tensor | None
 ) -> None:
-    check_qkv(op, q, k, v)
+    check_qkv(op, q, k, v, value_dim=True)
     check_at_least(op, "kernel_size", kernel_size, 1)
     check_at_least(op, "dilation", dilation, 1)
     _check_stride(op, stride, kernel_size)
@@ -197,9 +197,9 @@ def _pattern(neighborhood: Neighborhood) -> Pattern:
     return Pattern("neighborhood", kernel_size, stride=stride, dilation=dilation, causal=is_causal)
 
 
-def _macs(q: Tensor, neighborhood: Neighborhood) -> int:
+def _macs(q: Tensor, v: Tensor, neighborhood: Neighborhood) -> int:
     rows, cols = (_pairs(*axis) for axis in zip(q.shape[1:3], *neighborhood, strict=True))
-    return 2 * q.shape[0] * q.shape[3] * q.shape[4] * rows * cols  # q k^T and probs v, for every channel of every pair
+    return q.shape[0] * q.shape[3] * (q.shape[4] + v.shape[4]) * rows * cols  # q k^T and probs v, of every pair
 
 
 def _pairs(length: int, kernel: int, dilation: int, causal: bool, stride: int) -> int:

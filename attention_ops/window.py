@@ -2,6 +2,8 @@
 
 Paper      Liu et al. 2021, arXiv:2103.14030 (Swin); the windows of DaViT (arXiv:2204.03645) and of LITv2's high
            branch (arXiv:2205.13213) are the same without a bias.
+Shift      windows of the rolled map, as in Swin: tokens that only the roll brings together do not see each other. The
+           fused body cuts the map at the shift and rolls nothing; the others roll and mask.
 Tiled      without bias and mask this is SDPA on windows, a view where one window is the map; with them it shares the
            body of neighborhood attention (no logits are kept for the backward pass).
 """
@@ -17,7 +19,8 @@ from ._attend import accumulator, sdpa
 from ._checks import check_at_least, check_device, check_qkv, pair, why_no_local_kernel
 from ._graph.sizes import differs, is_known
 from ._graph.window import window_attention_graph, window_attention_lse_graph
-from ._op import Impl, Pair, SymSize, declare, run
+from ._op import Impl, Pair, Size, SymSize, declare, run
+from .shifted_windows import on_rolled_maps
 from .tile_plan import TileMask, plan_tiles
 from .tiled_attention import TiledAttention, TiledAttentionLse
 from .tiling import cover_with_windows, crop, cut_windows, merge_windows, split_windows
@@ -32,6 +35,7 @@ def window_attention(
     v: Tensor,
     window_size: SymSize,
     *,
+    shift: Size = 0,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
@@ -39,23 +43,29 @@ def window_attention(
 ) -> Tensor:
     """Attend from every token to the tokens of its window.
 
+    With a shift, windows are those of the map rolled by -shift, and tokens from opposite ends of the map do not see
+    each other: Swin's shifted windows with their mask. On each axis the first `shift` tokens of the map then form a
+    window, and so do the last window_size - shift.
+
     Cost: H * W * window_rows * window_cols * head_dim multiply-adds per head, twice.
 
     Args:
-        q, k, v: (B, H, W, heads, head_dim), one shape, dtype and device; strided views are fine.
+        q, k: (B, H, W, heads, head_dim); v: (B, H, W, heads, value_dim). One dtype and device; strided views are fine.
         window_size: tokens, an int or (rows, columns); must divide (H, W). Callers pad; `cover_with_windows`
             in tiling.py does it.
-        bias: (heads, T, T) with T = window_rows * window_cols, added to the scaled logits of every window.
-        mask: (windows, T, T) bool, True where a query sees a key, windows and tokens row-major; shifted windows need
-            one. No row may be empty.
+        shift: tokens, an int or (rows, columns), 0 to window_size - 1.
+        bias: (heads, T, T) with T = window_rows * window_cols, added to the scaled logits of every window; tokens are
+            counted row by row in their window of the rolled map.
+        mask: (windows, T, T) bool, True where a query sees a key, windows (of the rolled map) and tokens row-major.
+            With a shift both masks apply. No row may be empty.
         scale: multiplies q . k; head_dim ** -0.5 when None.
         impl: "auto", "fused", "tiled" or "reference".
 
     Returns:
-        (B, H, W, heads, head_dim), dtype of q (under autocast: the autocast dtype).
+        (B, H, W, heads, value_dim), dtype of q (under autocast: the autocast dtype).
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or window_size does not divide the map.
+        ValueError: shapes, dtypes or devices disagree, window_size does not divide the map, or shift is out of range.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
     return run(OP, locals())
@@ -67,6 +77,7 @@ def window_attention_lse(
     v: Tensor,
     window_size: SymSize,
     *,
+    shift: Size = 0,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
@@ -78,10 +89,10 @@ def window_attention_lse(
     log-sum-exp.
 
     Args:
-        q, k, v, window_size, bias, mask, scale, impl: see `window_attention`.
+        q, k, v, window_size, shift, bias, mask, scale, impl: see `window_attention`.
 
     Returns:
-        The output, (B, H, W, heads, head_dim), dtype of q, and the natural logarithm of the sum of exp(logit) over the
+        The output, (B, H, W, heads, value_dim), dtype of q, and the natural logarithm of the sum of exp(logit) over the
         keys that a query sees, with logits scaled and biased: (B, H, W, heads), float32, or float64 for float64.
 
     Raises:
@@ -91,13 +102,22 @@ def window_attention_lse(
 
 
 def _check(
-    op: str, q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: Pair,
+    shift: Pair,
+    bias: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
-    check_qkv(op, q, k, v)
+    check_qkv(op, q, k, v, value_dim=True)
     check_at_least(op, "window_size", window_size, 1)
     (height, width), (rows, cols) = q.shape[1:3], window_size
     if is_known(height % rows != 0) or is_known(width % cols != 0):
         raise ValueError(f"{op}: window_size {(rows, cols)} must divide the map {(height, width)}")
+    if shift != (0, 0) and not (0 <= shift[0] < rows and 0 <= shift[1] < cols):
+        raise ValueError(f"{op}: shift must be 0 to window_size - 1 = {(rows - 1, cols - 1)}, got {tuple(shift)}")
     tokens, windows = rows * cols, (height // rows) * (width // cols)
     for name, t, shape, words in (
         ("bias", bias, (q.shape[3], tokens, tokens), "(heads, window tokens, window tokens)"),
@@ -172,40 +192,57 @@ def _tiles(
 
 
 def window_attention_fused(
-    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: Pair,
+    shift: Pair,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """The kernel of local patterns; it takes no mask (see `why_not_fused`)."""
     from ..kernels.local.launch import local_attention  # here, so that CPU users need no Triton
 
-    return local_attention(q, k, v, Pattern("block", window_size), bias=bias, scale=scale)
+    return local_attention(q, k, v, Pattern("block", window_size, shift=shift), bias=bias, scale=scale)
 
 
 def window_attention_lse_fused(
-    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: Pair,
+    shift: Pair,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The same kernel; also the log-sum-exp."""
     from ..kernels.local.launch import local_attention_lse
 
-    return local_attention_lse(q, k, v, Pattern("block", window_size), bias=bias, scale=scale)
+    return local_attention_lse(q, k, v, Pattern("block", window_size, shift=shift), bias=bias, scale=scale)
 
 
 def why_not_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
     """Return the reason why the fused kernel cannot run on these tensors, or None."""
     if mask is not None:
-        return "the kernel takes no mask; use impl='tiled'"
+        return "the kernel takes no mask but that of `shift`; use impl='tiled'"
     return why_no_local_kernel(q, k, v, scale)
 
 
-def _macs(q: Tensor, window_size: tuple[int, int]) -> int:
-    return 2 * q.numel() * window_size[0] * window_size[1]
+def _macs(q: Tensor, v: Tensor, window_size: Pair, shift: Pair) -> int:
+    pairs = 1
+    for length, window, step in zip(q.shape[1:3], window_size, shift, strict=True):
+        pairs *= length * window - 2 * step * (window - step)  # a shift cuts one window in two
+    return q.shape[0] * q.shape[3] * (q.shape[4] + v.shape[4]) * pairs
 
 
 declare(
     window_attention_lse,
     check=partial(_check, OP_LSE),
-    reference=window_attention_lse_reference,
-    tiled=window_attention_lse_tiled,
-    graph=window_attention_lse_graph,
+    reference=on_rolled_maps(window_attention_lse_reference),
+    tiled=on_rolled_maps(window_attention_lse_tiled, cached=True),
+    graph=on_rolled_maps(window_attention_lse_graph),
     fused=window_attention_lse_fused,
     why_not_fused=why_not_fused,
     macs=_macs,
@@ -213,9 +250,9 @@ declare(
 declare(
     window_attention,
     check=partial(_check, OP),
-    reference=window_attention_reference,
-    tiled=window_attention_tiled,
-    graph=window_attention_graph,
+    reference=on_rolled_maps(window_attention_reference),
+    tiled=on_rolled_maps(window_attention_tiled, cached=True),
+    graph=on_rolled_maps(window_attention_graph),
     fused=window_attention_fused,
     why_not_fused=why_not_fused,
     macs=_macs,

@@ -75,14 +75,19 @@ def neighborhood_axis(length: int, kernel: int, dilation: int, causal: bool, str
     return seen, cells
 
 
-def window(q, k, v, window_size, bias, mask, scale, attend=attend) -> Tensor:
-    """arXiv:2103.14030: windows of one size; a mask hides what a shift brought together."""
+def window(q, k, v, window_size, bias, mask, scale, attend=attend, shift=(0, 0)) -> Tensor:
+    """arXiv:2103.14030: windows of one size; shifted ones hold what lies side by side on the map."""
     place = [torch.arange(length) for length in q.shape[1:3]]
-    number = [at // size for at, size in zip(place, window_size, strict=True)]
-    inside = [at % size for at, size in zip(place, window_size, strict=True)]
+    # of the map rolled back by `shift`, whose last window holds both ends of the map
+    rolled = [(at - step) % len(at) for at, step in zip(place, shift, strict=True)]
+    number = [at // size for at, size in zip(rolled, window_size, strict=True)]
+    inside = [at % size for at, size in zip(rolled, window_size, strict=True)]
     of_window = (number[0][:, None] * (q.shape[2] // window_size[1]) + number[1]).flatten()
     of_token = (inside[0][:, None] * window_size[1] + inside[1]).flatten()
     seen = of_window[:, None] == of_window
+    first_end = [at < step for at, step in zip(place, shift, strict=True)]
+    for end in (first_end[0][:, None].expand(q.shape[1:3]), first_end[1].expand(q.shape[1:3])):
+        seen = seen & (end.flatten()[:, None] == end.flatten())
     if mask is not None:
         seen = seen & mask[of_window[:, None], of_token[:, None], of_token]
     dense = None if bias is None else bias[:, of_token[:, None], of_token][None]

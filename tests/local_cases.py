@@ -26,7 +26,7 @@ class Case:
     table: bool = False
     heads: int = 1
     dim: int = 16
-    value_dim: int = 16
+    value_dim: int | None = None  # as `dim` where None
 
     def __str__(self) -> str:
         words = "-".join(str(value).replace(" ", "") for value in self.arguments.values())
@@ -36,7 +36,10 @@ class Case:
         """Packed qkv, or q and packed kv for halos; then tables."""
         torch.manual_seed(0)
         a, d = self.arguments, self.dim
+        wide = d if self.value_dim is None else self.value_dim
         packed, tables = [torch.randn(batch, *self.size, 3, self.heads, d)], []
+        if wide != d:
+            packed = [torch.randn(batch, *self.size, self.heads, 2 * d + wide)]
         if self.op == "neighborhood" and self.table:
             tables = [torch.randn(self.heads, *(2 * k - 1 for k in a["kernel_size"]))]
         if self.op == "window" and self.table:
@@ -45,7 +48,7 @@ class Case:
         if self.op == "halo":
             queries = [-(-n // a.get("stride", 1)) for n in self.size]
             packed = [torch.randn(batch, *queries, self.heads, d)]
-            packed += [torch.randn(batch, *self.size, self.heads, d + self.value_dim)]
+            packed += [torch.randn(batch, *self.size, self.heads, d + wide)]
             if self.table:
                 windows = [b + 2 * h for b, h in zip(a["block_size"], a["halo"], strict=True)]
                 tables = [torch.randn(2 * w - 1, d) * d**-0.5 for w in windows]
@@ -58,7 +61,9 @@ class Case:
             tables = inputs[2:]
             arguments |= dict(zip(("rel_h", "rel_w"), tables, strict=False))
         else:
-            qkv, tables = list(inputs[0].unbind(3)), inputs[1:]
+            widths = (self.dim, self.dim, inputs[0].shape[-1] - 2 * self.dim)
+            qkv = inputs[0].unbind(3) if inputs[0].dim() == 6 else inputs[0].split(widths, -1)
+            tables = inputs[1:]
             if tables:
                 arguments["rpb" if self.op == "neighborhood" else "bias"] = tables[0]
         return OPS[self.op](*qkv, **arguments, impl=impl)
@@ -67,6 +72,10 @@ class Case:
 def na(size, kernel, dilation=(1, 1), causal=(False, False), stride=(1, 1), **more) -> Case:
     arguments = {"kernel_size": kernel, "dilation": dilation, "is_causal": causal, "stride": stride}
     return Case("neighborhood", size, arguments, **more)
+
+
+def windows(size, window, shift=(0, 0), **more) -> Case:
+    return Case("window", size, {"window_size": window, "shift": shift}, **more)
 
 
 def halos(size, block, reach, stride=1, **more) -> Case:

@@ -136,6 +136,13 @@ class Maker:
             return dict(zip("qkv", packed.unbind(place), strict=True))
         return {name: self.tensor(*shape) for name in "qkv"}
 
+    def qkv_of_any_width(self, batch: int, size: tuple[int, ...], heads: int, dim: int) -> dict[str, Tensor]:
+        """Three maps; at times values are wider or narrower than keys."""
+        tensors = self.qkv(batch, size, heads, dim)
+        if self.rng.random() < 0.3:
+            tensors["v"] = self.tensor(batch, *size, heads, self.between(1, 40))
+        return tensors
+
     def of_attention(self) -> tuple[int, int, int]:
         """Batch, heads, width of a head."""
         return self.between(1, 3), self.between(1, 3), self.one_of(1, 3, 8, 16, 17, 24, 32, 40)
@@ -163,7 +170,7 @@ def _neighborhood(make: Maker, op: Callable[..., Tensor], attend: Callable[..., 
     kernel, dilation = make.pair(1, 6), make.pair(1, 3)
     size = tuple(k * d + make.between(0, 5) for k, d in zip(kernel, dilation, strict=True))
     batch, heads, dim = make.of_attention()
-    tensors = make.qkv(batch, size, heads, dim)
+    tensors = make.qkv_of_any_width(batch, size, heads, dim)
     if make.one_of(True, False):
         tensors["rpb"] = make.tensor(heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
     causal, scale = (make.one_of(True, False, False), make.one_of(True, False, False)), make.scale()
@@ -194,7 +201,8 @@ def _window(make: Maker, op: Callable[..., Tensor], attend: Callable[..., Tensor
     size = make.pair(1, 7)
     tokens, windows = size[0] * size[1], make.pair(1, 3)
     batch, heads, dim = make.of_attention()
-    tensors = make.qkv(batch, tuple(s * n for s, n in zip(size, windows, strict=True)), heads, dim)
+    tensors = make.qkv_of_any_width(batch, tuple(s * n for s, n in zip(size, windows, strict=True)), heads, dim)
+    shift = make.one_of((0, 0), tuple(make.between(0, s - 1) for s in size))
     if make.one_of(True, False):
         tensors["bias"] = make.tensor(heads, tokens, tokens)
     mask, scale = None, make.scale()
@@ -203,12 +211,13 @@ def _window(make: Maker, op: Callable[..., Tensor], attend: Callable[..., Tensor
         mask = (mask | torch.eye(tokens, dtype=torch.bool)).to(make.device)
 
     def run(q, k, v, bias=None, *, impl):
-        return op(q, k, v, size, bias=bias, mask=mask, scale=scale, impl=impl)
+        return op(q, k, v, size, shift=shift, bias=bias, mask=mask, scale=scale, impl=impl)
 
     def define(q, k, v, bias=None):
-        return definitions.window(q, k, v, size, bias, mask, scale, attend)
+        return definitions.window(q, k, v, size, bias, mask, scale, attend, shift)
 
-    return Call("", 0, tensors, run, define, {"window": size, "mask": mask is not None, "scale": scale})
+    options = {"window": size, "shift": shift, "mask": mask is not None, "scale": scale}
+    return Call("", 0, tensors, run, define, options)
 
 
 def halo_attention(make: Maker) -> Call:

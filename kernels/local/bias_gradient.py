@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._launch import power_of_2
 from .bias import table_cells
-from .intervals import hidden, interval, load_tokens, map_offsets, own, walk, walk_offset
+from .intervals import hidden, in_elements, interval, load_tokens, map_offsets, own, walk, walk_offset
 from .plan import SIZES, Pattern, Plan
 from .shares import Shares
 
@@ -51,8 +51,10 @@ def local_bias_kernel(
     q_strides, k_strides, v_strides, grad_strides,
     heads, dilation, size, images, shares, slots_y, slots_x, scale, factor,
     ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    PAD: tl.constexpr, PAD_V: tl.constexpr, DILATED: tl.constexpr, PRECISION: tl.constexpr,
+    PAD: tl.constexpr, PAD_V: tl.constexpr, DILATED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    q_strides, k_strides = in_elements(q_strides, UNIT), in_elements(k_strides, UNIT)
+    v_strides, grad_strides = in_elements(v_strides, UNIT), in_elements(grad_strides, UNIT)
     M: tl.constexpr = ROWS.tile * COLS.tile
     N: tl.constexpr = ROWS.walk * COLS.walk
     STEPS: tl.constexpr = ROWS.walks * COLS.walks

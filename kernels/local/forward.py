@@ -16,6 +16,7 @@ import triton.language as tl
 from .bias import bias_of_step, bias_of_tile
 from .intervals import (
     hidden,
+    in_elements,
     load_tokens,
     locate,
     map_offsets,
@@ -37,7 +38,11 @@ def local_forward_kernel(
     heads, tiles, dilation, queries, keys, scale, factor,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     PAD: tl.constexpr, PAD_V: tl.constexpr, HAS_BIAS: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
+    q_strides, k_strides = in_elements(q_strides, UNIT), in_elements(k_strides, UNIT)
+    v_strides, rel_strides = in_elements(v_strides, UNIT), in_elements(rel_strides, UNIT)
+    out_strides = in_elements(out_strides, UNIT)
     M: tl.constexpr = ROWS.tile * COLS.tile
     N: tl.constexpr = ROWS.walk * COLS.walk
     image, head, tile_y, tile_x, group_y, group_x = locate(heads, tiles, dilation)

@@ -15,6 +15,9 @@ def interval(x, walked, AXIS: tl.constexpr):
     REACH: tl.constexpr = AXIS.reach
     if AXIS.kind == "circle":
         low, high = tl.maximum(x - REACH, 0), tl.minimum(x + REACH + 1, walked)
+    elif AXIS.is_window:
+        low = (x - AXIS.origin) // SIZE * SIZE + AXIS.origin
+        high = low + SIZE
     elif AXIS.kind == "block":
         if AXIS.inverse:
             BEHIND: tl.constexpr = REACH // SIZE + 1  # blocks: no division of a negative number
@@ -53,10 +56,10 @@ def tile_range(tile, owners, AXIS: tl.constexpr):
 
 @triton.jit
 def walked_range(low, high, walked, AXIS: tl.constexpr):
-    """The first walked token of a tile that owns [low, high), and how many walked tiles it visits."""
+    """The walked tokens [begin, end) of a tile that owns [low, high), and how many walked tiles it visits."""
     begin, _ = interval(low, walked, AXIS)
     _, end = interval(high - 1, walked, AXIS)
-    return begin, tl.cdiv(end - begin, AXIS.walk_step) * AXIS.walk_split
+    return begin, end, tl.cdiv(end - begin, AXIS.walk_step) * AXIS.walk_split
 
 
 @triton.jit
@@ -68,6 +71,8 @@ def walk_offset(index, AXIS: tl.constexpr):
 def seen_word(x, walked, begin, AXIS: tl.constexpr):
     """Bit i of a word: owner `x` sees walked token begin + i. Where the bits are too few: the interval, unpacked."""
     low, high = interval(x, walked, AXIS)
+    if AXIS.shift > 0:
+        low, high = tl.maximum(low, 0), tl.minimum(high, walked)
     low, high = low - begin, high - begin
     if not AXIS.wide:
         one = tl.full(x.shape, 1, tl.int64)
@@ -164,7 +169,8 @@ def own(i, tile, group, dilation, owners, walked, AXIS: tl.constexpr):
 
     Returns:
         x, valid: the owners, moved onto the tile's own where not valid.
-        begin, visits, walked: the first walked token, the number of walked tiles, the walked tokens of the group.
+        begin, visits, end: the first walked token, the number of walked tiles, and the token past the last one that is
+            on the map and that an owner sees: the rest of a tile is not loaded, so that its numbers reach no owner.
         word, high: for `tile_bits`.
     """
     owners = (owners - group + dilation - 1) // dilation
@@ -173,17 +179,25 @@ def own(i, tile, group, dilation, owners, walked, AXIS: tl.constexpr):
     x = start + i
     valid = (x >= first) & (x < past)
     x = tl.minimum(tl.maximum(x, first), past - 1)
-    begin, visits = walked_range(first, past, walked, AXIS)
+    begin, end, visits = walked_range(first, past, walked, AXIS)
     visits = tl.where(first < past, visits, 0)
     word, high = seen_word(x, walked, begin, AXIS)
-    return x, valid, begin, visits, walked, word, high
+    return x, valid, begin, visits, tl.minimum(end, walked), word, high
 
 
 @triton.jit
-def walk(index, i, begin, walked, AXIS: tl.constexpr):
-    """One axis of the walked tile `index`: its tokens, and which of them lie on the map."""
+def walk(index, i, begin, end, AXIS: tl.constexpr):
+    """One axis of the walked tile `index`: its tokens, and which of them lie on the map and before `end`."""
     x = begin + walk_offset(index, AXIS) + i
-    return x, (x >= 0) & (x < walked)
+    return x, (x >= 0) & (x < end)
+
+
+@triton.jit
+def in_elements(strides, UNIT: tl.constexpr):
+    """Strides that were passed in units of UNIT elements: the compiler then knows that UNIT divides them."""
+    if UNIT == 1:
+        return strides
+    return strides[0] * UNIT, strides[1] * UNIT, strides[2] * UNIT, strides[3] * UNIT
 
 
 @triton.jit

@@ -61,8 +61,18 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    return tuple(t.stride()[:4] for t in tensors)
+def _strides(*tensors: Tensor) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """Return a unit and the strides of maps in that unit.
+
+    Triton knows of a number whether 16 divides it. Where it does not, but whole vectors of 16 bytes fit between tokens
+    (head_dim 24 in 16 bits), the unit is such a vector, so that kernels load vectors.
+    """
+    strides = tuple(t.stride()[:4] for t in tensors)
+    unit = 16 // tensors[0].element_size()
+    common = math.gcd(*(step for steps in strides for step in steps))
+    if common % 16 == 0 or common % unit:
+        return 1, strides
+    return unit, tuple(tuple(step // unit for step in steps) for steps in strides)
 
 
 def _tiles_of(bias: Tensor | None, plan: Plan, q: Tensor) -> Tensor:
@@ -91,31 +101,34 @@ def launch_forward(launch: Launch, q, k, v, bias, rel, out, lse) -> None:
         return
     kernel = launch.of("forward")
     rel_or_q = q if rel is None else rel
+    unit, strides = _strides(q, k, v, rel_or_q, out)
     local_forward_kernel[kernel.grid](
-        q, k, v, rel_or_q, _tiles_of(bias, kernel.plan, q), out, lse, *_strides(q, k, v, rel_or_q, out),
+        q, k, v, rel_or_q, _tiles_of(bias, kernel.plan, q), out, lse, *strides,
         *launch.arguments(kernel),
-        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
+        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, UNIT=unit, **kernel.constants,
     )  # fmt: skip
 
 
 def launch_dq(launch: Launch, q, k, v, bias, rel, out, grad, lse, dq, drel, delta, grad_lse=None) -> None:
     kernel = launch.of("dq")
     rel_or_q, drel_or_dq = (q, dq) if rel is None else (rel, drel)
+    unit, strides = _strides(q, k, v, rel_or_q, out, grad, dq)
     local_dq_kernel[kernel.grid](
         q, k, v, rel_or_q, _tiles_of(bias, kernel.plan, q), out, grad, lse, lse if grad_lse is None else grad_lse,
-        dq, drel_or_dq, delta, *_strides(q, k, v, rel_or_q, out, grad, dq), *launch.arguments(kernel),
+        dq, drel_or_dq, delta, *strides, *launch.arguments(kernel),
         HAS_BIAS=bias is not None, HAS_GRAD_LSE=grad_lse is not None,
-        PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
+        PLACES=0 if rel is None else rel.shape[-1] // 2, UNIT=unit, **kernel.constants,
     )  # fmt: skip
 
 
 def launch_dkv(launch: Launch, q, k, v, bias, rel, grad, lse, delta, dk, dv) -> None:
     kernel = launch.of("dkv")
     rel_or_q = q if rel is None else rel
+    unit, strides = _strides(q, k, v, rel_or_q, grad, dk, dv)
     local_dkv_kernel[kernel.grid](
         q, k, v, rel_or_q, _tiles_of(bias, kernel.plan, q), grad, lse, delta, dk, dv,
-        *_strides(q, k, v, rel_or_q, grad, dk, dv), *launch.arguments(kernel),
-        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, **kernel.constants,
+        *strides, *launch.arguments(kernel),
+        HAS_BIAS=bias is not None, PLACES=0 if rel is None else rel.shape[-1] // 2, UNIT=unit, **kernel.constants,
     )  # fmt: skip
 
 
@@ -124,10 +137,12 @@ def launch_dbias(launch: Launch, q, k, v, bias, grad, lse, delta, dbias) -> None
     kernel, sizes, shares = launch.of("dbias"), launch.sizes, plan_shares(launch.sizes)
     plan = kernel.plan
     sums = q.new_empty(shares.works, sizes.heads, plan.steps, plan.owners, plan.walked, dtype=torch.float32)
+    unit, strides = _strides(q, k, v, grad)
     local_bias_kernel[(shares.works * sizes.heads * plan.steps,)](
-        q, k, v, bias, grad, lse, delta, sums, *_strides(q, k, v, grad),
+        q, k, v, bias, grad, lse, delta, sums, *strides,
         sizes.heads, launch.pattern.dilation, sizes.queries, sizes.images, shares.images, *shares.numbers,
-        launch.scale, launch.factor, CELLS=_cells(bias), DILATED=launch.pattern.dilation != (1, 1), **kernel.constants,
+        launch.scale, launch.factor, CELLS=_cells(bias), DILATED=launch.pattern.dilation != (1, 1), UNIT=unit,
+        **kernel.constants,
     )  # fmt: skip
     table_gradient(sums, dbias, launch.pattern, plan, sizes.queries, shares)
 
@@ -137,11 +152,11 @@ def launch_closed_forward(launch: Launch, q, k, v, bias, out, lse) -> None:
     planned, sizes = plan_one_pass("forward", launch.sizes), launch.sizes
     assert planned is not None
     kernel, units, shares = planned
-    inputs = _strides(q, k, v)
+    unit, strides = _strides(q, k, v, out)
     local_closed_forward_kernel[kernel.grid](
-        q, k, v, q if bias is None else bias, out, lse, *inputs, *_strides(out), sizes.heads, kernel.tiles,
+        q, k, v, q if bias is None else bias, out, lse, *strides, sizes.heads, kernel.tiles,
         launch.pattern.dilation, sizes.queries, units, shares, launch.scale * LOG2_E,
-        CELLS=_cells(bias), ALIKE=len({*inputs}) == 1, **kernel.constants,
+        CELLS=_cells(bias), ALIKE=len({*strides[:3]}) == 1, UNIT=unit, **kernel.constants,
     )  # fmt: skip
 
 
@@ -151,14 +166,14 @@ def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, d
     assert planned is not None
     kernel, units, shares = planned
     owners = kernel.plan.owners
-    inputs, others = _strides(q, k, v), _strides(out, grad, dq, dk, dv)
+    unit, strides = _strides(q, k, v, out, grad, dq, dk, dv)
     parts = (kernel.grid[0] // sizes.heads, sizes.heads, 1, owners, owners)
     sums = None if dbias is None else q.new_empty(parts, dtype=torch.float32)
     local_backward_kernel[kernel.grid](
         q, k, v, q if bias is None else bias, out, grad, lse, dq, dk, dv, dq if sums is None else sums,
-        *inputs, *others, sizes.heads, kernel.tiles, launch.pattern.dilation, sizes.queries,
+        *strides, sizes.heads, kernel.tiles, launch.pattern.dilation, sizes.queries,
         units, shares, launch.scale, launch.scale * LOG2_E, CELLS=_cells(bias), BIAS_GRAD=dbias is not None,
-        ALIKE=len({*inputs}) == len({*others}) == 1, **kernel.constants,
+        ALIKE=len({*strides[:3]}) == len({*strides[3:]}) == 1, UNIT=unit, **kernel.constants,
     )  # fmt: skip
     if sums is not None and dbias is not None:
         table_gradient(sums, dbias, launch.pattern, kernel.plan, sizes.queries, None)
@@ -168,13 +183,13 @@ def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, d
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None,
     kind: str, keys: list[int], reach: list[int], stride: list[int], dilation: list[int], causal: list[bool],
-    scale: float,
+    shift: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = empty_results(q, v)
     if out.numel() > 0:
         q, k, v = (_contiguous_dim(t) for t in (q, k, v))
         tables = None if rel_h is None or rel_w is None else (rel_h.contiguous(), rel_w.contiguous())
-        pattern, bias = _pattern(kind, keys, reach, stride, dilation, causal), _contiguous(bias)
+        pattern, bias = _pattern(kind, keys, reach, stride, dilation, causal, shift), _contiguous(bias)
         launch = Launch(q, k, v, pattern, scale, bias is not None, tables is not None)
         with on_device(q):
             launch_forward(launch, q, k, v, bias, _rel_logits(launch, q, tables), out, lse)
@@ -184,8 +199,8 @@ def _forward(
 _cached_pattern = lru_cache(maxsize=1024)(Pattern)
 
 
-def _pattern(kind, keys, reach, stride, dilation, causal) -> Pattern:
-    return _cached_pattern(kind, tuple(keys), tuple(reach), tuple(stride), tuple(dilation), tuple(causal))
+def _pattern(kind, keys, reach, stride, dilation, causal, shift) -> Pattern:
+    return _cached_pattern(kind, *(tuple(pair) for pair in (keys, reach, stride, dilation, causal, shift)))
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +210,7 @@ def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_forward.register_fake
-def _(q, k, v, bias, rel_h, rel_w, kind, keys, reach, stride, dilation, causal, scale):
+def _(q, k, v, bias, rel_h, rel_w, kind, keys, reach, stride, dilation, causal, shift, scale):
     return empty_results(q, v)
 
 
@@ -205,7 +220,7 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None,
     out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, bias_grad: bool,
     kind: str, keys: list[int], reach: list[int], stride: list[int], dilation: list[int], causal: list[bool],
-    scale: float,
+    shift: list[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return gradients of q, k, v, bias, rel_h, rel_w; an empty tensor for what is not given or not needed."""
     dq, dk, dv, dbias, drel_h, drel_w = _empty_gradients(q, k, v, bias if bias_grad else None, rel_h, rel_w)
@@ -214,9 +229,8 @@ def _backward(
     q, k, v, grad = (_contiguous_dim(t) for t in (q, k, v, grad))
     grad_lse, bias = _contiguous(grad_lse), _contiguous(bias)
     tables = None if rel_h is None or rel_w is None else (rel_h.contiguous(), rel_w.contiguous())
-    launch = Launch(
-        q, k, v, _pattern(kind, keys, reach, stride, dilation, causal), scale, bias is not None, tables is not None
-    )
+    pattern = _pattern(kind, keys, reach, stride, dilation, causal, shift)
+    launch = Launch(q, k, v, pattern, scale, bias is not None, tables is not None)
     with on_device(q):
         if grad_lse is None and plan_one_pass("backward", launch.sizes) is not None:
             wanted = dbias if bias is not None and bias_grad else None
@@ -308,4 +322,4 @@ def local_attention_lse(
 
 
 def _fields(p: Pattern) -> tuple:
-    return p.kind, list(p.keys), list(p.reach), list(p.stride), list(p.dilation), list(p.causal)
+    return p.kind, *(list(pair) for pair in (p.keys, p.reach, p.stride, p.dilation, p.causal, p.shift))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .bias import table_cells
-from .intervals import hidden, load_tokens, map_offsets, of_head, own, store_tokens, walk
+from .intervals import hidden, in_elements, load_tokens, map_offsets, of_head, own, store_tokens, walk
 from .plan import SIZES
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -28,16 +28,19 @@ def closed_bias(
     """[M, M]: bias * log2(e) of all tiles of a head and group, -inf where a query does not see a key."""
     M: tl.constexpr = ROWS.tile * COLS.tile
     m, n = tl.arange(0, M), tl.arange(0, M)
-    y, _, begin_y, _, keys_y, word_y, high_y = own(m // COLS.tile, 0, group_y, dilation[0], size[0], size[0], ROWS)
-    x, _, begin_x, _, keys_x, word_x, high_x = own(m % COLS.tile, 0, group_x, dilation[1], size[1], size[1], COLS)
-    key_y, inside_y = walk(0, n // COLS.tile, begin_y, keys_y, ROWS)
-    key_x, inside_x = walk(0, n % COLS.tile, begin_x, keys_x, COLS)
-    unseen = hidden(word_y, high_y, word_x, high_x, 0, 0, y, x, key_y, key_x, inside_y & inside_x, ROWS, COLS)
+    cell, known = table_cells(
+        (m // COLS.tile)[:, None], (m % COLS.tile)[:, None], (n // COLS.tile)[None, :], (n % COLS.tile)[None, :],
+        ROWS, COLS,
+    )  # fmt: skip
+    if ROWS.kind == "block":
+        unseen = ~known  # of another window
+    else:
+        y, _, begin_y, _, keys_y, word_y, high_y = own(m // COLS.tile, 0, group_y, dilation[0], size[0], size[0], ROWS)
+        x, _, begin_x, _, keys_x, word_x, high_x = own(m % COLS.tile, 0, group_x, dilation[1], size[1], size[1], COLS)
+        key_y, inside_y = walk(0, n // COLS.tile, begin_y, keys_y, ROWS)
+        key_x, inside_x = walk(0, n % COLS.tile, begin_x, keys_x, COLS)
+        unseen = hidden(word_y, high_y, word_x, high_x, 0, 0, y, x, key_y, key_x, inside_y & inside_x, ROWS, COLS)
     if CELLS > 0:
-        cell, known = table_cells(
-            (m // COLS.tile)[:, None], (m % COLS.tile)[:, None], (n // COLS.tile)[None, :], (n % COLS.tile)[None, :],
-            ROWS, COLS,
-        )  # fmt: skip
         bias = tl.load(table_ptr + head * CELLS + cell, mask=known, other=0.0).to(tl.float32) * LOG2_E
     else:
         bias = tl.zeros((M, M), tl.float32)
@@ -50,8 +53,10 @@ def token_of_unit(m, unit, group, dilation, size, tiles, i: tl.constexpr, AXIS: 
     place = m // OTHER.tile if i == 0 else m % AXIS.tile
     if AXIS.kind == "block":  # a unit is a tile of an image
         tile = unit // tiles[1] % tiles[0] if i == 0 else unit % tiles[1]
-        x = tile * AXIS.step + place
+        x = AXIS.first + tile * AXIS.step + place
         inside = (place < AXIS.step) & (x < size)
+        if AXIS.first < 0:
+            inside = inside & (x >= 0)
     else:
         x = place
         inside = place < (size - group + dilation - 1) // dilation
@@ -63,8 +68,10 @@ def local_closed_forward_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, out_ptr, lse_ptr, q_strides, k_strides, v_strides, out_strides,
     heads, tiles, dilation, size, units, shares, scale_log2,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, PAD: tl.constexpr,
-    PAD_V: tl.constexpr, CELLS: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    PAD_V: tl.constexpr, CELLS: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    q_strides, k_strides = in_elements(q_strides, UNIT), in_elements(k_strides, UNIT)
+    v_strides, out_strides = in_elements(v_strides, UNIT), in_elements(out_strides, UNIT)
     M: tl.constexpr = ROWS.tile * COLS.tile
     head, pid = tl.program_id(0) % heads, tl.program_id(0) // heads
     group_x, pid = pid % dilation[1], pid // dilation[1]
@@ -83,6 +90,8 @@ def local_closed_forward_kernel(
         k = load_tokens(of_head(k_ptr, k_strides, image, head), k_offs, mine, DIM, PAD)
         v = load_tokens(of_head(v_ptr, v_strides, image, head), v_offs, mine, DIM_V, PAD_V)  # [M, DV]
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias  # [M, M]
+        if ROWS.shift > 0 or COLS.shift > 0:  # the map cuts off windows
+            logits += tl.where(mine, 0.0, float("-inf"))[None, :]
         top = tl.max(logits, 1)  # finite: every query sees a key
         probs = tl.exp2(logits - top[:, None])
         total = tl.sum(probs, 1)
@@ -101,7 +110,12 @@ def local_backward_kernel(
     heads, tiles, dilation, size, units, shares, scale, scale_log2,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, PAD: tl.constexpr,
     PAD_V: tl.constexpr, CELLS: tl.constexpr, BIAS_GRAD: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
+    q_strides, k_strides = in_elements(q_strides, UNIT), in_elements(k_strides, UNIT)
+    v_strides, out_strides = in_elements(v_strides, UNIT), in_elements(out_strides, UNIT)
+    grad_strides, dq_strides = in_elements(grad_strides, UNIT), in_elements(dq_strides, UNIT)
+    dk_strides, dv_strides = in_elements(dk_strides, UNIT), in_elements(dv_strides, UNIT)
     M: tl.constexpr = ROWS.tile * COLS.tile
     head, pid = tl.program_id(0) % heads, tl.program_id(0) // heads
     group_x, pid = pid % dilation[1], pid // dilation[1]
@@ -130,7 +144,10 @@ def local_backward_kernel(
         lse = tl.load(lse_ptr + lse_offs, mask=mine, other=float("inf"))  # exp2(-inf): no share where there is no query
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, M]
-        probs = tl.exp2(logits * scale_log2 + bias - lse[:, None])
+        logits = logits * scale_log2 + bias - lse[:, None]
+        if ROWS.shift > 0 or COLS.shift > 0:
+            logits += tl.where(mine, 0.0, float("-inf"))[None, :]
+        probs = tl.exp2(logits)
         dprobs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         dlogits = probs * (dprobs - delta[:, None])
         if BIAS_GRAD:

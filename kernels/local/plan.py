@@ -40,6 +40,8 @@ class Pattern:
     neighborhood  kernel size             -                       queries that share one window
     block         keys of a block         halo; 0 for windows     keys per query
     circle        radius                  radius - 1              -
+
+    With a shift, for windows only, the first window holds the first `shift` tokens, and the last one those left over.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Pattern:
     stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     causal: tuple[bool, bool] = (False, False)
+    shift: tuple[int, int] = (0, 0)
 
 
 @keeps_hash
@@ -70,11 +73,21 @@ class Axis:
     walk_step: int = 0
     walks: int = 0  # walked tiles an owner tile visits at most
     stride: int = 1  # of a neighborhood
+    shift: int = 0  # of windows
 
     @property
     def wide(self) -> bool:
         """Whether the walked tokens of an owner tile are more than the bits of a word."""
         return self.walks // self.walk_split * self.walk_step > WORD_BITS
+
+    @property
+    def origin(self) -> int:
+        """Where the first window begins: before the map, where windows are shifted."""
+        return self.shift - self.keys if self.shift > 0 else 0
+
+    @property
+    def is_window(self) -> bool:
+        return self.kind == "block" and self.reach == 0 and self.queries == self.keys
 
     @property
     def period(self) -> int:
@@ -106,10 +119,16 @@ class Axis:
         return start, max(start, 0), min(start + self.tile, block + self.step, owners)
 
     def interval(self, x: int, walked: int) -> tuple[int, int]:
-        """The walked tokens [low, high) that owner `x` sees; past the map where a halo's zeros are seen."""
+        """The walked tokens [low, high) that owner `x` sees.
+
+        Past the map where a halo's zeros are seen, and where a shift cuts a window: the kernels leave those out.
+        """
         size = self.keys
         if self.kind == "circle":
             return max(x - self.reach, 0), min(x + self.reach + 1, walked)
+        if self.is_window:
+            low = (x - self.origin) // size * size + self.origin
+            return low, low + size
         if self.kind == "block" and self.inverse:
             low, high = (x - self.reach) // size, (x + self.reach) // size + 1
             return max(low * self.queries, 0), min(high * self.queries, walked)
@@ -331,7 +350,9 @@ def _axis_options(
         axis = replace(axis, stride=pattern.stride[i])
     axes = [axis]
     if pattern.kind == "block":
-        first = size // 2 - size if inverse and 0 < reach <= size // 2 else 0  # then a tile straddles two blocks only
+        axis = replace(axis, shift=pattern.shift[i])
+        # where keys see a halo, a tile then straddles two blocks only
+        first = size // 2 - size if inverse and 0 < reach <= size // 2 else axis.origin
         packed = {1} if by_block and not inverse else {1, max(tile // block, 1)}
         axes = [replace(axis, split=-(-block // tile), step=block * several, first=first) for several in packed]
     if by_block and inverse:

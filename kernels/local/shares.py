@@ -23,7 +23,7 @@ class Slots(NamedTuple):
     tiles: int
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return self.left + self.middle + self.tiles - self.right
 
     def of(self, slot: int) -> range:
@@ -48,7 +48,7 @@ class Shares(NamedTuple):
 
     @property
     def works(self) -> int:
-        return math.prod(long.count + short.count for long, short in (self.rows, self.cols)) * self.images
+        return math.prod(long.total + short.total for long, short in (self.rows, self.cols)) * self.images
 
 
 def groups_of(length: int, dilation: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -121,7 +121,7 @@ def _dealt(runs: list[Run]) -> list[tuple[tuple[Slots, Slots], int]]:
     longest = max(run.right - run.left for run in runs)
     each = {-(-longest // slots): slots for slots in range(longest, 0, -1)} or {1: 0}
     dealt = [(runs[0].dealt(tiles), runs[1].dealt(tiles)) for tiles in each]
-    return [(both, both[0].count + both[1].count) for both in dealt]
+    return [(both, both[0].total + both[1].total) for both in dealt]
 
 
 def _longest(shares: Shares, found: list[list[Run]], images: int) -> int:

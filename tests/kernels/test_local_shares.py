@@ -20,6 +20,8 @@ CASES = [  # pattern, map
     (Pattern("block", (7, 12)), (21, 96)),
     (Pattern("block", (4, 2)), (12, 100)),
     (Pattern("block", (40, 5)), (80, 15)),
+    (Pattern("block", (12, 7), shift=(5, 3)), (24, 70)),
+    (Pattern("block", (2, 20), shift=(1, 0)), (30, 60)),
 ]
 every_case = pytest.mark.parametrize(("pattern", "size"), CASES, ids=str)
 
@@ -41,7 +43,7 @@ def test_every_tile_of_every_image_is_met_once(pattern, size, images, works):
             n for count, n in groups_of(size[i], pattern.dilation[i]) for _ in range(count)
         ]
         for (count, length), slots in zip(groups_of(size[i], pattern.dilation[i]), classes, strict=True):
-            tiles = [list(slots.of(slot)) for slot in range(slots.count)]
+            tiles = [list(slots.of(slot)) for slot in range(slots.total)]
             assert sorted(tile for slot in tiles for tile in slot) == list(range(axis.tiles(length) if count else 0))
             found = distances(axis, length, length) if count else []
             assert all(len({found[tile] for tile in slot}) == 1 for slot in tiles)
@@ -53,7 +55,7 @@ def test_as_many_programs_as_asked_for_share_large_maps_evenly(works):
     plan = plan_of(pattern, size)
     shares = share_out(pattern, plan, size, 4, works)
     assert works / 2 < shares.works <= works
-    longest = [max(len(slots.of(slot)) for slot in range(slots.count)) for slots, _ in (shares.rows, shares.cols)]
+    longest = [max(len(slots.of(slot)) for slot in range(slots.total)) for slots, _ in (shares.rows, shares.cols)]
     tiles = plan.rows.tiles(size[0]) * plan.cols.tiles(size[1])
     assert longest[0] * longest[1] <= 2.5 * tiles / works
 
@@ -81,6 +83,7 @@ def test_walked_tokens_lie_no_further_from_owners_than_the_layout_of_biases_reac
         (Pattern("neighborhood", (7, 7)), (7, 7)),
         (Pattern("neighborhood", (3, 4), causal=(True, False)), (8, 5)),
         (Pattern("neighborhood", (3, 5), dilation=(2, 3), stride=(2, 3)), (15, 22)),
+        (Pattern("block", (7, 3), shift=(2, 1)), (14, 21)),
     ],
     ids=str,
 )

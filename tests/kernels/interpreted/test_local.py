@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from local_cases import OPS, Case, errors, halos, na, results
+from local_cases import OPS, Case, errors, halos, na, results, windows
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -49,6 +49,13 @@ CASES = [
     halos((10, 13), (4, 6), (1, 2), 2, table=True, heads=2),
     halos((7, 13), (4, 4), (5, 0), table=True),
     halos((2, 3), (4, 5), (1, 1), table=True),
+    windows((14, 21), (7, 7), (3, 4), table=True, heads=2),
+    windows((12, 20), (4, 10), (1, 0), table=True),
+    windows((20, 12), (10, 12), (7, 5), table=True, value_dim=24),
+    windows((6, 10), (2, 5), (1, 4)),
+    na((11, 9), (4, 3), (2, 1), table=True, value_dim=40),
+    na((7, 12), (5, 3), dim=24, value_dim=8),
+    na((7, 12), (5, 3), dim=24, table=True),
 ]
 SOME = [CASES[i] for i in (3, 4, 10, 15, 19)]  # one of each pattern, with what it can have
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -94,7 +101,8 @@ def random_case(seed: int) -> Case:
         return Case("circle", size, {"radius": draw.randint(1, 12)}, dim=dim)
     block = tuple(draw.choice((1, 2, 3, 4, 5, 7, 8, 9, 12)) for _ in "yx")
     if op == "window":
-        return Case("window", tuple(b * draw.randint(1, 3) for b in block), {"window_size": block}, table, dim=dim)
+        shift = tuple(draw.choice((0, draw.randint(0, b - 1))) for b in block)
+        return windows(tuple(b * draw.randint(1, 3) for b in block), block, shift, table=table, dim=dim)
     stride = draw.choice([s for s in (1, 2, 4) if block[0] % s == block[1] % s == 0])
     size, reach = [tuple(draw.randint(low, high) for _ in "yx") for low, high in ((1, 20), (0, 5))]
     return halos(size, block, reach, stride, table=table, dim=dim, value_dim=draw.choice((dim, 16, 40)))
@@ -111,7 +119,7 @@ def test_random_shapes_are_the_definition_with_every_gradient(seed):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)], ids=str)
-@some_cases
+@pytest.mark.parametrize("case", [*SOME, CASES[-1]], ids=str)
 def test_low_precision_is_as_good_as_plain_torch(case, dtype, tolerance, monkeypatch):
     inputs = case.inputs(dtype)
     exact = results(case, [x.double() for x in inputs], "reference")
@@ -178,7 +186,7 @@ def test_opcheck(kind, table):
     halo = kind == "block"
     bias = torch.randn(1, 3, 3, requires_grad=True) if table and not halo else None
     rel_h, rel_w = torch.randn(2, 7, 16, requires_grad=True) if table and halo else (None, None)
-    pattern = (kind, (2, 2), (1, 1) if halo else (0, 0), (1, 1), (1, 1), (False, False))
+    pattern = (kind, (2, 2), (1, 1) if halo else (0, 0), (1, 1), (1, 1), (False, False), (0, 0))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     found = torch.library.opcheck(
         local._forward, (q, k, v, bias, rel_h, rel_w, *pattern, 0.25), test_utils=checks, rtol=1e-4, atol=1e-4

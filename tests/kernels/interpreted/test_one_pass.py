@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from local_cases import Case, errors, halos, na, results
+from local_cases import Case, errors, halos, na, results, windows
 
 from foveate.kernels.local import launch as local
 from foveate.kernels.local import launch_plan, plan
@@ -24,6 +24,9 @@ CLOSED = [
     Case("circle", (7, 6), {"radius": 4}, heads=2),
     halos((6, 10), (4, 4), (0, 0), value_dim=24),
     na((7, 8), (5, 4), stride=(3, 2), table=True),
+    windows((14, 21), (7, 7), (3, 4), table=True, heads=2),
+    windows((6, 10), (2, 5), (1, 0), table=True),
+    windows((6, 10), (2, 2), (1, 1), value_dim=24),
 ]
 OPEN = [
     na((9, 7), (7, 7), table=True),
