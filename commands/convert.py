@@ -53,11 +53,12 @@ def convert_command(
     if output is None and push is None and verify is None:
         raise RequestError(_NO_OUTPUT)
     _check_targets(output, push)
-    loaded = load_model(model, checkpoint, pretrained=pretrained, adapter=adapter, **parse_model_args(model_arg))
+    kwargs = parse_model_args(model_arg)
+    loaded = load_model(model, checkpoint, pretrained=pretrained, adapter=adapter, **kwargs)
     facts = {"weights": name_weights(model, checkpoint, pretrained)}
     facts |= {} if adapter is None else {"adapter": f"{adapter}, merged"}
     if verify is not None:
-        facts["compared"] = compare_files(loaded, model, verify)
+        facts["compared"] = compare_files(loaded, verify, lambda path: load_model(model, path, **kwargs))
     if output is not None:
         _write(loaded, output)
         facts["written"] = str(output)

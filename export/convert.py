@@ -1,5 +1,6 @@
 """Write a model's weights to one file, and compare a model with weights, exported files or recorded outputs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from .agreement import TOLERANCE, compare_outputs, verify
 from .errors import DisagreementError, ExportError
 from .files import check_target
 from .inputs import real_images
-from .load import load_model
 from .runtimes import as_list, is_exported_file
 from .weights import write_safetensors
 
@@ -40,13 +40,13 @@ def save_weights(model: nn.Module, out: str | Path) -> Path:
     return out
 
 
-def compare_files(model: nn.Module, name: str, other: Path) -> str:
+def compare_files(model: nn.Module, other: Path, load: Callable[[Path], nn.Module]) -> str:
     """Compare a model with a file, and return the result for a report.
 
     Args:
-        name: of the model, to load weights by.
         other: weights (all tensors must be equal), an exported file or hub folder (logits on real images), or .npz with
             the arrays images (B, C, H, W), preprocessed, and logits (B, classes), recorded from the official code.
+        load: returns the same model with the weights of a file.
 
     Raises:
         DisagreementError: the outputs or the tensors differ.
@@ -57,7 +57,7 @@ def compare_files(model: nn.Module, name: str, other: Path) -> str:
     if is_exported_file(str(other)):
         agreement = verify(model, other, real_images(model))
         return f"{other}: logits within {agreement.largest_relative:.2g} std on {agreement.images} images"
-    theirs = load_model(name, other, num_classes=model.num_classes).state_dict()
+    theirs = load(other).state_dict()
     ours = model.state_dict()
     different = [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
     if different:
