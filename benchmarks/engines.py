@@ -6,7 +6,8 @@ Speed         Median images per second. Engines take turns (see _timing.py). `ea
               `foveate.keep_memory()` is called for all other columns.
 kept          Eager with memory that stays.
 bf16          `model.bfloat16()`, eager and fused; "-" where this CPU has no bfloat16 products.
-best          The fused model's speed over the best of compiled, ONNX Runtime and OpenVINO.
+AOTI          An AOTInductor package; it takes minutes to compile, so that it is measured on request only.
+best          The fused model's speed over the best of the engines that are not eager.
 limit         The fused model's multiply-adds per second over the fastest float32 product measured on this CPU.
 Page faults   Of one forward pass, below the table: eager, eager with kept memory, fused.
 Peak memory   Of tensors during one forward pass, weights and input apart, below the table: eager, fused.
@@ -35,9 +36,10 @@ from ._timing import common_parser, describe_machine, interleaved_seconds, peak_
 MODULE = "foveate.benchmarks.engines"
 MODELS = ("resnet50", "swin_tiny_patch4_window7_224", "davit_tiny", "fv_davit_tiny", "nat_mini", "biformer_tiny")
 MODELS += ("van_b1", "litv2_small", "fv_halonet26t", "eca_resnet50")
-RIVALS = ("compiled", "onnxruntime", "openvino")
-ENGINES = ("kept", "fused", *RIVALS, "bf16", "bf16-fused")
-TITLES = {"compiled": "compile", "onnxruntime": "ORT", "openvino": "OpenVINO"}  # of columns
+RIVALS = ("compiled", "onnxruntime", "openvino", "aoti", "executorch")
+KNOWN = ("kept", "fused", *RIVALS, "bf16", "bf16-fused")
+ENGINES = tuple(name for name in KNOWN if name not in ("aoti", "executorch"))  # minutes of compiling a model; an extra
+TITLES = {"compiled": "compile", "onnxruntime": "ORT", "openvino": "OpenVINO", "aoti": "AOTI"}  # of columns
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Settings(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := [name for name in self.engines if name not in ENGINES]:
-            raise ValueError(f"unknown engines: {', '.join(unknown)}; known: {', '.join(ENGINES)}")
+        if unknown := [name for name in self.engines if name not in KNOWN]:
+            raise ValueError(f"unknown engines: {', '.join(unknown)}; known: {', '.join(KNOWN)}")
 
 
 @dataclass
@@ -134,10 +136,11 @@ def tabulate(rows: list[Row], settings: Settings) -> Table:
     title = f"inference, img/s, {size}, median of {settings.rounds} rounds; limit {limit:.0f} GMAC/s"
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
-    for name in ("eager", *ENGINES, "best", "limit"):
+    engines = ("eager", *(name for name in KNOWN if name in settings.engines))
+    for name in (*engines, "best", "limit"):
         table.add_column(TITLES.get(name, name), justify="right", no_wrap=True)
     for row in rows:
-        speeds = [f"{row.speed[name]:.1f}" if name in row.speed else "-" for name in ("eager", *ENGINES)]
+        speeds = [f"{row.speed[name]:.1f}" if name in row.speed else "-" for name in engines]
         best = "-" if row.over_best is None else f"{row.over_best:.2f}"
         share = f"{row.macs * row.speed['fused'] / 1e9 / limit:.0%}" if "fused" in row.speed else "-"
         table.add_row(row.name, *speeds, best, share)
@@ -175,7 +178,7 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path |
     default = Settings()
     parser = common_parser(MODULE, __doc__, rounds=default.rounds)
     add_model_options(parser, default)
-    parser.add_argument("--engines", nargs="+", default=default.engines, metavar="NAME", help=", ".join(ENGINES))
+    parser.add_argument("--engines", nargs="+", default=default.engines, metavar="NAME", help=", ".join(KNOWN))
     return parse_model_settings(Settings, parser, arguments)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._errors import printable
 from .._torch import without_compiler_caches
 from ..fusion import FuseError, fuse
-from .converters import export_aoti, export_openvino
+from .converters import export_aoti, export_executorch, export_openvino
 from .errors import ExportError
 from .graphs import export_onnx
 from .inputs import without_warnings
@@ -27,8 +27,8 @@ def prepare(engine: str, model: nn.Module, x: Tensor) -> Run:
     Engines use torch's number of threads. Files are exported for the shape of x and deleted when they are loaded.
 
     Args:
-        engine: "eager", "fused" (`foveate.fuse`), "compiled" (torch.compile), "onnxruntime", "openvino" or "aoti"
-            (AOTInductor).
+        engine: "eager", "fused" (`foveate.fuse`), "compiled" (torch.compile), "onnxruntime", "openvino", "aoti"
+            (AOTInductor) or "executorch".
         model: in eval mode.
         x: an image batch (B, C, H, W) in the model's dtype.
 
@@ -76,6 +76,10 @@ def _aoti(model: nn.Module, x: Tensor) -> Run:
     return _file(model, x, "model.pt2", export_aoti)
 
 
+def _executorch(model: nn.Module, x: Tensor) -> Run:
+    return _file(model, x, "model.pte", export_executorch)
+
+
 def _file(model: nn.Module, x: Tensor, name: str, write: Callable[..., Path]) -> Run:
     with TemporaryDirectory() as folder:
         run = open_file(write(model, Path(folder) / name, example=x, dynamic_batch=False)).run
@@ -89,4 +93,5 @@ ENGINES: dict[str, Callable[[nn.Module, Tensor], Run]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "aoti": _aoti,
+    "executorch": _executorch,
 }
