@@ -165,7 +165,8 @@ class HaloTilesLse(HaloTiles):
     def graph(
         self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        q_tiles, k_tiles, v_tiles = _tiles(*(t.to(accumulator(q.dtype)) for t in (q, k, v)), self.plan)
+        wide = accumulator(q.dtype)
+        q_tiles, k_tiles, v_tiles = _tiles(q.to(wide), k.to(wide), v.to(wide), self.plan)
         logits = torch.matmul(q_tiles, k_tiles.mT) * self.scale
         if rel_h is not None and rel_w is not None:
             logits = logits + _both(*_relative_logits(q_tiles, rel_h, rel_w, self.plan))

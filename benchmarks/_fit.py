@@ -61,7 +61,7 @@ def _log_error(one: Timed) -> torch.Tensor:
     return math.log(one.us) - work.log()
 
 
-def fastest(times: Mapping[Hashable, Mapping[V, float]], now: V) -> V:
+def fastest(times: Mapping[str, Mapping[V, float]], now: V) -> V:
     """Return the value of least time over all groups, as geometric mean of us / (us of the value in use).
 
     A value that a group does not have (the kernel did not run with it) cannot be chosen. `now` stays where no value
@@ -78,6 +78,6 @@ def fastest(times: Mapping[Hashable, Mapping[V, float]], now: V) -> V:
     return best if ratios[best] < 1 - MARGIN else now
 
 
-def _mean_ratio(times: Mapping[Hashable, Mapping[V, float]], value: V, now: V) -> float:
+def _mean_ratio(times: Mapping[str, Mapping[V, float]], value: V, now: V) -> float:
     logs = [math.log(group[value] / group[now]) for group in times.values()]
     return math.exp(sum(logs) / len(logs))

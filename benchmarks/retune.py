@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -75,9 +76,9 @@ class Tuner:
             for kernel in KERNELS if layer.biased else KERNELS[:-1]:
                 self._tiles_stages_and_warps(layer, kernel, tensors)
             if layer.biased:
-                self._values(layer.name, "PROGRAMS", launch, lambda t=tensors: t.run("dbias"))
+                self._values(layer.name, "PROGRAMS", launch, partial(tensors.run, "dbias"))
             if launch_plan.plan_one_pass("backward", tensors.shape().sizes) is not None:
-                self._values(layer.name, "ONE_PASS_PROGRAMS", plan, lambda t=tensors: one_pass(t))
+                self._values(layer.name, "ONE_PASS_PROGRAMS", plan, partial(one_pass, tensors))
         return self.found
 
     def _tiles_stages_and_warps(self, layer: Layer, kernel: str, tensors: Tensors) -> None:
@@ -184,7 +185,7 @@ def time_taps_gradients(found: Timings, batch: int, device: str, dtype: torch.dt
         times = found.values.setdefault("TAPS_GRAD_PROGRAMS", {}).setdefault(f"{channels} x {side}x{side}", {})
         for value in CANDIDATES["TAPS_GRAD_PROGRAMS"]:
             with replaced(gates_plan, "TAPS_GRAD_PROGRAMS", value):
-                times[value] = us(lambda x=x, grad=grad: depthwise.launch_taps_grad(x, grad, (7, 7), 3))
+                times[value] = us(partial(depthwise.launch_taps_grad, x, grad, (7, 7), 3))
 
 
 def choose(found: Timings) -> dict[str, dict[str, Any]]:
@@ -230,7 +231,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         print(f"{MODULE}: needs an NVIDIA GPU, to measure the kernels on it; torch finds none", file=sys.stderr)
         raise SystemExit(2)
-    clock = Clock(SimpleNamespace(gpu=True, device="cuda", sync=torch.cuda.synchronize))
+    session: Any = SimpleNamespace(gpu=True, device="cuda", sync=torch.cuda.synchronize)
+    clock = Clock(session)
     write(options.batch, lambda call: clock.gpu_us(call)[0], options.out)
 
 

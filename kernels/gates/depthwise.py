@@ -11,6 +11,8 @@ A thread keeps SPAN outputs of one row and slides over its inputs: an input is l
 of the span that it reaches, so a tap takes 1.6 instructions; where each output loads its inputs, it takes 4.2.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -144,9 +146,10 @@ def _store_tap(ptr, acc, in_channels, TAP: tl.constexpr, COUNT: tl.constexpr, C:
         tl.store(ptr + TAP * C, tl.sum(acc, 0), mask=in_channels)
 
 
-def trimmed(size: tuple[int, int], taps: tuple[int, int], dilation: int) -> tuple[int, int]:
+def trimmed(size: Sequence[int], taps: Sequence[int], dilation: int) -> tuple[int, int]:
     """(rows, columns) of taps at each end that lie outside a map of this size for all of its tokens."""
-    return tuple(max(tap // 2 - (length - 1) // dilation, 0) for tap, length in zip(taps, size, strict=True))
+    rows, cols = (max(tap // 2 - (length - 1) // dilation, 0) for tap, length in zip(taps, size, strict=True))
+    return rows, cols
 
 
 def launch_depthwise(
@@ -161,7 +164,7 @@ def launch_depthwise(
         sums: return the sums of the result over all tokens, (C,) fp32.
     """
     batch, channels, height, width = x.shape
-    rows, cols = trimmed((height, width), tuple(weight.shape[2:]), dilation)
+    rows, cols = trimmed((height, width), weight.shape[2:], dilation)
     weight = weight[:, :, rows : weight.shape[2] - rows, cols : weight.shape[3] - cols]
     taps = (weight.flip(2, 3) if back else weight).flatten(1).t().float().contiguous()
     block_s, block_c, warps = depthwise_tiles(channels)
@@ -179,7 +182,7 @@ def launch_depthwise(
     return None if parts is None else parts.sum(0)
 
 
-def launch_taps_grad(x: Tensor, grad: Tensor, taps: tuple[int, int], dilation: int) -> Tensor:
+def launch_taps_grad(x: Tensor, grad: Tensor, taps: Sequence[int], dilation: int) -> Tensor:
     """The gradient of a convolution's weight, (C, 1, *taps) fp32, from its input and the gradient of its output."""
     batch, channels, height, width = x.shape
     rows, cols = trimmed((height, width), taps, dilation)

@@ -142,7 +142,7 @@ def launch_sums(x: Tensor, y: Tensor | None = None, gates: Strips | None = None)
     _, block_h, block_w = strip_gate_tiles(channels, height, width, x.stride(1) == 1)
     rows = x.new_empty(batch, channels, triton.cdiv(width, block_w), height, dtype=torch.float32)
     cols = x.new_empty(batch, channels, triton.cdiv(height, block_h * TURNS), width, dtype=torch.float32)
-    other, used = (x, (rows, cols)) if y is None else (y, _contiguous(gates))
+    other, used = (x, (rows, cols)) if y is None or gates is None else (y, _contiguous(gates))
     _launch(sums_kernel, x, other, TURNS, x, other, *used, rows, cols, BACK=y is not None, TURNS=TURNS)
     return Strips(rows.sum(2), cols.sum(2))
 

@@ -207,7 +207,7 @@ def _shape_of_registers(kernel: str, head_dim: int, itemsize: int, extra: bool) 
         return 64 if head_dim <= 32 or not extra else 32, 2
     if kernel == "dkv" and (head_dim > 64 or (head_dim > 32 and extra)):
         return 32, 3 if head_dim <= 64 else 2
-    return 64, 2 if kernel == "dkv" and extra else 3
+    return 64, 2 if extra and (kernel == "dkv" or head_dim > 64) else 3  # of the forward pass: a bias tile takes 16 KB
 
 
 def stages_of(kernel: str, plan: Plan, stages: int, extra: bool) -> int:

@@ -6,6 +6,7 @@ although they are replaced until the kernel ends; here it does so once in a laun
 """
 
 import os
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def narrow(x: np.ndarray) -> np.ndarray:
 
 def replace_once_in_a_launch(interpreter, patch: pytest.MonkeyPatch) -> None:
     """Let a call of a helper replace only what no call in the same launch has replaced."""
-    plain_replace, plain_launch, replaced = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+    plain_replace, plain_launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    replaced: set[ModuleType] = set()
     languages = (interpreter.tl, interpreter.tl.core)
 
     def replace(function):
