@@ -288,6 +288,7 @@ def test_float32_takes_tensor_cores_of_sm_90_where_they_save_instructions(
 AT_RISK = [
     ("neighborhood", "dq", torch.bfloat16),
     ("neighborhood, bias", "dkv", torch.bfloat16),
+    ("window, bias", "dbias", torch.bfloat16),
     ("halo, relative", "dq", torch.float32),
 ]
 
