@@ -48,6 +48,14 @@ def _why_no_triton_on(device: torch.device) -> str | None:
     return _why_not_installed()
 
 
+def compute_capability(x: Tensor) -> tuple[int, int]:
+    """Return the compute capability of the GPU that holds `x`, (0, 0) on another device."""
+    return _capability_of(x.device) if x.is_cuda else (0, 0)
+
+
+_capability_of = lru_cache(maxsize=64)(torch.cuda.get_device_capability)
+
+
 def on_device(x: Tensor) -> AbstractContextManager:
     """Make the device of `x` the current one: Triton launches there."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

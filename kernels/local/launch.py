@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._launch import (
+    compute_capability,
     dot_precision,
     eager_backward,
     eager_forward,
@@ -23,7 +24,7 @@ from .bias import bias_tiles
 from .bias_gradient import local_bias_kernel, table_gradient
 from .forward import local_forward_kernel
 from .halo_logits import halo_logits, halo_logits_backward
-from .launch_plan import FULL_PRECISION, KernelLaunch, Sizes, plan_launch, plan_one_pass, plan_shares
+from .launch_plan import KernelLaunch, Sizes, full_precision, plan_launch, plan_one_pass, plan_shares
 from .one_pass import local_backward_kernel, local_closed_forward_kernel
 from .plan import Pattern, Plan
 
@@ -39,10 +40,15 @@ class Launch:
         images, rows, cols, heads, dim = q.shape
         self.sizes = Sizes(
             pattern, (rows, cols), (k.shape[1], k.shape[2]), images, heads, dim, v.shape[-1], q.element_size(),
-            dot_precision(q.dtype, FULL_PRECISION), bias, tables,
+            dot_precision(q.dtype, full_precision(compute_capability(q))), bias, tables,
         )  # fmt: skip
         self.pattern, self.scale = pattern, scale
         self.factor = LOG2_E if bias or tables else scale * LOG2_E
+
+    @property
+    def table_precision(self) -> str:
+        """Of the products with tables of relative logits."""
+        return "ieee" if self.sizes.precision == "tf32x3" else self.sizes.precision
 
     def of(self, kernel: str) -> KernelLaunch:
         return plan_launch(kernel, self.sizes)
@@ -88,7 +94,7 @@ def _cells(bias: Tensor | None) -> int:
 def _rel_logits(launch: Launch, q: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor | None:
     if tables is None:
         return None
-    return halo_logits(q, tables, _per_block(launch.pattern), launch.sizes.precision)
+    return halo_logits(q, tables, _per_block(launch.pattern), launch.table_precision)
 
 
 def _per_block(pattern: Pattern) -> tuple[int, int]:
@@ -243,7 +249,7 @@ def _backward(
         if bias is not None and bias_grad:
             launch_dbias(launch, q, k, v, bias, grad, lse, delta, dbias)
         if tables is not None:
-            sums = halo_logits_backward(q, tables, drel, dq, _per_block(launch.pattern), launch.sizes.precision)
+            sums = halo_logits_backward(q, tables, drel, dq, _per_block(launch.pattern), launch.table_precision)
             drel_h.copy_(sums[0])
             drel_w.copy_(sums[1])
     return dq, dk, dv, dbias, drel_h, drel_w

@@ -202,7 +202,7 @@ def _shape_of_registers(kernel: str, head_dim: int, itemsize: int, extra: bool) 
     if itemsize == 4:
         return (16, 1) if head_dim > 64 and kernel != "forward" else (32, 2)
     if kernel == "dbias":
-        return (64, 3) if head_dim <= 64 else (32, 2)
+        return (64, 3) if head_dim <= 64 else (32, 1)  # all four of its tiles would be loaded ahead
     if kernel == "dq" and (extra or head_dim > 64):
         return 64 if head_dim <= 32 or not extra else 32, 2
     if kernel == "dkv" and (head_dim > 64 or (head_dim > 32 and extra)):

@@ -7,6 +7,7 @@ import pytest
 
 from foveate.attention_ops.halo import axis_window as halo_window
 from foveate.attention_ops.neighborhood import axis_window
+from foveate.kernels.local.launch_plan import Sizes, full_precision, plan_launch
 from foveate.kernels.local.plan import (
     Axis,
     Pattern,
@@ -204,6 +205,27 @@ def test_programs_share_units_evenly(units, others):
     lengths = [len(range(share, units, shares)) for share in range(shares)]
     assert 1 <= shares <= units and max(lengths) - min(lengths) <= 1
     assert shares * others < 1536 + others
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dim", "pattern", "tables", "precision"),
+    [
+        ("forward", 64, Pattern("neighborhood", (7, 7)), False, "tf32x3"),
+        ("forward", 32, Pattern("neighborhood", (7, 7)), False, "ieee"),  # tiles of 32 owners
+        ("dkv", 32, Pattern("block", (8, 8), (3, 3)), False, "tf32x3"),
+        ("dkv", 32, Pattern("block", (8, 8), (3, 3)), True, "ieee"),
+        ("dbias", 64, Pattern("block", (8, 8)), False, "ieee"),
+    ],
+)
+def test_float32_keeps_its_digits_on_tensor_cores_of_sm_90_where_they_are_faster(
+    kernel, dim, pattern, tables, precision
+):
+    assert [full_precision(capability) for capability in ((0, 0), (8, 0), (9, 0), (12, 0))] == [
+        *("ieee", "ieee", "tf32x3", "ieee")
+    ]
+    for allowed, found in (("tf32x3", precision), ("ieee", "ieee"), ("tf32", "tf32")):
+        sizes = Sizes(pattern, (56, 56), (56, 56), 8, 2, dim, dim, 4, allowed, kernel == "dbias", tables)
+        assert plan_launch(kernel, sizes).constants["PRECISION"] == found
 
 
 def test_a_loop_of_one_turn_is_not_pipelined():

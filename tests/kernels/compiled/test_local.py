@@ -258,11 +258,38 @@ def test_heads_of_8_times_an_odd_number_of_channels_are_loaded_in_vectors(compil
     assert found.loop_instructions_per(plan.owners * plan.walked) <= ODD_WIDTHS[dim, kernel][capability // 90]
 
 
+# float32 with all its digits: instructions a logit, on (sm_80: FMA, sm_90)
+FULL_PRECISION = {
+    ("neighborhood", "forward", 32): (112, 107),
+    ("neighborhood", "forward", 64): (190, 106),
+    ("neighborhood", "dkv", 64): (340, 146),
+    ("halo", "forward", 32): (110, 82),
+    ("halo", "dkv", 64): (340, 180),
+    ("window, bias", "dq", 64): (260, 141),
+    ("window, bias", "dbias", 64): (235, 220),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("name", "kernel", "dim"), FULL_PRECISION, ids=str)
+def test_float32_takes_tensor_cores_of_sm_90_where_they_save_instructions(
+    compile_for, monkeypatch, name, kernel, dim, capability
+):
+    monkeypatch.setattr(local, "compute_capability", lambda _: divmod(capability, 10))
+    call = Call(CASES[name], dim, torch.float32)
+    found, plan = compile_local(compile_for, capability, call.run, kernel), call.launch.of(kernel).plan
+    on_tensor_cores = capability == 90 and kernel != "dbias" and (dim > 32 or plan.owners == 64)
+    assert (found.count(r"wgmma\.mma_async|mma\.sync") > 0) == on_tensor_cores
+    assert found.loop_spills() == []
+    assert found.loop_instructions_per(plan.owners * plan.walked) <= FULL_PRECISION[name, kernel, dim][capability // 90]
+
+
 # Head_dims of 65 to 128 need most shared memory; sm_86, sm_89 and sm_120 give a block 99 KB.
 AT_RISK = [
     ("neighborhood", "dq", torch.bfloat16),
     ("neighborhood, bias", "forward", torch.bfloat16),
     ("neighborhood, bias", "dkv", torch.bfloat16),
+    ("window, bias", "dbias", torch.bfloat16),
     ("halo, relative", "dq", torch.float32),
 ]
 
