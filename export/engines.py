@@ -70,7 +70,7 @@ def _onnxruntime(model: nn.Module, x: Tensor) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors only
     with TemporaryDirectory() as folder:
-        file = export_onnx(model, Path(folder) / "model.onnx", example=x, dynamic_batch=False)
+        file = export_onnx(model, Path(folder) / "model.onnx", example=x, dynamic=())
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     feed = {INPUT_NAME: x.numpy()}
     return lambda: session.run(None, feed)
@@ -84,7 +84,7 @@ def _openvino(model: nn.Module, x: Tensor) -> Run:
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     options |= {"INFERENCE_PRECISION_HINT": "f32"}
     with TemporaryDirectory() as folder:
-        file = export_onnx(model, Path(folder) / "model.onnx", example=x, dynamic_batch=False)
+        file = export_onnx(model, Path(folder) / "model.onnx", example=x, dynamic=())
         request = openvino.Core().compile_model(str(file), "CPU", options).create_infer_request()
     feed = {0: x.numpy()}
     return lambda: request.infer(feed)

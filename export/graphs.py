@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from .._torch_files import written
 from .errors import ExportError, MissingExtraError
 from .files import check_target
 from .inputs import check_fits, data_config
+from .sizes import any_size_program
 from .spelling import SpelledOut
 
+DYNAMIC = ("batch", "size")  # what a file may leave free
 ONNX_SUFFIX, PROGRAM_SUFFIX = ".onnx", ".pt2"
 INPUT_NAME = "images"
 _ONNX_LIMIT_BYTES = 2**31 - 1  # protobuf's limit for one message
@@ -29,7 +31,7 @@ def export_onnx(
     *,
     img_size: int | tuple[int, int] | None = None,
     example: Tensor | None = None,
-    dynamic_batch: bool = True,
+    dynamic: Sequence[str] = ("batch",),
     opset: int | None = None,
 ) -> Path:
     """Write the model as one ONNX file with the input `images` and the output `logits` (`features_0`, ... for lists).
@@ -40,29 +42,30 @@ def export_onnx(
         model: made by timm, or any module when `example` is given.
         out: a name that ends in .onnx. It is written atomically: an existing file is kept when the export fails.
         img_size: height and width of the graph, in pixels; None: the model's own size.
-        example: (B, C, H, W), B > 1; replaces the model's own size.
-        dynamic_batch: export with a dynamic batch size; otherwise that of the example, or 1.
+        example: (B, C, H, W), B > 1 for a dynamic batch; replaces the model's own size.
+        dynamic: what is left free: "batch", and "size" for every height and width that the model takes. The batch is
+            otherwise that of the example, or 1.
         opset: version of the ONNX operator set; None: the default of the installed torch.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
-        ExportError: the path, the size or the model does not fit.
+        ExportError: the path, the size or the model does not fit, or the model cannot be exported for every size.
     """
     require_onnx("onnx", "onnxscript")
-    example = _prepare(model, out := Path(out), ONNX_SUFFIX, img_size, example, dynamic_batch)
+    example = _prepare(model, out := Path(out), ONNX_SUFFIX, img_size, example, dynamic)
     _check_onnx_size(model)
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
         options: dict[str, Any] = {
             "input_names": [INPUT_NAME],
             "output_names": _output_names(model, example),
-            "dynamic_shapes": ({0: "batch"},) if dynamic_batch else None,
+            "dynamic_shapes": _names(dynamic),
             "opset_version": opset,
             "dynamo": True,
             "verbose": False,
             "external_data": False,
         }
         # Export a program first: from a module, torch 2.8 writes one branch of data-dependent control flow.
-        program = _quietly(lambda: _program(model, example, dynamic_batch))
+        program = _quietly(lambda: _program(model, example, dynamic))
         _quietly(lambda: torch.onnx.export(program, (), part, **options))
     return out
 
@@ -73,17 +76,16 @@ def export_program(
     *,
     img_size: int | tuple[int, int] | None = None,
     example: Tensor | None = None,
-    dynamic_batch: bool = True,
+    dynamic: Sequence[str] = ("batch",),
 ) -> Path:
     """Write the model as a torch.export program, for `torch.export.load(out).module()` without timm or this package.
 
     See `export_onnx` for arguments and errors; the name of the file ends in .pt2.
     """
-    example = _prepare(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic_batch)
+    example = _prepare(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic)
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
         _output_names(model, example)
-        with SpelledOut():
-            program = _quietly(lambda: _program(model, example, dynamic_batch))
+        program = _quietly(lambda: _program(model, example, dynamic))
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # it names files of this machine
         with written(part) as file:
@@ -91,9 +93,17 @@ def export_program(
     return out
 
 
-def _program(model: nn.Module, example: Tensor, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
-    return torch.export.export(model, (example,), dynamic_shapes=shapes)
+def _program(model: nn.Module, example: Tensor, dynamic: Sequence[str]) -> torch.export.ExportedProgram:
+    if "size" in dynamic:
+        return any_size_program(model, example, "batch" in dynamic)
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+    with SpelledOut():
+        return torch.export.export(model, (example,), dynamic_shapes=shapes)
+
+
+def _names(dynamic: Sequence[str]) -> tuple[dict[int, str]] | None:
+    names = ({0: "batch"} if "batch" in dynamic else {}) | ({2: "height", 3: "width"} if "size" in dynamic else {})
+    return (names,) if names else None
 
 
 def require_onnx(*packages: str) -> None:
@@ -111,20 +121,23 @@ def _prepare(
     suffix: str,
     img_size: int | tuple[int, int] | None,
     example: Tensor | None,
-    dynamic_batch: bool,
+    dynamic: Sequence[str],
 ) -> Tensor:
     """Check all arguments before the work starts, and return the example input."""
     check_target(out, suffix)
+    if unknown := set(dynamic) - set(DYNAMIC):
+        raise ExportError(f"dynamic takes {' and '.join(DYNAMIC)}, got {', '.join(sorted(unknown))}")
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     if odd := sorted(f"{dtype} on {device}" for device, dtype in kinds - {("cpu", torch.float32)}):
         raise ExportError(f"a graph is exported in torch.float32 on cpu, the model is in {', '.join(odd)}")
     if example is None:
         size = data_config(model, img_size)["input_size"]
-        check_fits(2 if dynamic_batch else 1, size)
-        return torch.zeros(2 if dynamic_batch else 1, *size)
+        images = 2 if "batch" in dynamic else 1
+        check_fits(images, size)
+        return torch.zeros(images, *size)
     if img_size is not None:
         raise ExportError(f"img_size {img_size} and an example {tuple(example.shape)} are given; give one of the two")
-    if dynamic_batch and len(example) < 2:
+    if "batch" in dynamic and len(example) < 2:
         raise ExportError("a dynamic batch size needs an example of two images or more, got 1")
     return example
 
