@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config
+import torch.jit._builtins
 from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "OpOverload",
+    "assumptions",
     "body_of",
     "compile_package",
     "compiles",
@@ -30,6 +32,7 @@ __all__ = [
     "name_of",
     "prefers_flash_attention",
     "pytree",
+    "script_as",
     "takes_sizes_of_one",
     "taking_sizes_of_one",
     "transforms_are_on",
@@ -65,6 +68,19 @@ def takes_sizes_of_one() -> bool:
 def taking_sizes_of_one() -> AbstractContextManager[None]:
     """Let the exporter leave sizes free that may be 1."""
     return torch.fx.experimental._config.patch(backed_size_oblivious=True)
+
+
+def assumptions(program: torch.export.ExportedProgram) -> list[str]:
+    """Return what torch.export assumed about free sizes, as Python expressions of the inputs by name.
+
+    torch 2.8 refuses what it cannot prove, and keeps no list.
+    """
+    return list(getattr(program, "_guards_code", ()))
+
+
+def script_as(function: Callable[..., Any], op: str) -> None:
+    """Let torch.jit.script compile calls of a Python function as calls of an op, `namespace::name`."""
+    torch.jit._builtins._register_builtin(function, op)
 
 
 def name_of(op: CustomOpDef) -> str:

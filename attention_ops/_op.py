@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._torch import compiles, forward_ad_is_on, is_faked_or_recorded, transforms_are_on
+from .._torch import compiles, forward_ad_is_on, is_faked_or_recorded, script_as, transforms_are_on
 from ..kernels._launch import autocasts, no_autocast
 from ._checks import pair
+from ._graph.exporting import is_exported
 
 Size = Annotated[int | Sequence[int], "int[2]"]  # tokens, one number or (rows, columns); a constant under tracers
 SymSize = Annotated[int | Sequence[int], "SymInt[2]"]  # tokens; may depend on a traced size
@@ -254,6 +255,7 @@ def register(promise: Callable[..., Any], body: Body) -> None:
         "Tracer",
     ):  # vmap and torch.jit.trace see the operations
         torch.library.impl(qualified, key, body)
+    script_as(promise, qualified)
 
 
 def _opaque_body(name: str, names: tuple[str, ...]) -> Body:
@@ -306,7 +308,20 @@ def run(name: str, arguments: dict[str, Any]) -> Any:
             arguments[key] = pair(name, key, arguments[key])
     if isinstance(arguments["impl"], Impl):
         arguments["impl"] = arguments["impl"].value
+    return call(name, arguments)
+
+
+def call(name: str, arguments: dict[str, Any]) -> Any:
+    """Call what `register` registered; exporters see what it consists of, and no op of ours."""
+    if is_exported():
+        return _spell_out(name, arguments)
     return getattr(torch.ops.foveate, name)(**arguments)
+
+
+@torch.compiler.allow_in_graph
+def _spell_out(name: str, arguments: dict[str, Any]) -> Any:
+    """Record the operations that an op consists of. torch.compile's tracer does not look into this function."""
+    return REGISTERED[name](**arguments)
 
 
 def _schema_type(hint: Any) -> str:

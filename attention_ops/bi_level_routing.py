@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_at_least
-from .tiling import crop, cut_regions, join_regions, pad_to_windows
+from .routed import bi_level_routes, routed_attention
+from .tiling import crop, cut_regions, join_regions, larger, map_size, pad_to_windows, smaller
 
 Routing = Literal["hard", "soft", "differentiable", "learned"]
 
@@ -179,9 +180,10 @@ class BiLevelRoutingAttention(nn.Module):
         self.router = None if routing == "hard" else SoftRouter(qk_dim, topk, self.scale, **gradient, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        height, width = x.shape[1], x.shape[2]
+        height, width = map_size(x)
         x = pad_to_windows(x, [self.regions, self.regions])
-        region_size = [x.shape[1] // self.regions, x.shape[2] // self.regions]
+        rows, cols = map_size(x)
+        region_size = [rows // self.regions, cols // self.regions]
         qkv = self.qkv(x)
         qk_dim = qkv.shape[3] // 3 if self.qk_head_dim is None else self.heads * self.qk_head_dim
         q, k, v = qkv.split([qk_dim, qk_dim, qkv.shape[3] - 2 * qk_dim], dim=-1)
@@ -197,14 +199,14 @@ class BiLevelRoutingAttention(nn.Module):
             keys, values = self.kv_pool(k, region_size), self.kv_pool(v, region_size)
         queries, keys, values = [t.unflatten(-1, (self.heads, -1)) for t in (q, keys, values)]
         if self.router is None:
-            routes = torch.ops.foveate.bi_level_routes(q, k, region_size=region_size, topk=self.topk)
+            routes = bi_level_routes(q, k, region_size=region_size, topk=self.topk)
         else:
             routes, weights = self.router(q, k, region_size)
             keys = weighted_regions(keys, routes, weights, kv_region_size)
             values = weighted_regions(values, routes, weights, kv_region_size)
             kv_region_size = [self.topk * kv_region_size[0], kv_region_size[1]]
             routes = torch.arange(routes.shape[1], device=q.device)[None, :, None].expand(q.shape[0], -1, -1)
-        return torch.ops.foveate.routed_attention(
+        return routed_attention(
             queries, keys, values, routes, region_size=region_size, kv_region_size=kv_region_size, scale=self.scale
         ).flatten(3)
 
@@ -248,17 +250,15 @@ class BiLevelRoutingAttentionNchw(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        height, width = x.shape[2], x.shape[3]
-        region_size = [max(height // self.regions, 1), max(width // self.regions, 1)]
-        qkv = self.qkv(x)
-        q, k, v = qkv.permute(0, 2, 3, 1).chunk(3, dim=-1)
+        q, k, v = self.qkv(x).permute(0, 2, 3, 1).chunk(3, dim=-1)
+        height, width = map_size(q)
+        region_size = [larger(height // self.regions, 1), larger(width // self.regions, 1)]
         padded = [pad_to_windows(t, region_size) for t in (q, k, v)]
-        regions = (padded[0].shape[1] // region_size[0]) * (padded[0].shape[2] // region_size[1])
-        routes = torch.ops.foveate.bi_level_routes(q, k, region_size=region_size, topk=min(self.topk, regions))
+        rows, cols = map_size(padded[0])
+        regions = (rows // region_size[0]) * (cols // region_size[1])
+        routes = bi_level_routes(q, k, region_size=region_size, topk=smaller(self.topk, regions))
         heads = [t.unflatten(-1, (self.heads, -1)) for t in padded]
-        out = torch.ops.foveate.routed_attention(
-            heads[0], heads[1], heads[2], routes, region_size=region_size, scale=self.scale
-        )
+        out = routed_attention(heads[0], heads[1], heads[2], routes, region_size=region_size, scale=self.scale)
         out = crop(out.flatten(3), height, width).permute(0, 3, 1, 2)
         if self.lepe is not None:
             out = out + self.lepe(v.permute(0, 3, 1, 2))

@@ -55,7 +55,7 @@ def channel_attention_tiled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Te
     """Two batched products. The sums over all tokens are made in float32: in 16 bits they lose digits or overflow."""
     size, wide = q.shape[1:3], accumulator(q.dtype)
     q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, d)
-    logits = product(q.to(wide).mT, k.to(wide)) * scale
+    logits = product(q.to(wide).transpose(-2, -1), k.to(wide)) * scale
     out = product(v, logits.softmax(-1).to(v.dtype), transposes=True)  # (B, heads, N, d)
     return out.transpose(1, 2).unflatten(1, size)
 
@@ -109,9 +109,9 @@ class ChannelAttention(nn.Module):
         first, second, third = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         if self.by_tokens:
             first = first * (x.shape[1] * x.shape[2]) ** -0.5  # not as the op's scale: an exported graph knows no size
-            out = torch.ops.foveate.channel_attention(first, second, third, scale=1.0)
+            out = channel_attention(first, second, third, scale=1.0)
         else:
-            out = torch.ops.foveate.channel_attention(second, third, first, scale=self.scale)
+            out = channel_attention(second, third, first, scale=self.scale)
         return self.proj(out.flatten(3))
 
     def extra_repr(self) -> str:

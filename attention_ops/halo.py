@@ -275,7 +275,7 @@ class HaloAttention2d(nn.Module):
         kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.heads, self.head_dim + self.value_dim))
         k, v = kv[..., : self.head_dim], kv[..., self.head_dim :]
         rel_h, rel_w = [table * self.rel_scale for table in self.pos_embed()]
-        out = torch.ops.foveate.halo_attention(
+        out = halo_attention(
             q,
             k,
             v,

@@ -215,7 +215,7 @@ class HiLoAttention(nn.Module):
             if self.h_qkv is None:
                 high = [q[:, :, :, :0], q[:, :, :, :0], q[:, :, :, :0]]
         window = [self.window_size, self.window_size]
-        out = torch.ops.foveate.hilo_attention(high, low, window, scale=self.scale)
+        out = hilo_attention(high, low, window, scale=self.scale)
         return crop(self.project(out), height, width)
 
     def pool(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H / window, W / window, C)

@@ -301,7 +301,7 @@ class NeighborhoodAttention2d(nn.Module):
         else:
             x = pad_to_least(x, least_h, least_w)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
-        out = torch.ops.foveate.neighborhood_attention(
+        out = neighborhood_attention(
             q,
             k,
             v,

@@ -20,7 +20,7 @@ from ._checks import check_alike, check_at_least, pair, why_no_attention_kernel,
 from ._graph.routed import routed_attention_graph
 from ._graph.sizes import covering, differs, is_known
 from ._graph.tiles import product
-from ._op import Count, Impl, SymSize, declare, is_traced, register, run, under_transform
+from ._op import Count, Impl, SymSize, call, declare, is_traced, register, run, under_transform
 from .routed_cpu import Regions, routed_attention_tiled
 from .tiling import merge_windows, pad_to_windows, split_windows
 
@@ -44,7 +44,7 @@ def bi_level_routes(q: Tensor, k: Tensor, *, region_size: SymSize, topk: Count) 
         ValueError: shapes disagree, a size is below 1, or topk is above the number of regions.
     """
     region_size = pair("bi_level_routes", "region_size", region_size)
-    return torch.ops.foveate.bi_level_routes(q, k, region_size=region_size, topk=topk)
+    return call("bi_level_routes", {"q": q, "k": k, "region_size": region_size, "topk": topk})
 
 
 def _bi_level_routes(q: Tensor, k: Tensor, *, region_size: list[int], topk: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._graph.sizes import cover_map, pad_to_multiples
+from ._graph.sizes import cover_map, pad_to_multiples, sides
 from ._graph.sizes import crop as crop_map
 
 
@@ -84,6 +84,30 @@ def boxes(counts: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
         most //= max(1, count)
     for corner in product(*(range(0, count, size) for count, size in zip(counts, sizes, strict=True))):
         yield tuple(slice(start, start + size) for start, size in zip(corner, sizes, strict=True))
+
+
+def map_size(x: Tensor) -> tuple[int, int]:
+    """Return the height and width of (B, H, W, ...)."""
+    if torch.jit.is_scripting():
+        return x.shape[1], x.shape[2]
+    else:
+        return sides(x)
+
+
+def larger(a: int, b: int) -> int:
+    """Return the larger of two sizes."""
+    if torch.jit.is_scripting():
+        return max(a, b)
+    else:
+        return torch.sym_max(a, b)
+
+
+def smaller(a: int, b: int) -> int:
+    """Return the smaller of two sizes."""
+    if torch.jit.is_scripting():
+        return min(a, b)
+    else:
+        return torch.sym_min(a, b)
 
 
 def pad_to_windows(x: Tensor, window: list[int]) -> Tensor:

@@ -309,7 +309,7 @@ class WindowAttention2d(nn.Module):
         height, width = x.shape[1], x.shape[2]
         x = cover_with_windows(x, self.window_size)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
-        out = torch.ops.foveate.window_attention(q, k, v, self.window_size, scale=self.scale)
+        out = window_attention(q, k, v, self.window_size, scale=self.scale)
         return self.proj_drop(crop(self.proj(out.flatten(3)), height, width))
 
     def extra_repr(self) -> str:

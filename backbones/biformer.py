@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-import torch
 from timm.layers import DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs, load_state_dict, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from .._timm import pretrained_cfg
 from .._weights import unwrap
-from ..attention_ops import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw
+from ..attention_ops import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw, window_attention
 from ..attention_ops.bi_level_routing import RegionPool, Routing, lepe
 from ._build import StateDict, build, cfg, check_fits
 from ._layers import DepthwiseMlp, MapGELU, layer_scale, scaled, to_nchw, to_nhwc
@@ -104,7 +103,7 @@ class DenseLepeAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         size = [x.shape[1], x.shape[2]]
-        out = torch.ops.foveate.window_attention(q, k, v, size, scale=self.scale).flatten(3)
+        out = window_attention(q, k, v, size, scale=self.scale).flatten(3)
         if self.lepe is not None:
             out = out + to_nhwc(self.lepe(to_nchw(x)))
         return self.proj(out)
@@ -126,7 +125,7 @@ class DenseLepeAttentionNchw(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         q, k, v = to_nhwc(self.qkv(x)).unflatten(-1, (3, self.heads, -1)).unbind(3)
         size = [x.shape[2], x.shape[3]]
-        out = torch.ops.foveate.window_attention(q, k, v, size, scale=self.scale)
+        out = window_attention(q, k, v, size, scale=self.scale)
         return self.proj(to_nchw(out.flatten(3)) + self.lepe(to_nchw(v.flatten(3))))
 
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from .._weights import unwrap
-from ..attention_ops import ChannelAttention, WindowAttention2d
+from ..attention_ops import ChannelAttention, WindowAttention2d, window_attention
 from ..attention_ops.tiling import cover_with_windows, crop
 from ._build import StateDict, build, cfg, check_fits
 from ._layers import pad_to_multiples, to_channels_last, to_nchw, to_nhwc
@@ -89,7 +88,7 @@ class TileAttention(WindowAttention2d):
         grid = [x.shape[1] // rows, x.shape[2] // cols]
         x = x.unflatten(2, (grid[1], cols)).unflatten(1, (grid[0], rows)).transpose(2, 3)  # (B, gy, gx, wy, wx, C)
         q, k, v = self.qkv(x.flatten(0, 2)).unflatten(-1, (3, self.heads, -1)).unbind(3)
-        out = torch.ops.foveate.window_attention(q, k, v, self.window_size, scale=self.scale)
+        out = window_attention(q, k, v, self.window_size, scale=self.scale)
         x = self.proj_drop(self.proj(out.flatten(3))).unflatten(0, (-1, grid[0], grid[1]))
         return crop(x.transpose(2, 3).flatten(3, 4).flatten(1, 2), size[0], size[1])
 

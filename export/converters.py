@@ -4,6 +4,7 @@ Each starts from the program or the ONNX file of graphs.py, so all of them compu
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .._errors import first_line
 from .._files import atomic_path
 from .._modes import evaluating
 from .._torch import compile_package
+from .errors import ExportError
 from .files import require_packages
 from .graphs import (
     PROGRAM_SUFFIX,
@@ -36,7 +38,7 @@ def export_aoti(
     *,
     img_size: int | tuple[int, int] | None = None,
     example: Tensor | None = None,
-    dynamic_batch: bool = True,
+    dynamic: Sequence[str] = ("batch",),
     labels: tuple[str, ...] | None = None,
 ) -> Path:
     """Write an AOTInductor package: machine code for this CPU, for `torch._inductor.aoti_load_package` and for C++.
@@ -46,10 +48,10 @@ def export_aoti(
     Raises:
         ExportError: no C++ compiler, or an invalid request.
     """
-    example = prepare_example(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic_batch)
+    example = prepare_example(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic)
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
-        program = spelled_out_program(model, example, dynamic_batch)
-        write_aoti(program, part, metadata_for(model, example, dynamic_batch, labels))
+        program = spelled_out_program(model, example, dynamic)
+        write_aoti(program, part, metadata_for(model, example, dynamic, labels))
     return out
 
 
@@ -65,7 +67,7 @@ def export_openvino(
     *,
     img_size: int | tuple[int, int] | None = None,
     example: Tensor | None = None,
-    dynamic_batch: bool = True,
+    dynamic: Sequence[str] = ("batch",),
     labels: tuple[str, ...] | None = None,
 ) -> Path:
     """Write OpenVINO IR in float32: OUT.xml, and the weights beside it, OUT.bin.
@@ -74,10 +76,10 @@ def export_openvino(
     """
     require_packages("openvino", "openvino")
     out = Path(out)
-    example = prepare_example(model, out, IR_SUFFIX, img_size, example, dynamic_batch)
+    example = prepare_example(model, out, IR_SUFFIX, img_size, example, dynamic)
     with atomic_path(out) as part:
-        source = export_onnx(model, part.with_suffix(".onnx"), example=example, dynamic_batch=dynamic_batch)
-        write_openvino(source, part, metadata_for(model, example, dynamic_batch, labels))
+        source = export_onnx(model, part.with_suffix(".onnx"), example=example, dynamic=dynamic)
+        write_openvino(source, part, metadata_for(model, example, dynamic, labels))
         source.unlink()
         _move_weights(part, out)
     return out
@@ -110,20 +112,21 @@ def export_executorch(
     *,
     img_size: int | tuple[int, int] | None = None,
     example: Tensor | None = None,
-    dynamic_batch: bool = True,
+    dynamic: Sequence[str] = ("batch",),
     labels: tuple[str, ...] | None = None,
 ) -> Path:
     """Write an ExecuTorch program for phones and embedded CPUs, with XNNPACK's kernels where they apply.
 
-    See `export_onnx` for arguments and errors; `out` ends in .pte. A dynamic batch holds up to 64 images.
+    See `export_onnx` for arguments and errors; `out` ends in .pte. A dynamic batch holds up to 64 images; the image
+    size is fixed.
     """
     require_packages("executorch", "executorch")
-    example = prepare_example(model, out := Path(out), EXECUTORCH_SUFFIX, img_size, example, dynamic_batch)
+    if "size" in dynamic:
+        raise ExportError("an ExecuTorch program holds one image size; export one file for each")
+    example = prepare_example(model, out := Path(out), EXECUTORCH_SUFFIX, img_size, example, dynamic)
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
-        program = spelled_out_program(model, example, dynamic_batch, _MOST_IMAGES)
-        part.write_bytes(
-            quietly(lambda: _executorch_bytes(program, metadata_for(model, example, dynamic_batch, labels)))
-        )
+        program = spelled_out_program(model, example, dynamic, _MOST_IMAGES)
+        part.write_bytes(quietly(lambda: _executorch_bytes(program, metadata_for(model, example, dynamic, labels))))
     return out
 
 
@@ -160,10 +163,10 @@ def export_coreml(
     See `export_onnx` for arguments and errors; `out` ends in .mlpackage and must not exist.
     """
     require_packages("coreml", "coremltools")
-    example = prepare_example(model, out := Path(out), COREML_SUFFIX, img_size, example, False)
+    example = prepare_example(model, out := Path(out), COREML_SUFFIX, img_size, example, ())
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
-        metadata = metadata_for(model, example, False, labels)
-        program = spelled_out_program(model, example, False).run_decompositions({})
+        metadata = metadata_for(model, example, (), labels)
+        program = spelled_out_program(model, example, ()).run_decompositions({})
         quietly(lambda: _write_coreml(program, part, metadata))
     return out
 

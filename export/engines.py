@@ -82,7 +82,7 @@ def _executorch(model: nn.Module, x: Tensor) -> Run:
 
 def _file(model: nn.Module, x: Tensor, name: str, write: Callable[..., Path]) -> Run:
     with TemporaryDirectory() as folder:
-        run = open_file(write(model, Path(folder) / name, example=x, dynamic_batch=False)).run
+        run = open_file(write(model, Path(folder) / name, example=x, dynamic=())).run
     return lambda: run(x)
 
 

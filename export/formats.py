@@ -5,11 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._files import atomic_path
-from .agreement import Agreement, verify
+from .agreement import BATCH_SIZES, Agreement, verify
 from .converters import (
     COREML_SUFFIX,
     EXECUTORCH_SUFFIX,
@@ -46,6 +48,7 @@ class FileFormat:
     packages: tuple[str, ...] = ()
     runs_here: bool = True
     int8: bool = False  # it can hold int8 weights
+    any_size: bool = True  # one file can take every image size
 
 
 _ONNX = ("onnx", "onnxscript")
@@ -54,8 +57,10 @@ FORMATS: dict[Format, FileFormat] = {
     Format.TORCH: FileFormat(PROGRAM_SUFFIX, export_program),
     Format.AOTI: FileFormat(PROGRAM_SUFFIX, export_aoti, int8=True),
     Format.OPENVINO: FileFormat(IR_SUFFIX, export_openvino, "openvino", (*_ONNX, "openvino"), int8=True),
-    Format.EXECUTORCH: FileFormat(EXECUTORCH_SUFFIX, export_executorch, "executorch", ("executorch",)),
-    Format.COREML: FileFormat(COREML_SUFFIX, export_coreml, "coreml", ("coremltools",), runs_here=False),
+    Format.EXECUTORCH: FileFormat(EXECUTORCH_SUFFIX, export_executorch, "executorch", ("executorch",), any_size=False),
+    Format.COREML: FileFormat(
+        COREML_SUFFIX, export_coreml, "coreml", ("coremltools",), runs_here=False, any_size=False
+    ),
     Format.HUB: FileFormat(None, save_hub),
 }
 
@@ -69,6 +74,12 @@ class Request:
     format: Format
     img_size: int | tuple[int, int] | None = None  # px; None: the model's own size
     labels: tuple[str, ...] | None = None  # class names, in the order of the logits
+    dynamic: tuple[str, ...] = ("batch",)  # what the file leaves free: "batch", "size"
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Batches on which the file is compared: one at a time where its batch is 1."""
+        return BATCH_SIZES if "batch" in self.dynamic else (1,) * sum(BATCH_SIZES)
 
 
 def check_output(out: Path, file_format: Format) -> None:
@@ -98,16 +109,28 @@ def write_verified(request: Request, images: Tensor, tolerance: float) -> Agreem
     entry = FORMATS[request.format]
     with atomic_path(request.out) as part:
         write(request, part)
-        agreement = verify(request.model, part, images, tolerance=tolerance) if entry.runs_here else None
+        agreement = _verify(request, part, images, tolerance) if entry.runs_here else None
         move_weights(request, part)
+    return agreement
+
+
+def _verify(request: Request, part: Path, images: Tensor, tolerance: float) -> Agreement:
+    """Compare the file with the model; a file of any size at a rectangular one too, which no stride divides."""
+    sizes = {"tolerance": tolerance, "batch_sizes": request.batch_sizes}
+    agreement = verify(request.model, part, images, **sizes)
+    if "size" in request.dynamic:
+        other = (images.shape[2] + 13, images.shape[3] + 5)
+        verify(request.model, part, F.interpolate(images, other, mode="bilinear", align_corners=False), **sizes)
     return agreement
 
 
 def write(request: Request, part: Path) -> None:
     """Write a file at `part` in place of the request's path."""
     entry = FORMATS[request.format]
-    labels = {} if request.format is Format.HUB else {"labels": request.labels}
-    entry.write(request.model, part, img_size=request.img_size, **labels)
+    options: dict[str, Any] = {} if request.format is Format.HUB else {"labels": request.labels}
+    if request.format not in (Format.HUB, Format.COREML):
+        options["dynamic"] = request.dynamic
+    entry.write(request.model, part, img_size=request.img_size, **options)
 
 
 def move_weights(request: Request, part: Path) -> None:

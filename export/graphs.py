@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from .errors import ExportError
 from .files import check_target, require_packages
 from .inputs import check_fits, data_config
 from .metadata import KEY, Metadata, metadata_of
+from .sizes import any_size_program
 from .spelling import SpelledOut
 
+DYNAMIC = ("batch", "size")  # what a file may leave free
 ONNX_SUFFIX, PROGRAM_SUFFIX = ".onnx", ".pt2"
 INPUT_NAME = "images"
 EXTRA_FILE = f"{KEY}.json"  # of a program: its metadata
@@ -31,7 +33,7 @@ def export_onnx(
     *,
     img_size: int | tuple[int, int] | None = None,
     example: Tensor | None = None,
-    dynamic_batch: bool = True,
+    dynamic: Sequence[str] = ("batch",),
     opset: int | None = None,
     labels: tuple[str, ...] | None = None,
 ) -> Path:
@@ -43,32 +45,33 @@ def export_onnx(
         model: made by timm, or any module when `example` is given.
         out: a name that ends in .onnx. It is written atomically: an existing file is kept when the export fails.
         img_size: height and width of the graph, in pixels; None: the model's own size.
-        example: (B, C, H, W), B > 1; replaces the model's own size.
-        dynamic_batch: export with a dynamic batch size; otherwise that of the example, or 1.
+        example: (B, C, H, W), B > 1 for a dynamic batch; replaces the model's own size.
+        dynamic: what is left free: "batch", and "size" for every height and width that the model takes. The batch is
+            otherwise that of the example, or 1.
         opset: version of the ONNX operator set; None: the default of the installed torch.
         labels: class names, in the order of the logits, for the file's metadata; None: those of the model.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
-        ExportError: the path, the size or the model does not fit.
+        ExportError: the path, the size or the model does not fit, or the model cannot be exported for every size.
     """
     require_packages("export", "onnx", "onnxscript")
-    example = prepare_example(model, out := Path(out), ONNX_SUFFIX, img_size, example, dynamic_batch)
+    example = prepare_example(model, out := Path(out), ONNX_SUFFIX, img_size, example, dynamic)
     _check_onnx_size(model)
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
         options: dict[str, Any] = {
             "input_names": [INPUT_NAME],
             "output_names": _output_names(model, example),
-            "dynamic_shapes": ({0: "batch"},) if dynamic_batch else None,
+            "dynamic_shapes": _names(dynamic),
             "opset_version": opset,
             "dynamo": True,
             "verbose": False,
             "external_data": False,
         }
         # Export a program first: from a module, torch 2.8 writes one branch of data-dependent control flow.
-        program = quietly(lambda: _program(model, example, dynamic_batch))
+        program = quietly(lambda: _program(model, example, dynamic))
         graph = quietly(lambda: torch.onnx.export(program, (), **options))
-        graph.model.metadata_props.update(_metadata_entry(model, example, dynamic_batch, labels))
+        graph.model.metadata_props.update(_metadata_entry(model, example, dynamic, labels))
         quietly(lambda: graph.save(part))
     return out
 
@@ -79,24 +82,24 @@ def export_program(
     *,
     img_size: int | tuple[int, int] | None = None,
     example: Tensor | None = None,
-    dynamic_batch: bool = True,
+    dynamic: Sequence[str] = ("batch",),
     labels: tuple[str, ...] | None = None,
 ) -> Path:
     """Write the model as a torch.export program, for `torch.export.load(out).module()` without timm or this package.
 
     See `export_onnx` for arguments and errors; the name of the file ends in .pt2.
     """
-    example = prepare_example(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic_batch)
+    example = prepare_example(model, out := Path(out), PROGRAM_SUFFIX, img_size, example, dynamic)
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
-        program = spelled_out_program(model, example, dynamic_batch)
-        entry = _metadata_entry(model, example, dynamic_batch, labels)
+        program = spelled_out_program(model, example, dynamic)
+        entry = _metadata_entry(model, example, dynamic, labels)
         with written(part) as file:
             torch.export.save(program, file, extra_files={EXTRA_FILE: entry[KEY]} if entry else None)
     return out
 
 
 def spelled_out_program(
-    model: nn.Module, example: Tensor, dynamic_batch: bool, most: int | None = None
+    model: nn.Module, example: Tensor, dynamic: Sequence[str], most: int | None = None
 ) -> torch.export.ExportedProgram:
     """Return a program of torch's own operations, that names no file of this machine.
 
@@ -104,36 +107,43 @@ def spelled_out_program(
         most: images of a batch, where it is dynamic; None: any number.
     """
     _output_names(model, example)
-    with SpelledOut():
-        program = quietly(lambda: _program(model, example, dynamic_batch, most))
+    program = quietly(lambda: _program(model, example, dynamic, most))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
 
 
 def _program(
-    model: nn.Module, example: Tensor, dynamic_batch: bool, most: int | None = None
+    model: nn.Module, example: Tensor, dynamic: Sequence[str], most: int | None = None
 ) -> torch.export.ExportedProgram:
-    return torch.export.export(model, (example,), dynamic_shapes=dynamic_shapes_of(dynamic_batch, most))
+    if "size" in dynamic:
+        return any_size_program(model, example, "batch" in dynamic)
+    with SpelledOut():
+        return torch.export.export(model, (example,), dynamic_shapes=dynamic_shapes_of(dynamic, most))
 
 
-def dynamic_shapes_of(dynamic_batch: bool, most: int | None = None) -> tuple[dict[int, torch.export.Dim]] | None:
+def dynamic_shapes_of(dynamic: Sequence[str], most: int | None = None) -> tuple[dict[int, torch.export.Dim]] | None:
     """Return what torch.export takes for a dynamic batch of up to `most` images."""
-    return ({0: torch.export.Dim("batch", max=most)},) if dynamic_batch else None
+    return ({0: torch.export.Dim("batch", max=most)},) if "batch" in dynamic else None
+
+
+def _names(dynamic: Sequence[str]) -> tuple[dict[int, str]] | None:
+    names = ({0: "batch"} if "batch" in dynamic else {}) | ({2: "height", 3: "width"} if "size" in dynamic else {})
+    return (names,) if names else None
 
 
 def metadata_for(
-    model: nn.Module, example: Tensor, dynamic_batch: bool, labels: tuple[str, ...] | None = None
+    model: nn.Module, example: Tensor, dynamic: Sequence[str], labels: tuple[str, ...] | None = None
 ) -> Metadata | None:
     """Return the metadata of a graph exported for an example; None where timm did not create the model."""
     size = (example.shape[-2], example.shape[-1])
-    return metadata_of(model, size, batch=None if dynamic_batch else len(example), labels=labels)
+    return metadata_of(model, size, batch=None if "batch" in dynamic else len(example), labels=labels)
 
 
 def _metadata_entry(
-    model: nn.Module, example: Tensor, dynamic_batch: bool, labels: tuple[str, ...] | None
+    model: nn.Module, example: Tensor, dynamic: Sequence[str], labels: tuple[str, ...] | None
 ) -> dict[str, str]:
-    metadata = metadata_for(model, example, dynamic_batch, labels)
+    metadata = metadata_for(model, example, dynamic, labels)
     return {} if metadata is None else {KEY: metadata.dumps()}
 
 
@@ -143,20 +153,23 @@ def prepare_example(
     suffix: str,
     img_size: int | tuple[int, int] | None,
     example: Tensor | None,
-    dynamic_batch: bool,
+    dynamic: Sequence[str],
 ) -> Tensor:
     """Check all arguments before the work starts, and return the example input."""
     check_target(out, suffix)
+    if unknown := set(dynamic) - set(DYNAMIC):
+        raise ExportError(f"dynamic takes {' and '.join(DYNAMIC)}, got {', '.join(sorted(unknown))}")
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     if odd := sorted(f"{dtype} on {device}" for device, dtype in kinds - {("cpu", torch.float32)}):
         raise ExportError(f"a graph is exported in torch.float32 on cpu, the model is in {', '.join(odd)}")
     if example is None:
         size = data_config(model, img_size)["input_size"]
-        check_fits(2 if dynamic_batch else 1, size)
-        return torch.zeros(2 if dynamic_batch else 1, *size)
+        images = 2 if "batch" in dynamic else 1
+        check_fits(images, size)
+        return torch.zeros(images, *size)
     if img_size is not None:
         raise ExportError(f"img_size {img_size} and an example {tuple(example.shape)} are given; give one of the two")
-    if dynamic_batch and len(example) < 2:
+    if "batch" in dynamic and len(example) < 2:
         raise ExportError("a dynamic batch size needs an example of two images or more, got 1")
     return example
 

@@ -68,7 +68,7 @@ def write_int8(request: Request, observed: Tensor, images: Path | None) -> Int8R
 def _write_onnx(request: Request, part: Path, observed: Tensor, metadata: Metadata) -> None:
     with TemporaryDirectory() as folder:
         source = Path(folder) / "float32.onnx"
-        export_onnx(request.model, source, img_size=request.img_size, labels=request.labels)
+        export_onnx(request.model, source, img_size=request.img_size, dynamic=request.dynamic, labels=request.labels)
         quantize_onnx(source, part, observed)
 
 
@@ -80,9 +80,9 @@ def _write_openvino(request: Request, part: Path, observed: Tensor, metadata: Me
 
 
 def _write_aoti(request: Request, part: Path, observed: Tensor, metadata: Metadata) -> None:
-    example = prepare_example(request.model, part, part.suffix, request.img_size, None, True)
+    example = prepare_example(request.model, part, part.suffix, request.img_size, None, request.dynamic)
     with evaluating(request.model):
-        program = quantize_program(request.model, example, observed, dynamic_batch=True)
+        program = quantize_program(request.model, example, observed, dynamic=request.dynamic)
     write_aoti(program, part, metadata)
 
 

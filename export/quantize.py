@@ -4,7 +4,7 @@ Both observe the ranges of activations on the calibration images. Weights of con
 channel, activations one scale a tensor; norms, softmax and sums stay in float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,7 +60,7 @@ def quantize_onnx(source: Path, out: Path, images: Tensor) -> Path:
 
 
 def quantize_program(
-    model: nn.Module, example: Tensor, images: Tensor, *, dynamic_batch: bool
+    model: nn.Module, example: Tensor, images: Tensor, *, dynamic: Sequence[str]
 ) -> torch.export.ExportedProgram:
     """Return an int8 program of a model, through torchao's quantizer for x86 CPUs; compile it for speed.
 
@@ -68,7 +68,7 @@ def quantize_program(
         model: in eval mode, on the CPU.
         example: (B, C, H, W), the size of the program.
         images: (N, C, H, W), preprocessed.
-        dynamic_batch: any batch size; otherwise that of the example.
+        dynamic: with "batch" any batch size; otherwise that of the example.
 
     Raises:
         ExportError: torchao cannot quantize the model.
@@ -78,14 +78,14 @@ def quantize_program(
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    shapes = dynamic_shapes_of(dynamic_batch)
+    shapes = dynamic_shapes_of(dynamic)
 
     def quantize() -> torch.export.ExportedProgram:
         graph = torch.export.export(model, (example,), dynamic_shapes=shapes).module()
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
         prepared = prepare_pt2e(graph, quantizer)
-        for batch in images.split(len(example) if not dynamic_batch else _BATCH):
+        for batch in images.split(_BATCH if "batch" in dynamic else len(example)):
             prepared(batch)
         return torch.export.export(convert_pt2e(prepared), (example,), dynamic_shapes=shapes)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..attention_ops._graph.exporting import keeping_ops_whole
 from .errors import FuseError
 
 aten = torch.ops.aten
@@ -19,7 +20,8 @@ class Captured:
     """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        program = torch.export.export(model, (x,), strict=False)
+        with keeping_ops_whole():
+            program = torch.export.export(model, (x,), strict=False)
         signature = program.graph_signature
         if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
             raise FuseError("the model changes its buffers or its input in eval mode")

@@ -71,6 +71,6 @@ def _relative_logits(q: Tensor, rel_h: Tensor, rel_w: Tensor, rows: int, cols: i
 
 def by_place(table: Tensor, queries: int) -> Tensor:
     """(2 * window - 1, d) -> (queries, window, d): the cells that a query at each place of the block uses."""
-    window, xp = (table.shape[0] + 1) // 2, integers(queries)
+    window, xp = (int(table.shape[0]) + 1) // 2, integers(queries)
     cells = xp.arange(window) - xp.arange(queries)[:, None] + window - 1
     return table.index_select(0, as_tensor(cells.reshape(-1), table.device)).unflatten(0, (queries, window))

@@ -29,7 +29,7 @@ def known(*lengths: int) -> bool:
 
 def is_surely(condition: Any) -> bool:
     """Say whether a condition holds for every size that the symbols in it may have."""
-    return statically_known_true(condition)
+    return statically_known_true(condition) if isinstance(condition, torch.SymBool) else bool(condition)
 
 
 def covering(length: int, size: int) -> int:

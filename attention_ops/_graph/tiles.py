@@ -47,7 +47,7 @@ def cut_axis(
     inside = xp.minimum(key_ranks.clip(0, None), last)
     position = xp.arange(length)
     rank = position // dilation
-    place = (position % dilation * tiles + rank // tile) * tile + rank % tile
+    place = (position % dilation * tiles + rank // tile) * tile + rest(rank, tile)
     return Axis(
         length,
         dilation * tiles,
@@ -58,6 +58,11 @@ def cut_axis(
         last + 1,
         place,
     )
+
+
+def rest(positions: Any, size: int) -> Any:
+    """Return positions % size. ONNX has no remainder of a tensor and a free size."""
+    return positions - positions // size * size
 
 
 class Cut(NamedTuple):
@@ -111,9 +116,9 @@ def by_head(x: Tensor, index: Any) -> Tensor:
 def to_map(out: Tensor, cut: Cut, heads: int) -> Tensor:
     """(B, heads, tokens of all pieces, d) -> (B, H, W, heads, d)."""
     rows, cols = cut.rows, cut.cols
-    in_row = cols.queries.shape[1]
-    high, low = rows.place // rows.queries.shape[1], rows.place % rows.queries.shape[1]
-    left, right = cols.place // in_row, cols.place % in_row
+    in_column, in_row = rows.queries.shape[1], cols.queries.shape[1]
+    high, low = rows.place // in_column, rest(rows.place, in_column)
+    left, right = cols.place // in_row, rest(cols.place, in_row)
     index = (high * cols.pieces * cut.queries + low * in_row)[:, None] + (left * cut.queries + right)
     return pick(out.transpose(1, 2), 1, index.reshape(-1)).unflatten(1, (rows.length, cols.length))
 

@@ -81,7 +81,7 @@ def test_files_answer_as_their_model_does(file_format, net):
 
 
 def test_a_fixed_batch_is_filled_up(net):
-    export_onnx(net, "net.onnx", example=torch.randn(2, 3, 160, 160), dynamic_batch=False)
+    export_onnx(net, "net.onnx", example=torch.randn(2, 3, 160, 160), dynamic=())
     found = lines(predict("net.onnx", "pictures"))
     assert len(found) == 3
     best = wanted(net, "pictures/red.png").topk(5)

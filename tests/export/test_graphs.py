@@ -35,7 +35,7 @@ def test_a_free_batch_takes_every_batch_size(net, exported, images):
 
 
 def test_a_fixed_batch_takes_no_other(net, tmp_path, images):
-    fixed = export_onnx(net, tmp_path / "one.onnx", img_size=SIZE, dynamic_batch=False)
+    fixed = export_onnx(net, tmp_path / "one.onnx", img_size=SIZE, dynamic=())
     verify(net, fixed, images, batch_sizes=(1,))
     with pytest.raises(DisagreementError, match=r"does not run on a batch of \(2, 3, 64, 96\)"):
         verify(net, fixed, images, batch_sizes=(2,))
