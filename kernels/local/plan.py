@@ -200,7 +200,7 @@ def launch_shape(kernel: str, head_dim: int, itemsize: int, extra: bool) -> tupl
         return 64 if head_dim <= 32 or not extra else 32, 2
     if kernel == "dkv" and (head_dim > 64 or (head_dim > 32 and extra)):
         return 32, 3 if head_dim <= 64 else 2
-    return 64, 2 if kernel == "dkv" and extra else 3
+    return 64, 2 if extra and (kernel == "dkv" or head_dim > 64) else 3
 
 
 def stages_of(kernel: str, plan: Plan, stages: int, extra: bool) -> int:
