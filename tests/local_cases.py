@@ -62,7 +62,7 @@ class Case:
             arguments |= dict(zip(("rel_h", "rel_w"), tables, strict=False))
         else:
             widths = (self.dim, self.dim, inputs[0].shape[-1] - 2 * self.dim)
-            qkv = inputs[0].unbind(3) if inputs[0].dim() == 6 else inputs[0].split(widths, -1)
+            qkv = list(inputs[0].unbind(3) if inputs[0].dim() == 6 else inputs[0].split(widths, -1))
             tables = inputs[1:]
             if tables:
                 arguments["rpb" if self.op == "neighborhood" else "bias"] = tables[0]
