@@ -20,7 +20,14 @@ from ..export import export_onnx
 from ._timing import describe_machine, write_report
 
 MODULE = "foveate.benchmarks.export_nodes"
-MODELS = ("nat_mini", "dinat_mini", "vitrpb_small", "biformer_tiny", "biformer_stl_nchw", "litv2_small")
+MODELS: tuple[str, ...] = (
+    "nat_mini",
+    "dinat_mini",
+    "vitrpb_small",
+    "biformer_tiny",
+    "biformer_stl_nchw",
+    "litv2_small",
+)
 MODELS += ("fv_davit_tiny", "fv_halonet26t", "van_b1", "eca_resnet50", "ela_resnet50_l")
 
 
