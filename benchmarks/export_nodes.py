@@ -28,7 +28,7 @@ MODELS: tuple[str, ...] = (
     "biformer_stl_nchw",
     "litv2_small",
 )
-MODELS += ("fv_davit_tiny", "fv_halonet26t", "van_b1", "eca_resnet50", "ela_resnet50_l")
+MODELS += ("litv2_small", "fv_davit_tiny", "fv_halonet26t", "van_b1", "eca_resnet50", "ela_resnet50_l")
 
 
 def kinds(path: Path) -> Counter[str]:
