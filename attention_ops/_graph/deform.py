@@ -44,7 +44,7 @@ def _sample(x: Tensor, row: Tensor, col: Tensor) -> Tensor:
     for y, of_row in ((top, 1 - below), (top + 1, below)):
         for z, of_col in ((left, 1 - right), (left + 1, right)):
             inside = (y >= 0) & (y <= height - 1) & (z >= 0) & (z <= width - 1)
-            place = y.clamp(0, height - 1).long() * width + z.clamp(0, width - 1).long() + first
+            place = torch.where(inside, y * width + z, 0.0).long() + first  # onnxscript breaks clamps of one tensor
             picked = rows.index_select(0, place.flatten()).unflatten(0, tuple(place.shape))
             total = total + picked * torch.where(inside, of_row * of_col, 0.0)[..., None]
     return total

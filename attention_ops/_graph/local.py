@@ -17,7 +17,7 @@ def cut_map(pattern: LocalPattern, size: tuple[int, int]) -> tuple[Axis, Axis]:
     """Cut both axes as the tiled body does; an axis of any length gets tiles that are right for every length."""
     if known(*size):
         plan = tile_plan(pattern, size)
-        tilings = [(t.tile, t.tiles, t.keys, t.before) for t in (plan.rows, plan.cols)]
+        tilings = [(t.tile, t.tiles, t.keys, t.before, False) for t in (plan.rows, plan.cols)]
     else:
         tilings = [_free_tiling(pattern, axis, size[axis]) for axis in (0, 1)]
     rows, cols = (cut_axis(size[axis], pattern.dilation[axis], *tilings[axis]) for axis in (0, 1))

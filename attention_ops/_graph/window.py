@@ -50,7 +50,7 @@ def hilo_attention_graph(
     """Attend by differentiable operations; the heads of the high branch first."""
     outs = []
     if high[0].shape[3]:
-        outs.append(window_attention_graph(*high, window_size, None, None, scale))
+        outs.append(window_attention_graph(high[0], high[1], high[2], window_size, None, None, scale))
     if low[0].shape[3]:
         tokens = (x.flatten(1, 2).transpose(1, 2)[:, :, None] for x in low)  # (B, heads, 1, tokens, d)
         queries, keys, values = tokens

@@ -82,7 +82,7 @@ def test_a_frozen_script_equals_the_model(name):
 ONNX = pytest.mark.parametrize("records", [False, True], ids=["no_grad", "with gradients"])
 
 
-@kinds("nat_mini")
+@kinds("nat_mini", "litv2_small")
 @ONNX
 def test_torchs_own_onnx_export_with_and_without_gradients(name, records, tmp_path):
     pytest.importorskip("onnxscript")
