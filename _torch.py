@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "OpOverload",
+    "assume",
     "assumptions",
     "body_of",
     "compile_package",
@@ -38,6 +39,9 @@ __all__ = [
     "transforms_are_on",
     "without_compiler_caches",
 ]
+
+
+assume = torch._check  # that a condition on free sizes holds
 
 
 def transforms_are_on() -> bool:

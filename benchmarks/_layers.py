@@ -44,11 +44,7 @@ class LocalLayer:
         """Launch the kernels of a forward pass and of a backward pass with all gradients."""
         q, k, v = _packed(self, batch, device, dtype).unbind(3)
         tables = self._tables(device)
-        pattern = self.pattern
-        call = (
-            pattern.kind, list(pattern.keys), list(pattern.reach), list(pattern.stride), list(pattern.dilation),
-            list(pattern.causal), self.dim**-0.5,
-        )  # fmt: skip
+        call = (*local.fields(self.pattern), self.dim**-0.5)
         out, lse = body_of(local._forward)(q, k, v, *tables, *call)
         biased = tables[0] is not None
         body_of(local._backward)(q, k, v, *tables, out, lse, torch.ones_like(out), None, biased, *call)

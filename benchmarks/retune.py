@@ -76,7 +76,7 @@ class Tuner:
             for kernel in KERNELS if layer.biased else KERNELS[:-1]:
                 self._tiles_stages_and_warps(layer, kernel, tensors)
             if layer.biased:
-                self._values(layer.name, "PROGRAMS", launch, partial(tensors.run, "dbias"))
+                self._values(layer.name, "PROGRAMS", launch_plan, partial(tensors.run, "dbias"))
             if launch_plan.plan_one_pass("backward", tensors.shape().sizes) is not None:
                 self._values(layer.name, "ONE_PASS_PROGRAMS", plan, partial(one_pass, tensors))
         return self.found
@@ -131,7 +131,7 @@ class Tuner:
 @contextmanager
 def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
     """Let a constant have another value inside; plans are made again."""
-    caches = (launch_plan.plan_launch, launch_plan.plan_one_pass)
+    caches = (launch_plan.plan_launch, launch_plan.plan_one_pass, launch_plan.plan_shares)
     for cache in caches:
         cache.cache_clear()
     try:
@@ -151,8 +151,7 @@ def one_pass(tensors: Tensors) -> None:
     """The forward and the backward pass of tiles that see only themselves."""
     t, shape = tensors, tensors.shape()
     launch.launch_forward(shape, t.q, t.k, t.v, t.bias, None, t.out, t.lse)
-    biased = t.bias is not None
-    launch.launch_one_pass(shape, t.q, t.k, t.v, t.bias, t.out, t.grad, t.lse, t.dq, t.dk, t.dv, biased)
+    launch.launch_one_pass(shape, t.q, t.k, t.v, t.bias, t.out, t.grad, t.lse, t.dq, t.dk, t.dv, t.dbias)
 
 
 def setting_in_use(tensors: Tensors, kernel: str) -> Setting:
@@ -193,7 +192,7 @@ def choose(found: Timings) -> dict[str, dict[str, Any]]:
     program_overhead, step_overhead = fit_costs(found.tiles)
     in_use = {
         "OWNERS_OF_A_WARP": launch_plan.OWNERS_OF_A_WARP[2], "ONE_PASS_PROGRAMS": plan.ONE_PASS_PROGRAMS,
-        "PROGRAMS": launch.PROGRAMS, "TAPS_GRAD_PROGRAMS": gates_plan.TAPS_GRAD_PROGRAMS,
+        "PROGRAMS": launch_plan.PROGRAMS, "TAPS_GRAD_PROGRAMS": gates_plan.TAPS_GRAD_PROGRAMS,
     }  # fmt: skip
     best = {name: fastest(times, in_use[name]) for name, times in found.values.items()}
     stages = {key: fastest(times, launch_plan.launch_shape(*key)[1]) for key, times in found.stages.items()}
@@ -207,7 +206,7 @@ def choose(found: Timings) -> dict[str, dict[str, Any]]:
         "kernels/local/launch_plan.py": {
             "OWNERS_OF_A_WARP": launch_plan.OWNERS_OF_A_WARP | {2: best["OWNERS_OF_A_WARP"]}
         },
-        "kernels/local/bias.py": {"PROGRAMS": best["PROGRAMS"]},
+        "kernels/local/shares.py": {"PROGRAMS": best["PROGRAMS"]},
         "kernels/gates/plan.py": {"TAPS_GRAD_PROGRAMS": best["TAPS_GRAD_PROGRAMS"]},
     }
 

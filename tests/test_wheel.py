@@ -83,6 +83,7 @@ def test_every_package_imports_from_the_wheel(installed, sources):
     assert "foveate.kernels" in packages and "foveate.export" in packages
     imports = f"import importlib; found = [importlib.import_module(name).__file__ for name in {packages}]; "
     found = run_installed(installed, imports + "print(*found, sep='\\n')").splitlines()
+    found = [line for line in found if line.endswith(".py")]  # MMEngine imports transformers, which may write messages
     assert len(found) == len(packages)
     assert [path for path in found if not path.startswith(str(installed))] == []
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._torch import assume
 from ..neighborhood_cpu import Neighborhood
 from ..tile_plan import LocalPattern, tile_plan
 from .sizes import as_tensor, covering, integers, known, pieces, sides
@@ -56,7 +57,7 @@ def _neighborhood(
     kinds = zip(axes, neighborhood.kernel_size, neighborhood.stride, neighborhood.is_causal, strict=True)
     seen = [_seen(*kind) for kind in kinds]
     for axis, kernel, dilation in zip(axes, neighborhood.kernel_size, neighborhood.dilation, strict=True):
-        torch._check(axis.length >= kernel * dilation)
+        assume(axis.length >= kernel * dilation)
     hides = not known(*sides(q)) or not all(t.all() for t in seen)
     joined = join_tables(*(as_tensor(t, q.device) for t in seen), torch.logical_and) if hides else None
     bias = None if rpb is None else tile_bias(rpb, axes, neighborhood.kernel_size)

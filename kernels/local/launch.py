@@ -308,7 +308,7 @@ def local_attention(
         (B, H, W, heads, head_dim of v), contiguous.
     """
     rel_h, rel_w = (None, None) if tables is None else tables
-    return call_forward(q, k, v, bias, rel_h, rel_w, *_fields(pattern), scale)[0]
+    return call_forward(q, k, v, bias, rel_h, rel_w, *fields(pattern), scale)[0]
 
 
 def local_attention_lse(
@@ -323,9 +323,9 @@ def local_attention_lse(
 ) -> tuple[Tensor, Tensor]:
     """Attend as `local_attention` does, and return the log-sum-exp of the logits too, (B, H, W, heads) fp32."""
     rel_h, rel_w = (None, None) if tables is None else tables
-    out, lse = call_forward(q, k, v, bias, rel_h, rel_w, *_fields(pattern), scale)
+    out, lse = call_forward(q, k, v, bias, rel_h, rel_w, *fields(pattern), scale)
     return out, (lse * math.log(2)).permute(0, 2, 3, 1)
 
 
-def _fields(p: Pattern) -> tuple:
+def fields(p: Pattern) -> tuple:
     return p.kind, *(list(pair) for pair in (p.keys, p.reach, p.stride, p.dilation, p.causal, p.shift))

@@ -19,7 +19,7 @@ def memory_as_it_was(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name not in ("compiled", "openvino")])
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name not in ("compiled", "aoti", "executorch")])
 def test_every_engine_gives_the_models_output(engine):
     model, x = timm.create_model("test_resnet").eval(), torch.randn(2, 3, 64, 64)
     out = prepare(engine, model, x)()

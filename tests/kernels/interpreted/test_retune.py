@@ -5,7 +5,7 @@ import torch
 
 from foveate.benchmarks import retune
 from foveate.benchmarks.gpu_first_hour.sweep import SMALL_LAYERS, Layer, Setting
-from foveate.kernels.local import launch, launch_plan, plan
+from foveate.kernels.local import launch_plan, plan
 from foveate.kernels.local.plan import Pattern
 
 WINDOWS = Layer("window 4, 8x8", Pattern("block", (4, 4)), 8, 1, 16, True)
@@ -28,10 +28,10 @@ def few(monkeypatch):
 
 
 def test_every_kernel_is_timed_in_every_setting_and_nothing_stays_changed(few):
-    before = (plan.ONE_PASS_PROGRAMS, launch.PROGRAMS, launch_plan.one_pass_shape)
+    before = (plan.ONE_PASS_PROGRAMS, launch_plan.PROGRAMS, launch_plan.one_pass_shape)
     found = retune.Tuner([*SMALL_LAYERS, WINDOWS], 1, "cpu", torch.float16, once).run()
     retune.time_taps_gradients(found, 0, "cpu", torch.float16, lambda call: 1.0)
-    assert found.left_out == [] and before == (plan.ONE_PASS_PROGRAMS, launch.PROGRAMS, launch_plan.one_pass_shape)
+    assert found.left_out == [] and before == (plan.ONE_PASS_PROGRAMS, launch_plan.PROGRAMS, launch_plan.one_pass_shape)
     assert {one.group for one in found.tiles} == {
         f"{layer.name} {kernel}" for layer in (*SMALL_LAYERS, WINDOWS) for kernel in ("forward", "dbias")
     }
