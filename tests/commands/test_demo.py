@@ -27,7 +27,7 @@ def one_epoch(monkeypatch):
     monkeypatch.setattr(demo, "train", short)
 
 
-@pytest.mark.parametrize("model", ["nat", "van"])
+@pytest.mark.parametrize("model", ["nat", pytest.param("van", marks=pytest.mark.slow)])
 def test_the_demo_trains_saves_exports_verifies_and_draws(model, one_epoch, tmp_path):
     out = tmp_path / "demo"
     done = foveate("demo", "--model", model, "--out", out, "--seed", 3)

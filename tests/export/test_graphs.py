@@ -97,6 +97,7 @@ def run_alone(path, shape) -> str:
 
 SHALLOW = {"depths": (1, 1, 1, 1)}
 SLOW = {
+    "nat_mini": SHALLOW,
     "biformer_tiny": SHALLOW,
     "biformer_stl_nchw": SHALLOW,
     "litv2_small": SHALLOW,
@@ -109,8 +110,7 @@ SLOW = {
 }
 EVERY_FAMILY = pytest.mark.parametrize(
     ("model", "kwargs"),
-    [("nat_mini", SHALLOW), ("van_b0", SHALLOW)]
-    + [pytest.param(model, kwargs, marks=pytest.mark.slow) for model, kwargs in SLOW.items()],
+    [("van_b0", SHALLOW)] + [pytest.param(model, kwargs, marks=pytest.mark.slow) for model, kwargs in SLOW.items()],
 )
 
 

@@ -82,6 +82,7 @@ def export(*arguments: str):
     return CliRunner().invoke(app, ["export", "van_b0", "--model-arg", "num_classes=3", *arguments])
 
 
+@pytest.mark.slow
 def test_the_command_prints_both(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [

@@ -68,7 +68,9 @@ def test_the_folder_holds_nothing_else(file):
     assert {entry.name for entry in path.parent.iterdir()} == {path.name} | beside
 
 
-@pytest.mark.parametrize("file_format", [Format.ONNX, Format.TORCH, Format.OPENVINO])
+@pytest.mark.parametrize(
+    "file_format", [Format.ONNX, Format.TORCH, pytest.param(Format.OPENVINO, marks=pytest.mark.slow)]
+)
 def test_a_truncated_file_is_refused_in_one_line(file_format, tmp_path):
     path = written(file_format, tmp_path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -84,6 +86,7 @@ def test_ir_without_its_weights_is_refused(tmp_path):
         open_file(path)
 
 
+@pytest.mark.slow
 def test_a_file_of_another_model_is_refused(tmp_path):
     path = written(Format.OPENVINO, tmp_path)
     other = timm.create_model("test_resnet", num_classes=7).eval()
@@ -97,7 +100,8 @@ def test_a_missing_file_is_refused(name, tmp_path):
         open_file(tmp_path / name)
 
 
-def test_a_file_that_differs_leaves_the_older_pair(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_file_that_differs_leaves_the_older_pair(tmp_path):
     path = written(Format.OPENVINO, tmp_path)
     before = path.read_bytes(), path.with_suffix(".bin").read_bytes()
     net = small_net()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from small_models import KINDS, alive, small
+from small_models import KINDS, SMALL, alive, small
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning"
@@ -40,7 +40,7 @@ def check(model, run, batches=(2, 3)) -> None:
         torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-4 * float(plain.std()))
 
 
-@pytest.mark.parametrize("name", [n if ":" not in n else pytest.param(n, marks=pytest.mark.slow) for n in KINDS])
+@kinds(*SMALL)
 def test_a_trace_equals_the_model(name):
     model, traced = trace(name)
     foreign = [n.kind() for n in traced.inlined_graph.nodes() if not n.kind().startswith(("aten::", "prim::"))]
@@ -63,7 +63,7 @@ assert "foveate" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-@kinds("nat_mini", "vitrpb_small", "biformer_tiny", "litv2_small", "fv_davit_tiny")
+@kinds("nat_mini", "litv2_small")
 @pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
 def test_torchs_own_export_holds_no_op_of_ours(name, strict):
     model = alive(small(name, num_classes=5))
@@ -82,7 +82,7 @@ def test_a_frozen_script_equals_the_model(name):
 ONNX = pytest.mark.parametrize("records", [False, True], ids=["no_grad", "with gradients"])
 
 
-@kinds("nat_mini", "litv2_small")
+@kinds("nat_mini")
 @ONNX
 def test_torchs_own_onnx_export_with_and_without_gradients(name, records, tmp_path):
     pytest.importorskip("onnxscript")
@@ -95,7 +95,7 @@ def test_torchs_own_onnx_export_with_and_without_gradients(name, records, tmp_pa
     check(model, lambda x: torch.from_numpy(session.run(None, {feed: x.numpy()})[0]), batches=(2,))
 
 
-@kinds("litv2_small", "fv_davit_tiny")
+@kinds("litv2_small")
 def test_openvino_converts_a_trace(name):
     openvino = pytest.importorskip("openvino")
     model, traced = trace(name)
