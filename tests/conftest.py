@@ -26,6 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
         import mmengine.config  # noqa: F401
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the tests that take minutes: at the end, one process would wait for them."""
+    items.sort(key=lambda item: item.path.name != "test_own_processes.py")
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """One thread unless OMP_NUM_THREADS is set: on tiny tensors, more threads wait for each other."""
