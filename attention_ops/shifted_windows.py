@@ -5,7 +5,7 @@ The kernels roll nothing: they cut the map at the shift.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,30 +16,31 @@ from .tiling import split_windows
 Pair = tuple[int, int]
 
 
+class Windows(NamedTuple):
+    """What a query of window attention sees, and what is added to its logits."""
+
+    window_size: Pair
+    shift: Pair = (0, 0)
+    bias: Tensor | None = None  # (heads, T, T) for windows of T tokens
+    mask: Tensor | None = None  # (windows, T, T) bool, of the rolled map
+
+
 def on_rolled_maps(body: Callable[..., Any], cached: bool = False) -> Callable[..., Any]:
-    """Return a body that takes a shift too, of one that takes windows and a mask.
+    """Return a body that takes a shift too, of one that takes windows without a shift.
 
     Args:
         cached: keep masks that are small; for bodies of real tensors only.
     """
     make_mask = _mask_of_numbers if cached else shift_mask
 
-    def shifted(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window_size: Pair,
-        shift: Pair,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        scale: float,
-    ) -> Any:
+    def shifted(q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float) -> Any:
+        shift, mask = windows.shift, windows.mask
         if shift == (0, 0):
-            return body(q, k, v, window_size, bias, mask, scale)
-        seen = make_mask((q.shape[1], q.shape[2]), window_size, shift, q.device)
+            return body(q, k, v, windows, scale)
+        seen = make_mask((q.shape[1], q.shape[2]), windows.window_size, shift, q.device)
         seen = seen if mask is None else seen & mask
         rolled = (x.roll((-shift[0], -shift[1]), (1, 2)) for x in (q, k, v))
-        out = body(*rolled, window_size, bias, seen, scale)
+        out = body(*rolled, windows._replace(shift=(0, 0), mask=seen), scale)
         return tuple(x.roll(shift, (1, 2)) for x in out) if isinstance(out, tuple) else out.roll(shift, (1, 2))
 
     shifted.__name__ = body.__name__

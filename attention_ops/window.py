@@ -20,7 +20,7 @@ from ._checks import check_at_least, check_device, check_qkv, pair, why_no_local
 from ._graph.sizes import differs, is_known
 from ._graph.window import window_attention_graph, window_attention_lse_graph
 from ._op import Impl, Pair, Size, SymSize, declare, run
-from .shifted_windows import on_rolled_maps
+from .shifted_windows import Windows, on_rolled_maps
 from .tile_plan import TileMask, plan_tiles
 from .tiled_attention import TiledAttention, TiledAttentionLse
 from .tiling import cover_with_windows, crop, cut_windows, merge_windows, split_windows
@@ -130,21 +130,19 @@ def _check(
         raise ValueError(f"{op}: mask must be bool, got {mask.dtype}")
 
 
-def window_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> Tensor:
+def window_attention_reference(q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float) -> Tensor:
     """The definition: every logit of every window at once, float32 inside at least.
 
     With a mask every query has keys and values of its own, zeros where it sees none: T copies of k and v.
     """
-    return window_attention_lse_reference(q, k, v, window_size, bias, mask, scale)[0]
+    return window_attention_lse_reference(q, k, v, windows, scale)[0]
 
 
 def window_attention_lse_reference(
-    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The definition, with the log-sum-exp of every query's logits."""
-    wide = accumulator(q.dtype)
+    (window_size, _, bias, mask), wide = windows, accumulator(q.dtype)
     queries, keys, values = (split_windows(x.to(wide), window_size) for x in (q, k, v))  # (B, heads, windows, T, d)
     queries = queries * scale
     if mask is None:
@@ -160,20 +158,18 @@ def window_attention_lse_reference(
     return merge_windows(out, size, window_size).to(q.dtype), lse
 
 
-def window_attention_tiled(
-    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> Tensor:
+def window_attention_tiled(q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float) -> Tensor:
     """SDPA on windows; with a bias or a mask the body that local patterns share."""
-    if bias is None and mask is None:
-        return _on_windows(sdpa, q, k, v, window_size, scale)
-    return _tiles(TiledAttention, q, window_size, mask, scale)(q, k, v, bias)
+    if windows.bias is None and windows.mask is None:
+        return _on_windows(sdpa, q, k, v, windows.window_size, scale)
+    return _tiles(TiledAttention, q, windows, scale)(q, k, v, windows.bias)
 
 
 def window_attention_lse_tiled(
-    q: Tensor, k: Tensor, v: Tensor, window_size: Pair, bias: Tensor | None, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The body that local patterns share."""
-    return _tiles(TiledAttentionLse, q, window_size, mask, scale)(q, k, v, bias)
+    return _tiles(TiledAttentionLse, q, windows, scale)(q, k, v, windows.bias)
 
 
 def _on_windows(
@@ -184,43 +180,29 @@ def _on_windows(
     return merge_windows(out.unflatten(1, (q.shape[3], -1)), (q.shape[1], q.shape[2]), window_size)
 
 
-def _tiles(
-    kind: type[TiledAttention], q: Tensor, window_size: tuple[int, int], mask: Tensor | None, scale: float
-) -> TiledAttention:
-    plan = plan_tiles(*cut_windows((q.shape[1], q.shape[2]), window_size))
-    return kind(plan, None if mask is None else TileMask.of(mask), scale)
+def _tiles(kind: type[TiledAttention], q: Tensor, windows: Windows, scale: float) -> TiledAttention:
+    plan = plan_tiles(*cut_windows((q.shape[1], q.shape[2]), windows.window_size))
+    return kind(plan, None if windows.mask is None else TileMask.of(windows.mask), scale)
 
 
-def window_attention_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window_size: Pair,
-    shift: Pair,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-) -> Tensor:
+def window_attention_fused(q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float) -> Tensor:
     """The kernel of local patterns; it takes no mask (see `why_not_fused`)."""
     from ..kernels.local.launch import local_attention  # here, so that CPU users need no Triton
 
-    return local_attention(q, k, v, Pattern("block", window_size, shift=shift), bias=bias, scale=scale)
+    return local_attention(q, k, v, _pattern(windows), bias=windows.bias, scale=scale)
 
 
 def window_attention_lse_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window_size: Pair,
-    shift: Pair,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The same kernel; also the log-sum-exp."""
     from ..kernels.local.launch import local_attention_lse
 
-    return local_attention_lse(q, k, v, Pattern("block", window_size, shift=shift), bias=bias, scale=scale)
+    return local_attention_lse(q, k, v, _pattern(windows), bias=windows.bias, scale=scale)
+
+
+def _pattern(windows: Windows) -> Pattern:
+    return Pattern("block", windows.window_size, shift=windows.shift)
 
 
 def why_not_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
@@ -246,6 +228,7 @@ declare(
     fused=window_attention_lse_fused,
     why_not_fused=why_not_fused,
     macs=_macs,
+    bundles={"windows": Windows},
 )
 declare(
     window_attention,
@@ -256,6 +239,7 @@ declare(
     fused=window_attention_fused,
     why_not_fused=why_not_fused,
     macs=_macs,
+    bundles={"windows": Windows},
 )
 
 

@@ -1,46 +1,30 @@
 """Window and HiLo attention for exporters and compilers: one transpose cuts a map, and one puts it together."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._attend import accumulator, of_one_layout
+from ..shifted_windows import Windows
 from .sizes import sides
-from .tiles import attend, logits_of
+from .tiles import attend, attend_lse
 
 
-def window_attention_graph(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window_size: tuple[int, int],
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-) -> Tensor:
+def window_attention_graph(q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float) -> Tensor:
     """Attend by differentiable operations."""
-    queries, keys, values = (to_windows(x, window_size) for x in (q, k, v))
-    out = attend(queries, keys, values, _added(q, bias, mask), scale)
-    return of_one_layout(_to_map(out, sides(q), window_size))
+    tiles = (to_windows(x, windows.window_size) for x in (q, k, v))
+    out = attend(*tiles, _added(q, windows), scale)
+    return of_one_layout(_to_map(out, sides(q), windows.window_size))
 
 
 def window_attention_lse_graph(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window_size: tuple[int, int],
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend by differentiable operations; also the log-sum-exp."""
-    queries, keys, values = (to_windows(x.to(accumulator(x.dtype)), window_size) for x in (q, k, v))
-    logits = logits_of(queries, keys, _added(q, bias, mask), scale)
-    out = torch.matmul(logits.softmax(-1), values).to(q.dtype)
-    results = (_to_map(x, sides(q), window_size) for x in (out, logits.logsumexp(-1, keepdim=True)))
-    out, lse = (of_one_layout(x) for x in results)
+    tiles = (to_windows(x, windows.window_size) for x in (q, k, v))
+    results = attend_lse(*tiles, _added(q, windows), scale)
+    out, lse = (of_one_layout(_to_map(x, sides(q), windows.window_size)) for x in results)
     return out, lse.squeeze(-1)
 
 
@@ -50,7 +34,7 @@ def hilo_attention_graph(
     """Attend by differentiable operations; the heads of the high branch first."""
     outs = []
     if high[0].shape[3]:
-        outs.append(window_attention_graph(high[0], high[1], high[2], window_size, None, None, scale))
+        outs.append(window_attention_graph(high[0], high[1], high[2], Windows(window_size), scale))
     if low[0].shape[3]:
         tokens = (x.flatten(1, 2).transpose(1, 2)[:, :, None] for x in low)  # (B, heads, 1, tokens, d)
         queries, keys, values = tokens
@@ -72,9 +56,9 @@ def _to_map(windows: Tensor, size: tuple[int, int], window: tuple[int, int]) -> 
     return cut.permute(0, 2, 4, 3, 5, 1, 6).flatten(3, 4).flatten(1, 2)
 
 
-def _added(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> Any:
+def _added(q: Tensor, windows: Windows) -> Tensor | None:
     """(heads or 1, windows or 1, T, T): the bias where a key is seen, -inf elsewhere; None where nothing is added."""
-    wide = accumulator(q.dtype)
+    wide, bias, mask = accumulator(q.dtype), windows.bias, windows.mask
     if mask is None:
         return None if bias is None else bias.to(wide)[:, None]
     seen = mask | ~mask.any(-1, keepdim=True)  # a row of nothing but -inf would make NaN
