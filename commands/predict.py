@@ -13,14 +13,14 @@ import torch
 import typer
 from PIL import Image
 from timm.data import create_transform
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._errors import RequestError, first_line
 from .._memory import check_images_fit
 from ..export import load_model
 from ..export.inputs import decode_image, image_files
 from ..export.metadata import Metadata, metadata_of, read_labels
-from ..export.runtimes import OpenFile, is_exported_file, open_file
+from ..export.runtimes import OpenFile, is_exported_file, open_file, run_model
 from ..fusion import fuse, keep_memory
 from ._options import MAX_BATCH, Checkpoint, ImgSize, ModelArgs, Pretrained, name_weights, parse_model_args
 from ._terminal import FAILED
@@ -92,15 +92,7 @@ def _open_model(
         typer.echo(f"foveate predict: weights: {name_weights(name, checkpoint, pretrained)}", err=True)
     loaded = load_model(name, checkpoint, pretrained=pretrained, **kwargs)
     metadata = metadata_of(loaded, img_size)
-    return OpenFile("fused" if fused else "PyTorch", _runner(fuse(loaded) if fused else loaded), metadata)
-
-
-def _runner(model: nn.Module) -> Any:
-    def run(batch: Tensor) -> list[Tensor]:
-        with torch.inference_mode():
-            return [model(batch)]
-
-    return run
+    return OpenFile("fused" if fused else "PyTorch", run_model(fuse(loaded) if fused else loaded), metadata)
 
 
 def _check_fits(batch: int, metadata: Metadata) -> None:

@@ -84,12 +84,13 @@ def has_lora(model: nn.Module) -> bool:
     return any(name.endswith(f".lora_A.{_NAME}") for name, _ in model.named_modules())
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, Tensor] | None = None) -> Path:
     """Write the adapters of a model, and the modules that train whole, as peft's two files.
 
     Args:
         model: with adapters of `add_lora`.
         folder: created if missing; each file is written atomically.
+        weights: a state dict of the model to take the adapters from, such as averages; None: the model's own.
 
     Raises:
         ExportError: the model has no adapters.
@@ -101,11 +102,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         raise ExportError(f"{type(model).__name__} has no adapters")
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
-    weights = {f"{_PREFIX}{key}": value for key, value in get_peft_model_state_dict(model).items()}
+    adapters = get_peft_model_state_dict(model, state_dict=weights)
     config = model.peft_config[_NAME].to_dict()  # type: ignore[index, operator]  # nn.Module's attributes are untyped
     config |= {"inference_mode": True, "target_modules": sorted(config["target_modules"])}
     with atomic_path(folder / WEIGHTS) as part:
-        write_safetensors({name: value.detach().cpu().contiguous() for name, value in weights.items()}, part)
+        write_safetensors({f"{_PREFIX}{key}": t.detach().cpu().contiguous() for key, t in adapters.items()}, part)
     with atomic_path(folder / CONFIG) as part:
         part.write_text(json.dumps(config, indent=2, default=str) + "\n")
     return folder

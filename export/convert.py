@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import first_line
-from .._files import UnreadableFileError, atomic_path, check_regular
+from .._files import UnreadableFileError, check_regular
 from .._modes import evaluating
 from .._timm import pretrained_cfg
-from .._torch_files import save_torch
 from .agreement import TOLERANCE, compare_outputs, verify
 from .errors import DisagreementError, ExportError
 from .files import check_target
 from .inputs import real_images
 from .runtimes import as_list, is_exported_file
-from .weights import write_safetensors
+from .weights import write_weights
 
 
 def save_weights(model: nn.Module, out: str | Path) -> Path:
@@ -31,12 +30,7 @@ def save_weights(model: nn.Module, out: str | Path) -> Path:
     """
     out = Path(out)
     check_target(out, ".pth" if out.suffix == ".pth" else ".safetensors")
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    with atomic_path(out) as part:
-        if out.suffix == ".pth":
-            save_torch(weights, part)
-        else:
-            write_safetensors(weights, part, architecture=pretrained_cfg(model).get("architecture", ""))
+    write_weights(model.state_dict(), out, pretrained_cfg(model).get("architecture", ""))
     return out
 
 

@@ -81,7 +81,7 @@ def export_openvino(
         source = export_onnx(model, part.with_suffix(".onnx"), example=example, dynamic=dynamic)
         write_openvino(source, part, metadata_for(model, example, dynamic, labels))
         source.unlink()
-        _move_weights(part, out)
+        move_weights(part, out)
     return out
 
 
@@ -101,7 +101,7 @@ def write_openvino(source: Path, part: Path, metadata: Metadata | None) -> None:
         raise OSError(f"{part.name}: {first_line(error)}") from error
 
 
-def _move_weights(part: Path, out: Path) -> None:
+def move_weights(part: Path, out: Path) -> None:
     """Put the weights of an IR in their place; the graph, which is of no use without them, follows."""
     os.replace(part.with_suffix(".bin"), out.with_suffix(".bin"))
 

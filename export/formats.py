@@ -1,6 +1,5 @@
 """The formats of `foveate export`, and the writing of a file that is verified before it is put in its place."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -20,6 +19,7 @@ from .converters import (
     export_coreml,
     export_executorch,
     export_openvino,
+    move_weights,
 )
 from .files import check_empty_folder, check_target, require_packages
 from .graphs import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program
@@ -110,7 +110,7 @@ def write_verified(request: Request, images: Tensor, tolerance: float) -> Agreem
     with atomic_path(request.out) as part:
         write(request, part)
         agreement = _verify(request, part, images, tolerance) if entry.runs_here else None
-        move_weights(request, part)
+        put_beside(request, part)
     return agreement
 
 
@@ -133,7 +133,7 @@ def write(request: Request, part: Path) -> None:
     entry.write(request.model, part, img_size=request.img_size, **options)
 
 
-def move_weights(request: Request, part: Path) -> None:
-    """Put the second file of OpenVINO IR in its place; the first, of no use without it, follows."""
+def put_beside(request: Request, part: Path) -> None:
+    """Put what lies beside a file at `part` beside the request's path: the weights of OpenVINO IR."""
     if request.format is Format.OPENVINO:
-        os.replace(part.with_suffix(".bin"), request.out.with_suffix(".bin"))
+        move_weights(part, request.out)

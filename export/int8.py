@@ -15,7 +15,7 @@ from .._modes import evaluating
 from .accuracy import class_folders, measure_top1
 from .converters import write_aoti, write_openvino
 from .errors import DisagreementError, ExportError
-from .formats import Format, Request, move_weights, write
+from .formats import Format, Request, put_beside, write
 from .graphs import export_onnx, prepare_example
 from .inputs import real_images
 from .metadata import Metadata, metadata_of
@@ -61,7 +61,7 @@ def write_int8(request: Request, observed: Tensor, images: Path | None) -> Int8R
         write(request, plain)
         _WRITERS[request.format](request, part, observed, metadata)
         report = _compare(open_file(plain), open_file(part), held_out, images, metadata, (_bytes(plain), _bytes(part)))
-        move_weights(request, part)
+        put_beside(request, part)
     return report
 
 

@@ -15,7 +15,7 @@ from .accuracy import measure_top1
 from .errors import ExportError
 from .load import load_model
 from .metadata import metadata_of
-from .runtimes import as_list
+from .runtimes import run_model
 
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.")  # torch.hub's convention for file names
 _CHUNK = 2**22  # bytes
@@ -116,6 +116,5 @@ def _sha256(path: Path) -> str:
 def _top1(model: torch.nn.Module, data: Path, most: int | None) -> float:
     metadata = metadata_of(model)
     assert metadata is not None  # timm created it
-    with torch.inference_mode():
-        found, _ = measure_top1({"model": lambda batch: as_list(model(batch))}, metadata, data, most=most)
+    found, _ = measure_top1({"model": run_model(model)}, metadata, data, most=most)
     return found["model"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._errors import first_line
 from .._torch import load_package
@@ -66,17 +66,22 @@ def open_file(path: str | Path) -> OpenFile:
 
 def is_exported_file(name: str) -> bool:
     """Return whether a name is that of an exported file, and not of a model."""
-    return Path(name).suffix in (*_OPENERS, COREML_SUFFIX) or Path(name, CONFIG).is_file()
+    return Path(name).suffix in _OPENERS or Path(name, CONFIG).is_file()
 
 
 def _open_hub(path: Path) -> OpenFile:
     model = load_model(f"local-dir:{path}")
+    return OpenFile("PyTorch", run_model(model), metadata_of(model))
+
+
+def run_model(model: nn.Module) -> Run:
+    """Return a model as the `run` of an open file, without gradients."""
 
     def run(batch: Tensor) -> list[Tensor]:
         with torch.inference_mode():
             return as_list(model(batch))
 
-    return OpenFile("PyTorch", run, metadata_of(model))
+    return run
 
 
 def _open_onnx(path: Path) -> OpenFile:
@@ -103,15 +108,14 @@ def _open_openvino(path: Path) -> OpenFile:
     core = openvino.Core()
     loaded = core.read_model(str(path))
     text = loaded.get_rt_info(KEY).astype(str) if loaded.has_rt_info(KEY) else None
-    return OpenFile("OpenVINO", openvino_runner(core, loaded), _metadata(text))
-
-
-def openvino_runner(core: Any, source: Any) -> Run:
-    """Compile an OpenVINO model, or the name of a file, for float32 on torch's number of threads."""
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     options |= {"INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(source, "CPU", options).create_infer_request()
-    return lambda batch: [torch.from_numpy(out.copy()) for out in request.infer({0: batch.numpy()}).values()]
+    request = core.compile_model(loaded, "CPU", options).create_infer_request()
+    return OpenFile(
+        "OpenVINO",
+        lambda batch: [torch.from_numpy(out.copy()) for out in request.infer({0: batch.numpy()}).values()],
+        _metadata(text),
+    )
 
 
 def _open_program(path: Path) -> OpenFile:

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._errors import first_line
-from .._files import IS_FOLDER, UnreadableFileError
+from .._files import IS_FOLDER, UnreadableFileError, atomic_path
+from .._torch_files import save_torch
 from .._weights import read_state_dict, some
 from .errors import ExportError
 
@@ -39,6 +40,20 @@ def write_safetensors(weights: dict[str, Tensor], path: Path, **metadata: str) -
         save_file(weights, path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:  # safetensors reports a full disk this way
         raise OSError(f"{path.name}: {first_line(error)}") from error
+
+
+def write_weights(weights: dict[str, Tensor], out: Path, architecture: str) -> None:
+    """Write a state dict atomically: as torch.save does where `out` ends in .pth, as safetensors otherwise.
+
+    Raises:
+        OSError: the disk is full; an existing file is left unchanged.
+    """
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}  # may share memory
+    with atomic_path(out) as part:
+        if out.suffix == ".pth":
+            save_torch(weights, part)
+        else:
+            write_safetensors(weights, part, architecture=architecture)
 
 
 def explain_mismatch(error: Exception) -> str:

@@ -18,7 +18,7 @@ from .._errors import first_line
 from .._files import PART, UnreadableFileError, atomic_path
 from .._torch_files import read_weights, save_torch
 from ..export.adapters import has_lora, merge_lora, save_adapter
-from ..export.weights import write_safetensors
+from ..export.weights import write_weights
 from .errors import TrainError
 from .model import build_net
 from .recipe import Recipe
@@ -183,12 +183,9 @@ def export_weights(checkpoint: str | Path, out: str | Path) -> Path:
     if not out.parent.is_dir():
         raise TrainError(f"{out}: the folder {out.parent} does not exist")
     loaded = read_checkpoint(checkpoint)
-    net = load_net(checkpoint) if recipe_of(loaded).model.lora else None
-    weights = net_weights(loaded) if net is None else net.state_dict()
-    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-    with atomic_path(out) as part:
-        if out.suffix == ".pth":
-            save_torch(weights, part)
-        else:
-            write_safetensors(weights, part, architecture=recipe_of(loaded).model.name)
+    recipe = recipe_of(loaded)
+    weights = net_weights(loaded)
+    if recipe.model.lora is not None:
+        weights = merge_lora(build_with_weights(recipe, loaded)).state_dict()
+    write_weights(weights, out, recipe.model.name)
     return out

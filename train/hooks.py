@@ -18,10 +18,12 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS, Registry
 from mmengine.runner import Runner
+from torch import nn
 
 from .._errors import did_you_mean, first_line
+from ..export.adapters import save_adapter
 from ..pruning.hook import KeepMasks
-from .checkpoints import ADAPTER, export_adapter, write_best, write_epoch
+from .checkpoints import ADAPTER, net_weights, write_best, write_epoch
 from .errors import TrainError
 from .optim import lr_at
 from .recipe import Recipe, recipe_data
@@ -94,16 +96,16 @@ class SaveCheckpoints(Hook):
         due = runner.epoch % self.recipe.checkpoint.interval == 0 or runner.epoch == runner.max_epochs
         if not (improved or due):
             return
-        checkpoint = self._snapshot(runner)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        checkpoint = self._snapshot(runner, model)
         if improved:
-            best = write_best(self.work_dir, checkpoint)
+            write_best(self.work_dir, checkpoint)
             if self.recipe.model.lora is not None:
-                export_adapter(best, self.work_dir / ADAPTER)
+                save_adapter(model.net, self.work_dir / ADAPTER, net_weights(checkpoint))
         if due:
             write_epoch(self.work_dir, checkpoint, self.recipe.checkpoint.keep)
 
-    def _snapshot(self, runner: Runner) -> dict[str, Any]:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    def _snapshot(self, runner: Runner, model: nn.Module) -> dict[str, Any]:
         checkpoint = {
             "meta": self._meta(runner),
             "state_dict": model.state_dict(),
