@@ -43,14 +43,12 @@ class HaloPlan(NamedTuple):
 
 
 def halo_plan(q: Tensor, k: Tensor, blocks: Blocks) -> HaloPlan:
-    """Cut maps (B, H, W, heads, d), whose sizes may be symbols of a tracer."""
-    sizes = (q.shape[1], q.shape[2]), (k.shape[1], k.shape[2])
-    if all(isinstance(length, int) for length in (*sizes[0], *sizes[1])):
-        return _cached_plan(*sizes, blocks)
-    return _make_plan(*sizes, blocks)
+    """Cut maps (B, H, W, heads, d)."""
+    return _plan((q.shape[1], q.shape[2]), (k.shape[1], k.shape[2]), blocks)
 
 
-def _make_plan(queries: tuple[int, int], keys: tuple[int, int], blocks: Blocks) -> HaloPlan:
+@lru_cache(maxsize=256)
+def _plan(queries: tuple[int, int], keys: tuple[int, int], blocks: Blocks) -> HaloPlan:
     def cut(axis: int) -> tuple[AxisTiling, AxisTiling]:
         block, halo = blocks.block_size[axis], blocks.halo[axis]
         of_keys = cut_axis(keys[axis], block, halo, halo)
@@ -58,9 +56,6 @@ def _make_plan(queries: tuple[int, int], keys: tuple[int, int], blocks: Blocks) 
 
     (query_rows, key_rows), (query_cols, key_cols) = cut(0), cut(1)
     return HaloPlan((query_rows, query_cols), (key_rows, key_cols))
-
-
-_cached_plan = lru_cache(maxsize=256)(_make_plan)
 
 
 def halo_attention_tiled(

@@ -80,16 +80,10 @@ class TileMask(NamedTuple):
         return TileMask(seen, seen | ~seen.any(-1, keepdim=True))
 
 
-def tile_plan(pattern: LocalPattern, size: tuple[int, int]) -> TilePlan:
-    """Return the tiles of least estimated work; a size that is a symbol gets tiles that are right for every length."""
-    if isinstance(size[0], int) and isinstance(size[1], int):
-        return _cheapest_plan(pattern, size)
-    rows, cols = (_cut(pattern, axis, length, TILES[-1]) for axis, length in enumerate(size))
-    return plan_tiles(rows, cols, pattern.dilation)
-
-
 @lru_cache(maxsize=256, typed=True)
-def _cheapest_plan(pattern: LocalPattern, size: tuple[int, int]) -> TilePlan:
+def tile_plan(pattern: LocalPattern, size: tuple[int, int]) -> TilePlan:
+    """Return the tiles of least estimated work."""
+
     def work(plan: TilePlan) -> tuple[int, int, int]:
         queries = plan.rows.tile * plan.cols.tile
         return plan.logits // queries * (queries + KEY_COPY_COST), plan.rows.tile, plan.cols.tile
@@ -100,7 +94,7 @@ def _cheapest_plan(pattern: LocalPattern, size: tuple[int, int]) -> TilePlan:
 
 def _cut(pattern: LocalPattern, axis: int, length: int, tile: int) -> AxisTiling:
     longest = pieces(length, pattern.dilation[axis])  # of the groups
-    if isinstance(longest, int) and tile >= longest:
+    if tile >= longest:
         return cut_axis(longest, longest)
     return cut_axis(longest, tile, *pattern.reach(axis, length, tile))
 
@@ -131,7 +125,7 @@ def cached_tile_mask(
 def _small_mask(
     pattern: LocalPattern, size: tuple[int, int], device: torch.device, dtype: torch.dtype | None
 ) -> TileMask | None:
-    plan = _cheapest_plan(pattern, size)
+    plan = tile_plan(pattern, size)
     if _hides_nothing(pattern, size, plan):
         return None
     with torch.inference_mode(False):  # a mask first made during inference must serve training too
@@ -141,7 +135,7 @@ def _small_mask(
 
 @lru_cache(maxsize=256, typed=True)
 def _axis_table(pattern: LocalPattern, size: tuple[int, int], axis: int, device: torch.device) -> Tensor:
-    plan = _cheapest_plan(pattern, size)
+    plan = tile_plan(pattern, size)
     with torch.inference_mode(False):
         return pattern.axis_table(axis, size[axis], (plan.rows, plan.cols)[axis], device)
 

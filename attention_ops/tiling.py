@@ -24,11 +24,8 @@ from ._graph.sizes import crop as crop_map
 
 
 def pieces(length: int, size: int) -> int:
-    """How many pieces of `size` cover `length`; for a symbol of a tracer at least two, and with some overhang.
-
-    A count that may be 1, or a padding that may be 0, would tie an exported graph to one of the two cases.
-    """
-    return -(-length // size) if isinstance(length, int) or size == 1 else length // size + 2
+    """Return how many pieces of `size` cover `length`."""
+    return -(-length // size)
 
 
 class AxisTiling(NamedTuple):
@@ -178,17 +175,11 @@ def merge_windows(windows: Tensor, size: tuple[int, int], window: tuple[int, int
 
 
 def _pad(x: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
-    for width in (*rows, *cols):
-        if not isinstance(width, int) or width != 0:  # asking a symbol would fix it
-            return F.pad(x, (0, 0, *cols, *rows))
-    return x
+    return F.pad(x, (0, 0, *cols, *rows)) if any(rows) or any(cols) else x
 
 
 def _crop(x: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
-    for overhang in (rows.tail, cols.tail):
-        if not isinstance(overhang, int) or overhang != 0:
-            return x[..., : rows.length, : cols.length, :]
-    return x
+    return x[..., : rows.length, : cols.length, :] if rows.tail or cols.tail else x
 
 
 def split_queries(x: Tensor, rows: AxisTiling, cols: AxisTiling) -> Tensor:
