@@ -58,6 +58,10 @@ def export_command(
     kwargs = parse_model_args(model_arg)
     _check(output, file_format, tolerance, int8, calibrate)
     free = _parse_dynamic(dynamic, file_format)
+    if int8 and free != ("batch",):
+        raise RequestError(f"--int8: a quantized file leaves the batch free and nothing else, got --dynamic {dynamic}")
+    if labels is not None and file_format is Format.HUB:
+        raise RequestError("--labels: a hub folder holds no class names")
     names = None if labels is None else read_labels(labels)
     keep_memory()
     loaded = _load(model, checkpoint, pretrained, adapter, img_size, kwargs)
