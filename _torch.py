@@ -71,7 +71,7 @@ def takes_sizes_of_one() -> bool:
 
 def taking_sizes_of_one() -> AbstractContextManager[None]:
     """Let the exporter leave sizes free that may be 1."""
-    return torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    return torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # made at run time
 
 
 def assumptions(program: torch.export.ExportedProgram) -> list[str]:

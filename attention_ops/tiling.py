@@ -21,6 +21,8 @@ from torch import Tensor
 
 from ._graph.sizes import cover_map, pad_to_multiples, sides
 from ._graph.sizes import crop as crop_map
+from ._graph.sizes import larger as larger_size
+from ._graph.sizes import smaller as smaller_size
 
 
 def pieces(length: int, size: int) -> int:
@@ -96,7 +98,7 @@ def larger(a: int, b: int) -> int:
     if torch.jit.is_scripting():
         return max(a, b)
     else:
-        return torch.sym_max(a, b)
+        return larger_size(a, b)
 
 
 def smaller(a: int, b: int) -> int:
@@ -104,7 +106,7 @@ def smaller(a: int, b: int) -> int:
     if torch.jit.is_scripting():
         return min(a, b)
     else:
-        return torch.sym_min(a, b)
+        return smaller_size(a, b)
 
 
 def pad_to_windows(x: Tensor, window: list[int]) -> Tensor:

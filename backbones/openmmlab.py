@@ -60,7 +60,7 @@ class FoveateBackbone(BaseModule):
     @property
     def channels(self) -> list[int]:
         """Channels of the returned maps, for the neck's in_channels."""
-        return list(self.net.feature_info.channels())
+        return list(self.net.feature_info.channels())  # type: ignore[union-attr, operator]  # FeatureInfo of timm
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, C, H, W) -> maps (B, channels, H / reduction, W / reduction), from fine to coarse."""

@@ -60,7 +60,11 @@ def add_lora(
 
     names = match_layers(model, targets, trained)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, modules_to_save=list(trained) or None
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # any number
+        lora_dropout=dropout,
+        target_modules=names,
+        modules_to_save=list(trained) or None,
     )
     get_peft_model(model, config)
 
@@ -103,7 +107,7 @@ def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, Tensor
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     adapters = get_peft_model_state_dict(model, state_dict=weights)
-    config = model.peft_config[_NAME].to_dict()  # type: ignore[index, operator]  # nn.Module's attributes are untyped
+    config = model.peft_config[_NAME].to_dict()  # type: ignore[index, union-attr]  # nn.Module's attributes are untyped
     config |= {"inference_mode": True, "target_modules": sorted(config["target_modules"])}
     with atomic_path(folder / WEIGHTS) as part:
         write_safetensors({f"{_PREFIX}{key}": t.detach().cpu().contiguous() for key, t in adapters.items()}, part)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,11 @@ def write_verified(request: Request, images: Tensor, tolerance: float) -> Agreem
 
 def _verify(request: Request, part: Path, images: Tensor, tolerance: float) -> Agreement:
     """Compare the file with the model; a file of any size at a rectangular one too, which no stride divides."""
-    sizes = {"tolerance": tolerance, "batch_sizes": request.batch_sizes}
-    agreement = verify(request.model, part, images, **sizes)
+    compare = partial(verify, request.model, part, tolerance=tolerance, batch_sizes=request.batch_sizes)
+    agreement = compare(images)
     if "size" in request.dynamic:
         other = (images.shape[2] + 13, images.shape[3] + 5)
-        verify(request.model, part, F.interpolate(images, other, mode="bilinear", align_corners=False), **sizes)
+        compare(F.interpolate(images, other, mode="bilinear", align_corners=False))
     return agreement
 
 

@@ -81,7 +81,7 @@ def metadata_of(
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
     """Return the class names of a timm model, in the order of its logits, or None."""
-    classes = getattr(model, "num_classes", None)
+    classes: Any = getattr(model, "num_classes", None)
     names = pretrained_cfg(model).get("label_names")
     if isinstance(names, list | tuple) and len(names) == classes:
         return tuple(map(str, names))

@@ -59,7 +59,7 @@ def list_published(pattern: str) -> list[Published]:
 def _url(cfg: PretrainedCfg | None) -> str | None:
     if cfg is None:
         return None
-    if cfg.url and cfg.url.startswith(("http://", "https://", "file://")):
+    if isinstance(cfg.url, str) and cfg.url.startswith(("http://", "https://", "file://")):
         return cfg.url
     if cfg.hf_hub_id:
         return f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/{cfg.hf_hub_filename or 'model.safetensors'}"

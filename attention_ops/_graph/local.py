@@ -1,5 +1,6 @@
 """Neighborhood and circular attention for exporters and compilers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from ..._torch import assume
 from ..neighborhood_cpu import Neighborhood
 from ..tile_plan import LocalPattern, tile_plan
-from .sizes import as_tensor, covering, integers, known, pieces, sides
+from .sizes import as_tensor, covering, integers, known, pieces, sides, smaller
 from .tiles import Axis, Cut, attend_tiles, cut_axis, join_tables
 
 FREE_TILE = 8  # queries of a tile on an axis of any length
@@ -59,22 +60,28 @@ def _neighborhood(
     for axis, kernel, dilation in zip(axes, neighborhood.kernel_size, neighborhood.dilation, strict=True):
         assume(axis.length >= kernel * dilation)
     hides = not known(*sides(q)) or not all(t.all() for t in seen)
-    joined = join_tables(*(as_tensor(t, q.device) for t in seen), torch.logical_and) if hides else None
+    joined = _both(seen, q.device) if hides else None
     bias = None if rpb is None else tile_bias(rpb, axes, neighborhood.kernel_size)
     return attend_tiles(q, k, v, Cut(*axes, joined), bias, scale, returns_lse)
 
 
 def neighborhood_attention_up_to(
-    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, kernel_size: tuple[int, int], scale: float
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, kernel_size: Sequence[int], scale: float
 ) -> Tensor:
     """Attend to neighborhoods that shrink to the map where it is smaller, for maps of any size: one tile is the map."""
     size = sides(q)
     rows, cols = (cut_axis(length, 1, length, 1, length, 0) for length in size)
-    least = [torch.sym_min(kernel, length) for kernel, length in zip(kernel_size, size, strict=True)]
+    least = [smaller(kernel, length) for kernel, length in zip(kernel_size, size, strict=True)]
     seen = [_seen(axis, kernel, 1, False) for axis, kernel in zip((rows, cols), least, strict=True)]
-    joined = join_tables(*(as_tensor(t, q.device) for t in seen), torch.logical_and)
+    joined = _both(seen, q.device)
     bias = tile_bias(rpb, (rows, cols), kernel_size)
     return attend_tiles(q, k, v, Cut(rows, cols, joined), bias, scale)
+
+
+def _both(seen: list[Any], device: torch.device) -> Tensor:
+    """(pieces of both axes, query tokens, key tokens) bool: seen on both axes."""
+    rows, cols = (as_tensor(table, device) for table in seen)
+    return join_tables(rows, cols, torch.logical_and)
 
 
 def _seen(axis: Axis, kernel: int, stride: int, causal: bool) -> Any:
@@ -91,7 +98,7 @@ def _seen(axis: Axis, kernel: int, stride: int, causal: bool) -> Any:
     return seen.reshape(axis.pieces, query.shape[2], key.shape[3])
 
 
-def tile_bias(rpb: Tensor, axes: tuple[Axis, Axis], kernel_size: tuple[int, int]) -> Tensor:
+def tile_bias(rpb: Tensor, axes: tuple[Axis, Axis], kernel_size: Sequence[int]) -> Tensor:
     """(heads, pieces or 1, query tokens, key tokens): the bias of every pair of a tile.
 
     On maps of known size key tiles lie alike around their query tiles: all have the same bias.

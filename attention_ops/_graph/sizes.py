@@ -101,7 +101,17 @@ def cover_map(x: Tensor, rows: int, cols: int) -> Tensor:
 def pad_to_least(x: Tensor, height: int, width: int) -> Tensor:
     """Add zeros below and right of (..., Y, X, d) until its sides are no shorter than these."""
     own = sides(x, x.dim() - 3)
-    return pad_map(x, torch.sym_max(own[0], height), torch.sym_max(own[1], width))
+    return pad_map(x, larger(own[0], height), larger(own[1], width))
+
+
+def larger(a: int, b: int) -> int:
+    """Return the larger of two sizes."""
+    return torch.sym_max(a, b)  # type: ignore[return-value]  # a symbol passes for a number here
+
+
+def smaller(a: int, b: int) -> int:
+    """Return the smaller of two sizes."""
+    return torch.sym_min(a, b)  # type: ignore[return-value]
 
 
 def integers(*lengths: int) -> Any:

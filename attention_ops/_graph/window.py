@@ -13,8 +13,8 @@ from .tiles import attend, attend_lse
 
 def window_attention_graph(q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float) -> Tensor:
     """Attend by differentiable operations."""
-    tiles = (to_windows(x, windows.window_size) for x in (q, k, v))
-    out = attend(*tiles, _added(q, windows), scale)
+    queries, keys, values = (to_windows(x, windows.window_size) for x in (q, k, v))
+    out = attend(queries, keys, values, _added(q, windows), scale)
     return of_one_layout(_to_map(out, sides(q), windows.window_size))
 
 
@@ -22,8 +22,8 @@ def window_attention_lse_graph(
     q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend by differentiable operations; also the log-sum-exp."""
-    tiles = (to_windows(x, windows.window_size) for x in (q, k, v))
-    results = attend_lse(*tiles, _added(q, windows), scale)
+    queries, keys, values = (to_windows(x, windows.window_size) for x in (q, k, v))
+    results = attend_lse(queries, keys, values, _added(q, windows), scale)
     out, lse = (of_one_layout(_to_map(x, sides(q), windows.window_size)) for x in results)
     return out, lse.squeeze(-1)
 

@@ -1,5 +1,7 @@
 """Detection and segmentation: our backbones in torchvision, segmentation-models-pytorch and MMEngine's registry."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -27,6 +29,7 @@ class Pyramid(nn.Module):
     """A timm model's last two maps as torchvision's FPN wants them: a dict of maps with equal channels."""
 
     out_channels = 16
+    body: Any
 
     def __init__(self, name: str, **kwargs) -> None:
         super().__init__()
@@ -37,7 +40,7 @@ class Pyramid(nn.Module):
         return self.fpn({str(i): to_nchw(self.body, m) for i, m in enumerate(self.body(x))})
 
 
-def to_nchw(body: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def to_nchw(body: Any, x: torch.Tensor) -> torch.Tensor:
     channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC" and x.shape[1] not in body.feature_info.channels()
     return x.permute(0, 3, 1, 2) if channels_last else x
 

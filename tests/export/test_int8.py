@@ -1,6 +1,7 @@
 """Int8 files: the weights are int8, the outputs stay close, and the report is of the same runtime."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from foveate.export.int8 import write_int8
 
 CLASSES = ("ant", "bee", "cow")
 TINY = {"dims": (32, 64), "depths": (1, 1)}
-SMALL = {"depths": (1, 1, 1, 1), "num_classes": 3}
+SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "num_classes": 3}
 
 
 @pytest.fixture(scope="module")

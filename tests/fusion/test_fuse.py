@@ -63,7 +63,15 @@ def test_sizes_and_batches_get_plans_of_their_own(van):
         assert len(fused._plans) <= 2
 
 
-MEASURED = ("nat_mini", "biformer_tiny", "litv2_small", "fv_davit_tiny", "fv_halonet_h0", "eca_resnet18", "resnet50")
+MEASURED: tuple[str, ...] = (
+    "nat_mini",
+    "biformer_tiny",
+    "litv2_small",
+    "fv_davit_tiny",
+    "fv_halonet_h0",
+    "eca_resnet18",
+    "resnet50",
+)
 MEASURED += ("van_b0", "swin_tiny_patch4_window7_224", "convnext_atto", "vit_tiny_patch16_224")
 
 
