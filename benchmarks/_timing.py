@@ -21,7 +21,7 @@ from rich.console import Console, RenderableType
 from .._errors import first_line
 
 FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
-REPORT_COLUMNS = 120
+REPORT_COLUMNS = 140
 _RESET_PEAK = "5"  # resets the peak when written to Linux's /proc/self/clear_refs
 
 

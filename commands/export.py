@@ -43,7 +43,7 @@ def export_command(
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Allowed difference, in std of the output.")] = TOLERANCE,
     dynamic: Annotated[
-        str, typer.Option(metavar="NAMES", help="What the file leaves free: batch, size (height and width), or both.")
+        str, typer.Option(metavar="NAMES", help="What the file leaves free: batch, size, both with a comma, or none.")
     ] = "batch",
     int8: Annotated[
         bool, typer.Option("--int8", help="Quantize weights and activations (onnx, openvino, aoti).")
@@ -108,9 +108,9 @@ def _load(
 
 
 def _parse_dynamic(text: str, file_format: Format) -> tuple[str, ...]:
-    names = tuple(split_names(text, "--dynamic") or ())
+    names = () if text == "none" else tuple(split_names(text, "--dynamic") or ())
     if unknown := [name for name in names if name not in DYNAMIC]:
-        raise RequestError(f"--dynamic takes {', '.join(DYNAMIC)}, got {', '.join(unknown)}")
+        raise RequestError(f"--dynamic takes {', '.join(DYNAMIC)} or none, got {', '.join(unknown)}")
     if file_format in (Format.HUB, Format.COREML) and names != ("batch",):
         raise RequestError("--dynamic: a hub folder takes any batch and size, a Core ML package one image")
     if "size" in names and not FORMATS[file_format].any_size:

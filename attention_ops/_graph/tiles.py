@@ -161,7 +161,7 @@ def additive_mask(bias: Tensor | None, cut: Cut, dtype: torch.dtype) -> Tensor |
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q k^T + mask) v of (B, heads, pieces, tokens, d); a mask is (heads or 1, pieces or 1, T, K), or
-    has the batch in front.
+    (B, 1, 1, T, K) where there is one piece.
 
     Spelled out for exporters: for SDPA, ONNX's would copy k to multiply and to transpose it. Compilers get SDPA, which
     keeps no logits for the backward pass.
@@ -182,11 +182,10 @@ def attend_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """SDPA's fast kernels take four dimensions; a mask without heads is not repeated."""
     shape = (*q.shape[:-1], v.shape[-1])
-    if mask is None or mask.dim() == 5 or mask.shape[0] == 1:
+    if mask is None or (mask.dim() == 4 and mask.shape[0] == 1):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        mask = mask.flatten(0, 1) if mask is not None and mask.dim() == 5 else mask
     else:
-        mask = mask.expand(-1, q.shape[2], -1, -1).flatten(0, 1)[None]
+        mask = (mask if mask.dim() == 5 else mask.expand(-1, q.shape[2], -1, -1)[None]).flatten(1, 2)
         q, k, v = (x.flatten(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(shape)
 

@@ -63,6 +63,31 @@ def test_a_hub_folder_is_written_and_can_be_exported_again():
     assert "batch x 3 x 64 x 64" in done.stdout and "local-dir:hub" in done.stdout
 
 
+def test_dynamic_leaves_the_named_dimensions_free():
+    done = export("test_resnet", "-o", "net.pt2", "--format", "torch", "--dynamic", "batch,size", *SMALL)
+    assert done.exit_code == 0, done.output
+    assert "batch x 3 x height x width" in done.stdout
+    assert torch.export.load("net.pt2").module()(torch.randn(3, 3, 70, 45)).shape == (3, 7)
+    fixed = export("test_resnet", "-o", "one.pt2", "--format", "torch", "--dynamic", "none", *SMALL)
+    assert fixed.exit_code == 0 and "1 x 3 x 64 x 64" in fixed.stdout, fixed.output
+    with pytest.raises(AssertionError, match="Guard failed"):
+        torch.export.load("one.pt2").module()(torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "net.onnx", "--dynamic", "width"], "--dynamic takes batch, size or none, got width"),
+        (["-o", "hub", "--format", "hub", "--dynamic", "size"], "a hub folder takes any batch and size"),
+        (["-o", "net.onnx", "--dynamic", "size", "--int8", "--calibrate", "."], "leaves the batch free"),
+    ],
+)
+def test_dimensions_that_a_file_cannot_leave_free_are_refused(arguments, message):
+    done = export("test_resnet", *arguments)
+    assert done.exit_code == 2 and message in done.stderr, done.output
+    assert os.listdir() == []
+
+
 def test_a_model_of_fixed_size_is_built_at_the_size_asked_for():
     done = export("test_vit", "-o", "net.pt2", "--format", "torch", "--img-size", "96")
     assert done.exit_code == 0, done.output
