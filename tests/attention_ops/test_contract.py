@@ -69,6 +69,17 @@ def test_the_schema_is_the_public_signature(name):
 
 
 @every_case
+def test_the_compiled_op_agrees_with_every_gradient(name):
+    case, found = CASES[name], []
+    torch._dynamo.reset()
+    for call in (torch.compile(case.call, fullgraph=True, backend="aot_eager"), case.call):
+        tensors = case.tensors()
+        out = call(*tensors)
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    torch.testing.assert_close(*found)
+
+
+@every_case
 def test_bodies_agree_with_every_gradient(name):
     case, found = CASES[name], []
     for impl in ("reference", "tiled"):
