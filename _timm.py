@@ -2,13 +2,16 @@
 
 from typing import Any
 
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._input import update_model_args
 from torch import nn
 
 __all__ = [
+    "DepthwiseSeparableConv",
     "FeatureGetterNet",
+    "InvertedResidual",
     "decode_arch_def",
     "feature_info",
     "feature_take_indices",

@@ -6,6 +6,7 @@ from .channel import ChannelAttention, channel_attention
 from .channel_gate import EfficientChannelAttention, channel_gate
 from .circle import circle_attention, circle_attention_lse
 from .dense import dense
+from .grouped_query import GroupedQueryAttention, grouped_query_attention
 from .halo import HaloAttention2d, halo_attention, halo_attention_lse
 from .hilo import HiLoAttention, hilo_attention
 from .insert import insert_attention
@@ -14,6 +15,7 @@ from .merge import merge_attention
 from .neighborhood import NeighborhoodAttention2d, neighborhood_attention, neighborhood_attention_lse
 from .routed import bi_level_routes, routed_attention
 from .strip_gate import EfficientLocalAttention, strip_gate
+from .subspace_gate import SubspaceAttention, subspace_gate
 from .window import WindowAttention2d, window_attention, window_attention_lse
 
 __all__ = [
@@ -22,12 +24,14 @@ __all__ = [
     "ChannelAttention",
     "EfficientChannelAttention",
     "EfficientLocalAttention",
+    "GroupedQueryAttention",
     "HaloAttention2d",
     "HiLoAttention",
     "Impl",
     "LargeKernelAttention",
     "NeighborhoodAttention2d",
     "RegionPool",
+    "SubspaceAttention",
     "WindowAttention2d",
     "bi_level_routes",
     "channel_attention",
@@ -35,6 +39,7 @@ __all__ = [
     "circle_attention",
     "circle_attention_lse",
     "dense",
+    "grouped_query_attention",
     "halo_attention",
     "halo_attention_lse",
     "hilo_attention",
@@ -45,6 +50,7 @@ __all__ = [
     "neighborhood_attention_lse",
     "routed_attention",
     "strip_gate",
+    "subspace_gate",
     "window_attention",
     "window_attention_lse",
 ]

@@ -10,11 +10,12 @@ from torch import nn
 
 from .channel_gate import EfficientChannelAttention
 from .strip_gate import EfficientLocalAttention
+from .subspace_gate import SubspaceAttention
 
-GATES = {"eca": EfficientChannelAttention, "ela": EfficientLocalAttention}
+GATES = {"eca": EfficientChannelAttention, "ela": EfficientLocalAttention, "ulsam": SubspaceAttention}
 
 
-def insert_attention(model: nn.Module, kind: Literal["eca", "ela"], **kwargs) -> nn.Module:
+def insert_attention(model: nn.Module, kind: Literal["eca", "ela", "ulsam"], **kwargs) -> nn.Module:
     """Put one gate into the `se` slot of every residual block of `model`, in place; it replaces what is there.
 
     In timm's ResNets `se` is called after the last norm of the branch, before the shortcut is added; in RegNets,
@@ -22,14 +23,14 @@ def insert_attention(model: nn.Module, kind: Literal["eca", "ela"], **kwargs) ->
 
     Args:
         model: any model whose blocks have an attribute `se`.
-        kind: "eca" or "ela".
-        kwargs: of the gate's module: `kernel_size`; `variant`, `residual`.
+        kind: "eca", "ela" or "ulsam".
+        kwargs: of the gate's module: `kernel_size`; `variant`, `residual`; `groups`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: no such kind, or no block of the model has the slot.
+        ValueError: no such kind, no block of the model has the slot, or the gate does not fit a block's channels.
     """
     if kind not in GATES:
         raise ValueError(f"insert_attention: kind must be one of {list(GATES)}, got {kind!r}")

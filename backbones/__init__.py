@@ -2,10 +2,28 @@
 
 import timm
 
-from . import biformer, dinat, eca_net, ela_net, fv_davit, fv_halonet, litv2, narrowed, nat, nat_isotropic, van
+from . import (
+    biformer,
+    dcal,
+    dinat,
+    eca_net,
+    ela_net,
+    fv_davit,
+    fv_halonet,
+    gqa_vit,
+    litv2,
+    narrowed,
+    nat,
+    nat_isotropic,
+    ninformer,
+    pooled,
+    ulsam_net,
+    van,
+)
 
 FAMILIES = (nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2)
-BUILDERS = (narrowed,)  # registered names that are no models of their own
+FAMILIES += (gqa_vit, ulsam_net, ninformer)
+BUILDERS = (narrowed, dcal, pooled)  # registered names that are no models of their own
 
 
 def list_models(pattern: str | list[str] = "") -> list[str]:

@@ -106,6 +106,19 @@ def build(
     return build_features(make, variant, pretrained, config=config, pretrained_filter_fn=filter_fn, **kwargs)
 
 
+SOURCES = ("file", "url", "state_dict", "hf_hub_id")
+
+
+def names_weights(kwargs: Mapping[str, Any]) -> bool:
+    """Say whether a builder's keywords name weights of the whole model: a file, a hub folder, or tensors."""
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay"):
+        given = kwargs.get(name) or {}
+        values = given if isinstance(given, Mapping) else vars(given) if hasattr(given, "__dict__") else {}
+        if any(values.get(source) for source in SOURCES):
+            return True
+    return False
+
+
 def check_fits(state_dict: StateDict, model: nn.Module) -> StateDict:
     """Return `state_dict` if it is this model's, less a classifier that the model does not have.
 
@@ -116,12 +129,13 @@ def check_fits(state_dict: StateDict, model: nn.Module) -> StateDict:
             adapts).
     """
     pretrained_cfg = getattr(model, "pretrained_cfg", None)
-    classifier = (pretrained_cfg or {}).get("classifier", "head.fc")
+    names = (pretrained_cfg or {}).get("classifier", "head.fc")
+    classifiers = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
     if model.num_classes == 0:
-        state_dict = {k: v for k, v in state_dict.items() if not k.startswith(f"{classifier}.")}
+        state_dict = {k: v for k, v in state_dict.items() if not k.startswith(classifiers)}
     adapted = (pretrained_cfg or {}).get("first_conv", "") or "-"
     other_classes = pretrained_cfg is not None and model.num_classes != pretrained_cfg.get("num_classes")
-    free = {k for k in (*state_dict, *model.state_dict()) if other_classes and k.startswith(f"{classifier}.")}
+    free = {k for k in (*state_dict, *model.state_dict()) if other_classes and k.startswith(classifiers)}
     want = {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in free}
     have = {k: tuple(v.shape) for k, v in state_dict.items() if k not in free}
     wrong = [f"misses {k}" for k in want.keys() - have.keys() if not k.endswith("num_batches_tracked")]

@@ -1,4 +1,4 @@
-"""timm's ResNet, EfficientNet and ByobNet with the errors of our own backbones, and MobileNetV2 made of one of them.
+"""timm's ResNet, EfficientNet and ByobNet with the errors of our own backbones, and MobileNets made of one of them.
 
 Everything else is timm's: modules, keys, memory layout and results.
 """
@@ -74,10 +74,29 @@ class CheckedByobNet(_Checked, ByobNet):
 
 
 # The strings of timm's builder: kind, repeats, kernel, stride, expansion, output channels.
+STAGES_V1 = ("dsa_r{}_k3_s1_c64", *(f"dsa_r{{}}_k3_s2_c{channels}" for channels in (128, 256, 512, 1024)))
 STAGES = (
     *("ds_r{}_k3_s1_c16", "ir_r{}_k3_s2_e6_c24", "ir_r{}_k3_s2_e6_c32", "ir_r{}_k3_s2_e6_c64"),
     *("ir_r{}_k3_s1_e6_c96", "ir_r{}_k3_s2_e6_c160", "ir_r{}_k3_s1_e6_c320"),
 )
+
+
+def _blocks(stages: tuple[str, ...], depths: tuple[int, ...]) -> list:
+    if len(depths) != len(stages):
+        raise ValueError(f"depths must have one entry per stage, {len(stages)}, got {depths}")
+    return decode_arch_def([[stage.format(depth)] for stage, depth in zip(stages, depths, strict=True)])
+
+
+class MobileNetV1(CheckedEfficientNet):
+    """MobileNetV1 of width 1 (Howard et al. 2017, arXiv:1704.04861), as timm's EfficientNet.
+
+    Args:
+        depths: blocks, per stage.
+        kwargs: as in timm's EfficientNet.
+    """
+
+    def __init__(self, depths: tuple[int, ...], **kwargs) -> None:
+        super().__init__(_blocks(STAGES_V1, depths), num_features=0, act_layer=nn.ReLU6, **kwargs)
 
 
 class MobileNetV2(CheckedEfficientNet):
@@ -89,7 +108,4 @@ class MobileNetV2(CheckedEfficientNet):
     """
 
     def __init__(self, depths: tuple[int, ...], **kwargs) -> None:
-        if len(depths) != len(STAGES):
-            raise ValueError(f"depths must have one entry per stage, {len(STAGES)}, got {depths}")
-        stages = [[stage.format(depth)] for stage, depth in zip(STAGES, depths, strict=True)]
-        super().__init__(decode_arch_def(stages), act_layer=nn.ReLU6, **kwargs)
+        super().__init__(_blocks(STAGES, depths), act_layer=nn.ReLU6, **kwargs)

@@ -15,6 +15,9 @@ HBM, L2, issue
            Time that memory, L2 cache and issue slots need, in us. Estimate: the longest, and 2 us for the launch.
 Floor      I/O lower bound of the pass: q, k, v, out once (backward: q, k, v, out, dout, dq, dk, dv), in us and as a
            share of the estimate.
+Bound      Lower bound of the traffic between HBM and the shared memory of one multiprocessor, for the pairs of a query
+           and a key that the definition has (see _attention_io.py), in us of HBM: an expression without its constant,
+           which is not known. Where it is below the floor, the floor is the larger bound. Forward passes only.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ..kernels.local.plan import _count_walks
+from ._attention_io import io_bound
 from ._layers import LAYERS, LocalLayer, RoutedLayer
 from ._machine_code import Compiled, compiling_for, describe
 from ._timing import common_parser, describe_machine, write_report
@@ -52,11 +56,12 @@ class Gpu:
     hertz: float
     hbm_bytes: float  # a second
     l2_bytes: float
+    shared_bytes: int  # of a multiprocessor
 
 
 GPUS = {
-    80: Gpu("A100 SXM 80 GB", 108, 1.41e9, 2.04e12, 4.0e12),
-    90: Gpu("H100 SXM", 132, 1.755e9, 3.35e12, 5.5e12),
+    80: Gpu("A100 SXM 80 GB", 108, 1.41e9, 2.04e12, 4.0e12, 164 * 1024),
+    90: Gpu("H100 SXM", 132, 1.755e9, 3.35e12, 5.5e12, 228 * 1024),
 }
 
 
@@ -223,13 +228,13 @@ def table_of_code(rows: list[Row], title: str) -> Table:
 
 def table_of_times(rows: list[Row], title: str) -> Table:
     table = Table(title=title, pad_edge=False, collapse_padding=True)
-    for name in ("layer", "kernel", "CTAs", "HBM", "L2", "issue", "estimate", "floor", "share", "measured"):
+    for name in ("layer", "kernel", "CTAs", "HBM", "L2", "issue", "estimate", "floor", "share", "bound", "measured"):
         table.add_column(name, justify="left" if name in ("layer", "kernel") else "right", no_wrap=True)
     for (layer, passes), group in _by_pass(rows).items():
         for row in group:
             times = [f"{us:.1f}" for us in (*row.times_us(), row.estimate_us())]
             name = passes if len(group) == 1 else _short(row.code.name)
-            total = _totals([row], passes) if len(group) == 1 else ["", "", _us(row.measured_us)]
+            total = _totals([row], passes) if len(group) == 1 else ["", "", "", _us(row.measured_us)]
             table.add_row(layer.name, name, f"{row.code.programs}", *times, *total)
         if len(group) > 1:
             estimate = f"{sum(row.estimate_us() for row in group):.1f}"
@@ -238,11 +243,20 @@ def table_of_times(rows: list[Row], title: str) -> Table:
 
 
 def _totals(rows: list[Row], passes: str) -> list[str]:
-    """Floor in us, its share of the estimate, measured us, of one pass."""
+    """Floor in us, its share of the estimate, bound and measured us, of one pass."""
     floor = FLOOR_MAPS[passes] * rows[0].map_bytes / GPUS[rows[0].code.capability].hbm_bytes * 1e6
     estimate, measured = sum(row.estimate_us() for row in rows), [row.measured_us for row in rows]
     total = None if None in measured else sum(us for us in measured if us is not None)
-    return [f"{floor:.1f}", f"{100 * floor / estimate:.0f} %", _us(total)]
+    return [f"{floor:.1f}", f"{100 * floor / estimate:.0f} %", _us(bound_us(rows[0])), _us(total)]
+
+
+def bound_us(row: Row) -> float | None:
+    """Return the time that HBM needs for the lower bound of the traffic; None for backward passes."""
+    if row.passes != "forward":
+        return None
+    gpu = GPUS[row.code.capability]
+    words = io_bound(row.queries, row.layer.useful(), row.layer.dim, gpu.shared_bytes // ITEM_BYTES)
+    return words * ITEM_BYTES / gpu.hbm_bytes * 1e6
 
 
 def _us(us: float | None) -> str:

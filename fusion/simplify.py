@@ -62,6 +62,8 @@ def _drop_nothings(captured: Captured) -> None:
             continue
         if node.target is aten._assert_tensor_metadata.default:
             captured.graph.erase_node(node)
+        elif node.target is aten.pad.default and not any(inputs(node)[1]):  # a copy
+            captured.replace(node, inputs(node)[0])
         elif node.target in _NOTHING or (node.target in _DROPOUT and not argument(node, 2, "train")):
             captured.replace(node, inputs(node)[0])
         elif node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default):

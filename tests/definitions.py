@@ -193,6 +193,28 @@ def strip_convolution(x: Tensor, weight: Tensor) -> Tensor:
     return torch.stack(shifted).sum(0).flatten(1, 2)
 
 
+def subspace_gate(x, scale, shift, weight, bias) -> Tensor:
+    """ULSAM, arXiv:2006.15102, with the norms folded into the layers before them."""
+    groups, (height, width) = weight.shape[0], x.shape[2:]
+    y = (x * scale[:, None, None] + shift[:, None, None]).clamp(min=0)
+    wide = y.new_zeros(*y.shape[:2], height + 2, width + 2)
+    wide[:, :, 1:-1, 1:-1] = y
+    shifted = [wide[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    tops = torch.stack(shifted).amax(0).unflatten(1, (groups, -1))
+    logits = (torch.einsum("bgcyx,gc->bgyx", tops, weight) + bias[:, None, None]).clamp(min=0)
+    powers = (logits - logits.amax((2, 3), keepdim=True)).exp()
+    gate = powers / powers.sum((2, 3), keepdim=True)
+    return (x.unflatten(1, (groups, -1)) * (1 + gate[:, :, None])).flatten(1, 2)
+
+
+def grouped_query(q, k, v, key_heads, scale) -> Tensor:
+    """GQA, arXiv:2305.13245, with any key head for a query head."""
+    picked = torch.nn.functional.one_hot(key_heads, k.shape[2]).to(k.dtype)  # (B or 1, heads, kv_heads)
+    keys, values = (torch.einsum("bmjd,bhj->bmhd", x, picked.expand(len(x), -1, -1)) for x in (k, v))
+    seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+    return attend(q, keys, values, seen, scale)
+
+
 def large_kernel(
     x, local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias, dilation
 ) -> Tensor:

@@ -17,6 +17,7 @@ from foveate.attention_ops import (
     circle_attention,
     circle_attention_lse,
     dense,
+    grouped_query_attention,
     halo_attention,
     halo_attention_lse,
     hilo_attention,
@@ -25,6 +26,7 @@ from foveate.attention_ops import (
     neighborhood_attention_lse,
     routed_attention,
     strip_gate,
+    subspace_gate,
     window_attention,
     window_attention_lse,
 )
@@ -81,6 +83,11 @@ def _maps(*shape: int, count: int = 3) -> tuple[tuple[int, ...], ...]:
 def routes(batch: int) -> Tensor:
     """(batch, 4, 2): each of four regions sees itself and the next one."""
     return torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]], device="cpu").expand(batch, -1, -1)
+
+
+def key_heads(batch: int) -> Tensor:
+    """(batch, 4): four query heads share two key heads, one of which serves three of them."""
+    return torch.tensor([[0, 1, 1, 1]], device="cpu").expand(batch, -1)
 
 
 def shifted(tokens: int, windows: int) -> Tensor:
@@ -305,6 +312,18 @@ CASES = {
         lambda x, weight, scale, shift, impl="auto": strip_gate(x, weight, scale, shift, 3, impl=impl),
         batched=(True, False, False, False),
         names=("x", "weight", "norm_weight", "norm_bias"),
+    ),
+    "subspace gate": Case(
+        subspace_gate,
+        ((2, 6, 3, 4), (6,), (6,), (2, 3), (2,)),
+        lambda x, scale, shift, weight, bias, impl="auto": subspace_gate(x, scale, shift, weight, bias, impl=impl),
+        batched=(True, False, False, False, False),
+        names=("x", "channel_scale", "channel_shift", "weight", "bias"),
+    ),
+    "grouped query": Case(
+        grouped_query_attention,
+        ((2, 5, 4, 3), (2, 6, 2, 3), (2, 6, 2, 4)),
+        lambda q, k, v, impl="auto": grouped_query_attention(q, k, v, key_heads(q.shape[0]), scale=0.7, impl=impl),
     ),
     "large kernel": Case(
         large_kernel_attention,

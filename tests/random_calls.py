@@ -356,6 +356,32 @@ def strip_gate(make: Maker) -> Call:
     return Call("", 0, tensors, run, define, {"groups of the norm": of_norm, "eps": eps})
 
 
+def subspace_gate(make: Maker) -> Call:
+    groups, size = make.between(1, 12), make.between(1, 5)
+    channels = groups * size
+    tensors = {"x": make.tensor(make.between(1, 3), channels, *make.pair(1, 9))}
+    tensors |= {name: make.tensor(channels) for name in ("scale", "shift")}
+    tensors |= {"weight": make.tensor(groups, size, scale=size**-0.5), "bias": make.tensor(groups)}
+    return Call("", 0, tensors, ops.subspace_gate, definitions.subspace_gate, {"groups": groups})
+
+
+def grouped_query_attention(make: Maker) -> Call:
+    batch, kv_heads, dim = make.of_attention()
+    heads, queries, keys, scale = make.between(1, 6), make.between(1, 20), make.between(1, 20), make.scale()
+    tensors = {"q": make.tensor(batch, queries, heads, dim), "k": make.tensor(batch, keys, kv_heads, dim)}
+    tensors["v"] = make.tensor(batch, keys, kv_heads, make.between(1, 40))
+    rows = make.one_of(1, batch)
+    key_heads = torch.randint(kv_heads, (rows, heads), generator=make.generator).to(make.device)
+
+    def run(q, k, v, *, impl):
+        return ops.grouped_query_attention(q, k, v, key_heads, scale=scale, impl=impl)
+
+    def define(q, k, v):
+        return definitions.grouped_query(q, k, v, key_heads, scale)
+
+    return Call("", 0, tensors, run, define, {"key_heads": key_heads.tolist(), "scale": scale})
+
+
 def large_kernel_attention(make: Maker) -> Call:
     channels, dilation = make.between(1, 24), make.between(1, 4)
     tensors = {"x": make.tensor(make.between(1, 2), channels, *make.pair(1, 12))}
@@ -400,5 +426,6 @@ MAKERS: dict[str, Callable[[Maker], Call]] = {
         *(neighborhood_attention, window_attention, halo_attention, circle_attention, routed_attention),
         *(neighborhood_attention_lse, window_attention_lse, halo_attention_lse, circle_attention_lse),
         *(hilo_attention, channel_attention, channel_gate, strip_gate, large_kernel_attention, dense),
+        *(subspace_gate, grouped_query_attention),
     )
 }

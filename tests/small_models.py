@@ -13,6 +13,7 @@ DAVIT = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "window_size": 3}
 HALO = {"block_size": 4, "halo": 1}
 FOUR_BLOCKS = {"depths": (1, 1, 1, 1)}
 MOBILENET = {"depths": (1, 1, 1, 1, 2, 2, 1)}
+GQA = {"embed_dim": 24, "depth": 2, "num_heads": 6, "kv_heads": 3, "patch_size": 8, "img_size": 32}
 
 SMALL = {  # one of every family; the key is a model's name, "name:kind" where a name stands for several models
     "nat_mini": NAT,
@@ -29,6 +30,8 @@ SMALL = {  # one of every family; the key is a model's name, "name:kind" where a
     "eca_mobilenet_v2": MOBILENET,
     "ela_resnet18_b": FOUR_BLOCKS,
     "ela_mobilenet_v2_l": MOBILENET,
+    "gqa_vit_tiny": GQA,
+    "ulsam_mobilenetv2": {"depths": (1, 3, 1, 1, 1, 1, 1), "insert": (6,), "replace": (4,)},
 }
 KINDS = {  # and the other kinds of blocks
     **SMALL,
@@ -46,8 +49,15 @@ KINDS = {  # and the other kinds of blocks
     "fv_haloregnetz_b": HALO,
     "eca_resnet50": FOUR_BLOCKS,
     "ela_resnet50_l": FOUR_BLOCKS,
+    "gqa_vit_tiny:key_norm": {**GQA, "allocation": "key_norm"},
+    "ulsam_mobilenetv1": {"depths": (1, 2, 1, 2, 1), "insert": (3, 5), "replace": (4,)},
 }
-OF_TIMMS_CLASSES = tuple(name for name in KINDS if name.startswith(("fv_halo", "fv_se", "fv_eca", "eca", "ela")))
+ONE_SIZE = {  # models of one image size, which most tests of SMALL change: those of their own test files
+    "ninformer": {"dims": (16, 16), "depths": (1, 1), "hidden_dim": 24},
+}
+GATED = ("fv_halo", "fv_se", "fv_eca", "eca", "ela", "ulsam")
+OF_TIMMS_CLASSES = tuple(name for name in KINDS if name.startswith(GATED))
+TOKENS = tuple(name for name in KINDS if name.startswith("gqa"))  # ViTs: a class token, positions added outside blocks
 SCALED = ("nat_mini", "dinat_s_tiny", "vitrpb_small")  # whose layer scale starts near zero, or can
 
 

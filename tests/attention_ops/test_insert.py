@@ -4,7 +4,12 @@ import pytest
 import timm
 import torch
 
-from foveate.attention_ops import EfficientChannelAttention, EfficientLocalAttention, insert_attention
+from foveate.attention_ops import (
+    EfficientChannelAttention,
+    EfficientLocalAttention,
+    SubspaceAttention,
+    insert_attention,
+)
 
 NETS = {
     "resnet18": 8,  # blocks
@@ -15,7 +20,7 @@ NETS = {
     "mobilenetv3_small_100": 11 - 1,  # the last stage is one convolution; 10 blocks and a plain separable one
     "efficientnet_b0": 16,
 }
-KINDS = {"eca": EfficientChannelAttention, "ela": EfficientLocalAttention}
+KINDS = {"eca": EfficientChannelAttention, "ela": EfficientLocalAttention, "ulsam": SubspaceAttention}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,5 +60,12 @@ def test_arguments_reach_the_gates_and_they_follow_the_model():
 def test_nets_without_a_slot_and_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="no block of Sequential has a slot named 'se'"):
         insert_attention(torch.nn.Sequential(torch.nn.Linear(2, 2)), "eca")
-    with pytest.raises(ValueError, match=r"kind must be one of \['eca', 'ela'\], got 'se'"):
+    with pytest.raises(ValueError, match=r"kind must be one of \['eca', 'ela', 'ulsam'\], got 'se'"):
         insert_attention(timm.create_model("resnet18"), "se")
+
+
+def test_the_groups_of_ulsam_reach_the_gates_and_must_divide_the_channels():
+    model = insert_attention(timm.create_model("resnet18"), "ulsam", groups=8)
+    assert model.layer1[0].se.conv_point.weight.shape == (8, 8, 1, 1)
+    with pytest.raises(ValueError, match="groups must divide the 64 channels, got 5"):
+        insert_attention(timm.create_model("resnet18"), "ulsam", groups=5)

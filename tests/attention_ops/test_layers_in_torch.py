@@ -13,10 +13,12 @@ from foveate.attention_ops import (
     ChannelAttention,
     EfficientChannelAttention,
     EfficientLocalAttention,
+    GroupedQueryAttention,
     HaloAttention2d,
     HiLoAttention,
     LargeKernelAttention,
     NeighborhoodAttention2d,
+    SubspaceAttention,
     WindowAttention2d,
 )
 
@@ -25,6 +27,17 @@ class Circle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
         q, k, v = x.unflatten(-1, (1, 2, -1)).expand(-1, -1, -1, 3, -1, -1).unbind(3)
         return torch.ops.foveate.circle_attention(q, k, v, 3).flatten(3)
+
+
+class OfTokens(nn.Module):
+    """A layer of tokens (B, N, C) on maps."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        return self.layer(x.flatten(1, 2)).view_as(x)
 
 
 LAYERS = {
@@ -42,8 +55,11 @@ LAYERS = {
     "strided halo": lambda: HaloAttention2d(16, heads=2, block_size=4, halo=1, stride=2),
     "channel gate": lambda: EfficientChannelAttention(16),
     "strip gate": lambda: EfficientLocalAttention(16, "s"),
+    "subspace gate": lambda: SubspaceAttention(16, 4),
+    "grouped query": lambda: OfTokens(GroupedQueryAttention(16, 4, 2)),
+    "grouped query by norms": lambda: OfTokens(GroupedQueryAttention(16, 4, 2, allocation="key_norm")),
 }
-NCHW = ("large kernel", "routed nchw", "halo", "strided halo", "channel gate", "strip gate")
+NCHW = ("large kernel", "routed nchw", "halo", "strided halo", "channel gate", "strip gate", "subspace gate")
 TIED = ("routed", "routed nchw", "hilo")  # to the size that they are exported with
 
 
@@ -75,7 +91,17 @@ def test_compile_in_one_graph_with_gradients(kind):
     torch.testing.assert_close(*found)
 
 
-OWN_BODY = ("circle", "neighborhood", "window", "routed", "routed nchw", "hilo", "halo", "strided halo")
+OWN_BODY = (
+    "circle",
+    "neighborhood",
+    "window",
+    "routed",
+    "routed nchw",
+    "hilo",
+    "halo",
+    "strided halo",
+    "grouped query",
+)
 
 
 @pytest.mark.parametrize("kind", OWN_BODY)

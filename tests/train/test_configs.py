@@ -13,7 +13,7 @@ from foveate.train.data import train_transform
 from foveate.train.model import build_net
 from foveate.train.optim import build_optimizer
 
-NAME = re.compile(r"(?P<model>.+)_(?P<processes>\d+)xb(?P<batch>\d+)_(?P<data>in1k|mnist5k)(-\w+)?")
+NAME = re.compile(r"(?P<model>.+)_(?P<processes>\d+)xb(?P<batch>\d+)_(?P<data>in1k|mnist5k|cifar10|cub200)(-\w+)?")
 every_recipe = pytest.mark.parametrize("name", list_recipes())
 
 
@@ -31,7 +31,10 @@ def test_model_optimizer_and_transforms_build(name):
 def test_the_file_name_tells_model_and_batch(name):
     recipe, said = load_recipe(name), NAME.fullmatch(name)
     assert recipe.batch_size == int(said["batch"])
-    assert recipe.data.source == {"in1k": "folder", "mnist5k": "mnist5k"}[said["data"]]
+    assert (
+        recipe.data.source
+        == {"in1k": "folder", "mnist5k": "mnist5k", "cifar10": "torch/cifar10", "cub200": "folder"}[said["data"]]
+    )
     if said["data"] == "in1k":
         assert recipe.model.name == said["model"] and recipe.model.num_classes == 1000
 
