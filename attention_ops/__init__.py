@@ -6,6 +6,8 @@ from .channel import ChannelAttention, channel_attention
 from .channel_gate import EfficientChannelAttention, channel_gate
 from .circle import circle_attention, circle_attention_lse
 from .dense import dense
+from .dense_attention import dense_attention
+from .gated import GatedAttention
 from .grouped_query import GroupedQueryAttention, grouped_query_attention
 from .halo import HaloAttention2d, halo_attention, halo_attention_lse
 from .hilo import HiLoAttention, hilo_attention
@@ -13,7 +15,10 @@ from .insert import insert_attention
 from .large_kernel import LargeKernelAttention, large_kernel_attention
 from .merge import merge_attention
 from .neighborhood import NeighborhoodAttention2d, neighborhood_attention, neighborhood_attention_lse
+from .reversed import ReversedAttention, reversed_attention
 from .routed import bi_level_routes, routed_attention
+from .sparse import sparse_attention
+from .sparsified import MaskPredictor, SparsifiedAttention
 from .strip_gate import EfficientLocalAttention, strip_gate
 from .subspace_gate import SubspaceAttention, subspace_gate
 from .window import WindowAttention2d, window_attention, window_attention_lse
@@ -24,13 +29,17 @@ __all__ = [
     "ChannelAttention",
     "EfficientChannelAttention",
     "EfficientLocalAttention",
+    "GatedAttention",
     "GroupedQueryAttention",
     "HaloAttention2d",
     "HiLoAttention",
     "Impl",
     "LargeKernelAttention",
+    "MaskPredictor",
     "NeighborhoodAttention2d",
     "RegionPool",
+    "ReversedAttention",
+    "SparsifiedAttention",
     "SubspaceAttention",
     "WindowAttention2d",
     "bi_level_routes",
@@ -39,6 +48,7 @@ __all__ = [
     "circle_attention",
     "circle_attention_lse",
     "dense",
+    "dense_attention",
     "grouped_query_attention",
     "halo_attention",
     "halo_attention_lse",
@@ -48,7 +58,9 @@ __all__ = [
     "merge_attention",
     "neighborhood_attention",
     "neighborhood_attention_lse",
+    "reversed_attention",
     "routed_attention",
+    "sparse_attention",
     "strip_gate",
     "subspace_gate",
     "window_attention",

@@ -3,7 +3,7 @@
 The kernels roll nothing: they cut the map at the shift.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,6 +25,16 @@ class Windows(NamedTuple):
     mask: Tensor | None = None  # (windows, T, T) bool, of the rolled map
 
 
+class ClippedWindows(NamedTuple):
+    """The same, and (gamma, zeta) of a clipped softmax."""
+
+    window_size: Pair
+    shift: Pair = (0, 0)
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    clip: Sequence[float] | None = None
+
+
 def on_rolled_maps(body: Callable[..., Any], cached: bool = False) -> Callable[..., Any]:
     """Return a body that takes a shift too, of one that takes windows without a shift.
 
@@ -33,7 +43,7 @@ def on_rolled_maps(body: Callable[..., Any], cached: bool = False) -> Callable[.
     """
     make_mask = _mask_of_numbers if cached else shift_mask
 
-    def shifted(q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float) -> Any:
+    def shifted(q: Tensor, k: Tensor, v: Tensor, windows: Windows | ClippedWindows, scale: float) -> Any:
         shift, mask = windows.shift, windows.mask
         if shift == (0, 0):
             return body(q, k, v, windows, scale)

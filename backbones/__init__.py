@@ -5,6 +5,7 @@ import timm
 from . import (
     biformer,
     dcal,
+    dependencyvit,
     dinat,
     eca_net,
     ela_net,
@@ -17,6 +18,8 @@ from . import (
     nat_isotropic,
     ninformer,
     pooled,
+    quantizable_vit,
+    sparsifiner,
     ulsam_net,
     van,
 )
@@ -24,6 +27,8 @@ from . import (
 FAMILIES = (nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2)
 FAMILIES += (gqa_vit, ulsam_net, ninformer)
 BUILDERS = (narrowed, dcal, pooled)  # registered names that are no models of their own
+FAMILIES += (quantizable_vit, sparsifiner, dependencyvit)
+BUILDERS = (narrowed,)  # registered names that are no models of their own
 
 
 def list_models(pattern: str | list[str] = "") -> list[str]:

@@ -9,6 +9,7 @@ from ._terminal import OneLineCommand, OneLineGroup
 from .convert import convert_command
 from .demo import demo_command
 from .export import export_command
+from .outliers import outliers_command
 from .predict import predict_command
 from .prune import prune_command
 from .train import train_command
@@ -19,6 +20,7 @@ app.command("export", cls=OneLineCommand)(export_command)
 app.command("convert", cls=OneLineCommand)(convert_command)
 app.command("predict", cls=OneLineCommand)(predict_command)
 app.command("prune", cls=OneLineCommand)(prune_command)
+app.command("outliers", cls=OneLineCommand)(outliers_command)
 app.command("demo", cls=OneLineCommand)(demo_command)
 
 
@@ -34,4 +36,4 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Vision backbones with efficient attention: train, export, convert, predict, prune, demo."""
+    """Vision backbones with efficient attention: train, export, convert, predict, prune, outliers, demo."""

@@ -1,8 +1,19 @@
 """Importing this file registers the op of every kernel. A program exported on a GPU needs them to load."""
 
 from . import channel
+from .clipped import launch as clipped_launch
 from .gates import channel_gate, large_kernel, strip_gate
 from .local import launch
 from .routed import backward, forward, routes
 
-__all__ = ["backward", "channel", "channel_gate", "forward", "large_kernel", "launch", "routes", "strip_gate"]
+__all__ = [
+    "backward",
+    "channel",
+    "channel_gate",
+    "clipped_launch",
+    "forward",
+    "large_kernel",
+    "launch",
+    "routes",
+    "strip_gate",
+]

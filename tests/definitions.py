@@ -27,6 +27,37 @@ def attend_lse(
     return torch.cat([out, logits.logsumexp(-1).transpose(1, 2)[..., None]], -1)
 
 
+def attend_clipped(q, k, v, seen, scale, bias=None, *, clip=None) -> Tensor:
+    """arXiv:2306.12929, equation 4: probabilities are stretched to (gamma, zeta) and clipped. seen broadcasts to
+    (B, heads, T, K), bias to the logits; a query that sees nothing gives zeros."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bthd,bkhd->bhtk", q, k) * scale
+    logits = logits if bias is None else logits + bias
+    probs = logits.masked_fill(~(seen | ~seen.any(-1, keepdim=True)), -torch.inf).softmax(-1)
+    if clip is not None:
+        probs = ((clip[1] - clip[0]) * probs + clip[0]).clip(0, 1)
+    return torch.einsum("bhtk,bkhd->bthd", probs.masked_fill(~seen, 0), v)
+
+
+def dense_attention(q, k, v, mask, clip, gate, scale) -> Tensor:
+    seen = torch.ones(1, 1, q.shape[1], k.shape[1], dtype=torch.bool) if mask is None else mask
+    out = attend_clipped(q, k, v, seen, scale, clip=clip)
+    return out if gate is None else out * gate[..., None]
+
+
+def sparse_attention(q, k, v, columns, scale) -> Tensor:
+    """arXiv:2303.13755: a query sees the keys of its numbers."""
+    seen = (columns[..., None] == torch.arange(k.shape[1])).any(-2)
+    return attend_clipped(q, k, v, seen, scale)
+
+
+def reversed_attention(q, k, v, weight, scale) -> Tensor:
+    """arXiv:2304.03282: what a token gives to the tokens that it attends to."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    probs = (torch.einsum("bshd,brhd->bhsr", q, k) * scale).softmax(-1)
+    return torch.einsum("bhsr,bsh,bshd->brhd", probs, weight, v)
+
+
 def of_both(rows: Tensor, cols: Tensor) -> Tensor:
     """(H, Y), (W, X) -> (H * W, Y * X): seen on both axes."""
     return (rows[:, None, :, None] & cols[None, :, None, :]).flatten(2, 3).flatten(0, 1)

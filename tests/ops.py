@@ -17,6 +17,7 @@ from foveate.attention_ops import (
     circle_attention,
     circle_attention_lse,
     dense,
+    dense_attention,
     grouped_query_attention,
     halo_attention,
     halo_attention_lse,
@@ -24,7 +25,9 @@ from foveate.attention_ops import (
     large_kernel_attention,
     neighborhood_attention,
     neighborhood_attention_lse,
+    reversed_attention,
     routed_attention,
+    sparse_attention,
     strip_gate,
     subspace_gate,
     window_attention,
@@ -96,6 +99,20 @@ def shifted(tokens: int, windows: int) -> Tensor:
     mask = (half[:, None] == half).expand(windows, -1, -1).clone()
     mask[0] = True
     return mask
+
+
+def some_pairs(queries: int, keys: int) -> Tensor:
+    """(1, 1, queries, keys) bool: two of three pairs; the last query sees nothing."""
+    at = torch.arange(queries, device="cpu")[:, None] + torch.arange(keys, device="cpu")
+    mask = (at % 3 > 0)[None, None]
+    mask[:, :, -1] = False
+    return mask
+
+
+def columns(batch: int, heads: int, queries: int, keys: int) -> Tensor:
+    """(batch, heads, queries, 3): a query sees the key of its number and the two that follow."""
+    at = torch.arange(queries, device="cpu")[:, None] + torch.arange(3, device="cpu")
+    return (at % keys).expand(batch, heads, -1, -1)
 
 
 def _hilo(hq, hk, hv, lq, lk, lv, impl="auto"):
@@ -253,6 +270,52 @@ CASES = {
         batched=(True, True, True, False),
         local=True,
         names=("q", "k", "v", "bias"),
+    ),
+    "window, shift, clipped": Case(
+        window_attention,
+        _maps(2, 4, 6, 2, 3),
+        lambda q, k, v, impl="auto": window_attention(q, k, v, (2, 3), shift=(1, 2), clip=(-1e-4, 1.02), impl=impl),
+        local=True,
+    ),
+    "window, all options": Case(
+        window_attention,
+        (*_maps(2, 4, 6, 2, 3), (2, 6, 6), (2, 4, 6, 2)),
+        lambda q, k, v, bias, gate, impl="auto": window_attention(
+            q, k, v, (2, 3), shift=1, bias=bias, mask=shifted(6, 4), clip=(-0.1, 1.1), gate=gate, scale=0.5, impl=impl
+        ),
+        batched=(True, True, True, False, True),
+        names=("q", "k", "v", "bias", "gate"),
+    ),
+    "dense attention": Case(
+        dense_attention,
+        ((2, 5, 2, 3), (2, 7, 2, 3), (2, 7, 2, 4)),
+        lambda q, k, v, impl="auto": dense_attention(q, k, v, impl=impl),
+    ),
+    "dense attention, mask": Case(
+        dense_attention,
+        ((2, 5, 2, 3), (2, 7, 2, 3), (2, 7, 2, 4)),
+        lambda q, k, v, impl="auto": dense_attention(q, k, v, mask=some_pairs(5, 7), scale=0.5, impl=impl),
+    ),
+    "dense attention, all options": Case(
+        dense_attention,
+        (*_maps(2, 6, 2, 3), (2, 6, 2)),
+        lambda q, k, v, gate, impl="auto": dense_attention(
+            q, k, v, mask=some_pairs(6, 6), clip=(-0.1, 1.1), gate=gate, impl=impl
+        ),
+        batched=(True,) * 4,
+        names=("q", "k", "v", "gate"),
+    ),
+    "reversed": Case(
+        reversed_attention,
+        (*_maps(2, 6, 2, 3, count=2), (2, 6, 2, 4), (2, 6, 2)),
+        lambda q, k, v, weight, impl="auto": reversed_attention(q, k, v, weight, impl=impl),
+        batched=(True,) * 4,
+        names=("q", "k", "v", "weight"),
+    ),
+    "sparse": Case(
+        sparse_attention,
+        ((2, 5, 2, 3), (2, 7, 2, 3), (2, 7, 2, 4)),
+        lambda q, k, v, impl="auto": sparse_attention(q, k, v, columns(q.shape[0], 2, 5, 7), impl=impl),
     ),
     "halo": Case(
         halo_attention,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import definitions
+import token_calls
 import torch
 from torch import Tensor
 
@@ -187,7 +188,8 @@ def _neighborhood(make: Maker, op: Callable[..., Tensor], attend: Callable[..., 
 
 
 def window_attention(make: Maker) -> Call:
-    return _window(make, ops.window_attention, definitions.attend)
+    call = _window(make, ops.window_attention, definitions.attend)
+    return token_calls.clipped_and_gated(make, call)
 
 
 def window_attention_lse(make: Maker) -> Call:
@@ -210,10 +212,10 @@ def _window(make: Maker, op: Callable[..., Tensor], attend: Callable[..., Tensor
         mask = torch.rand(windows[0] * windows[1], tokens, tokens, generator=make.generator) < 0.6
         mask = (mask | torch.eye(tokens, dtype=torch.bool)).to(make.device)
 
-    def run(q, k, v, bias=None, *, impl):
-        return op(q, k, v, size, shift=shift, bias=bias, mask=mask, scale=scale, impl=impl)
+    def run(q, k, v, bias=None, *, impl, **more):
+        return op(q, k, v, size, shift=shift, bias=bias, mask=mask, scale=scale, impl=impl, **more)
 
-    def define(q, k, v, bias=None):
+    def define(q, k, v, bias=None, attend=attend):
         return definitions.window(q, k, v, size, bias, mask, scale, attend, shift)
 
     options = {"window": size, "shift": shift, "mask": mask is not None, "scale": scale}
@@ -429,3 +431,4 @@ MAKERS: dict[str, Callable[[Maker], Call]] = {
         *(subspace_gate, grouped_query_attention),
     )
 }
+MAKERS |= {make.__name__: lambda given, make=make: Call("", 0, *make(given)) for make in token_calls.MAKERS}

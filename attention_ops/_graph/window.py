@@ -6,15 +6,20 @@ import torch
 from torch import Tensor
 
 from .._attend import accumulator, of_one_layout
-from ..shifted_windows import Windows
+from ..shifted_windows import ClippedWindows, Windows
+from .clipped import attend_clipped
 from .sizes import sides
 from .tiles import attend, attend_lse
 
 
-def window_attention_graph(q: Tensor, k: Tensor, v: Tensor, windows: Windows, scale: float) -> Tensor:
+def window_attention_graph(q: Tensor, k: Tensor, v: Tensor, windows: ClippedWindows, scale: float) -> Tensor:
     """Attend by differentiable operations."""
     queries, keys, values = (to_windows(x, windows.window_size) for x in (q, k, v))
-    out = attend(queries, keys, values, _added(q, windows), scale)
+    if windows.clip is None:
+        out = attend(queries, keys, values, _added(q, windows), scale)
+    else:
+        bias = None if windows.bias is None else windows.bias[:, None]
+        out = attend_clipped(queries, keys, values, bias, windows.mask, windows.clip, scale)
     return of_one_layout(_to_map(out, sides(q), windows.window_size))
 
 
@@ -34,7 +39,7 @@ def hilo_attention_graph(
     """Attend by differentiable operations; the heads of the high branch first."""
     outs = []
     if high[0].shape[3]:
-        outs.append(window_attention_graph(high[0], high[1], high[2], Windows(window_size), scale))
+        outs.append(window_attention_graph(high[0], high[1], high[2], ClippedWindows(window_size), scale))
     if low[0].shape[3]:
         tokens = (x.flatten(1, 2).transpose(1, 2)[:, :, None] for x in low)  # (B, heads, 1, tokens, d)
         queries, keys, values = tokens
@@ -56,7 +61,7 @@ def _to_map(windows: Tensor, size: tuple[int, int], window: tuple[int, int]) -> 
     return cut.permute(0, 2, 4, 3, 5, 1, 6).flatten(3, 4).flatten(1, 2)
 
 
-def _added(q: Tensor, windows: Windows) -> Tensor | None:
+def _added(q: Tensor, windows: Windows | ClippedWindows) -> Tensor | None:
     """(heads or 1, windows or 1, T, T): the bias where a key is seen, -inf elsewhere; None where nothing is added."""
     wide, bias, mask = accumulator(q.dtype), windows.bias, windows.mask
     if mask is None:

@@ -13,11 +13,14 @@ from foveate.attention_ops import (
     ChannelAttention,
     EfficientChannelAttention,
     EfficientLocalAttention,
+    GatedAttention,
     GroupedQueryAttention,
     HaloAttention2d,
     HiLoAttention,
     LargeKernelAttention,
     NeighborhoodAttention2d,
+    ReversedAttention,
+    SparsifiedAttention,
     SubspaceAttention,
     WindowAttention2d,
 )
@@ -29,15 +32,17 @@ class Circle(nn.Module):
         return torch.ops.foveate.circle_attention(q, k, v, 3).flatten(3)
 
 
-class OfTokens(nn.Module):
-    """A layer of tokens (B, N, C) on maps."""
+class OnMap(nn.Module):
+    """A layer of tokens, (B, N, C) -> (B, N, C), on maps; `takes_size` where it wants the map's size too."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, takes_size: bool = True) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.takes_size = layer, takes_size
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        return self.layer(x.flatten(1, 2)).view_as(x)
+        tokens = x.flatten(1, 2)
+        out = self.layer(tokens, (x.shape[1], x.shape[2])) if self.takes_size else self.layer(tokens)
+        return out.view(x.shape)
 
 
 LAYERS = {
@@ -46,6 +51,10 @@ LAYERS = {
     "strided neighborhood": lambda: NeighborhoodAttention2d(16, 2, 3, stride=(2, 3), is_causal=(True, False)),
     "large kernel": lambda: LargeKernelAttention(16),
     "window": lambda: WindowAttention2d(16, 2, (3, 5)),
+    "clipped window": lambda: WindowAttention2d(16, 2, (3, 5), clip=(-0.05, 1.0)),
+    "clipped": lambda: OnMap(GatedAttention(16, 2, softmax_clip=(-0.003, 1.0), gate="mlp")),
+    "reversed": lambda: OnMap(ReversedAttention(16, 2)),
+    "sparsified": lambda: OnMap(SparsifiedAttention(16, 2, map_size=(13, 22))),
     "routed": lambda: BiLevelRoutingAttention(16, 2, 3, 2),
     "routed nchw": lambda: BiLevelRoutingAttentionNchw(16, 2, 3, 2),
     "hilo": lambda: HiLoAttention(16, 4, 2, 0.5),
@@ -56,8 +65,8 @@ LAYERS = {
     "channel gate": lambda: EfficientChannelAttention(16),
     "strip gate": lambda: EfficientLocalAttention(16, "s"),
     "subspace gate": lambda: SubspaceAttention(16, 4),
-    "grouped query": lambda: OfTokens(GroupedQueryAttention(16, 4, 2)),
-    "grouped query by norms": lambda: OfTokens(GroupedQueryAttention(16, 4, 2, allocation="key_norm")),
+    "grouped query": lambda: OnMap(GroupedQueryAttention(16, 4, 2), takes_size=False),
+    "grouped query by norms": lambda: OnMap(GroupedQueryAttention(16, 4, 2, allocation="key_norm"), takes_size=False),
 }
 NCHW = ("large kernel", "routed nchw", "halo", "strided halo", "channel gate", "strip gate", "subspace gate")
 TIED = ("routed", "routed nchw", "hilo")  # to the size that they are exported with
@@ -95,6 +104,10 @@ OWN_BODY = (
     "circle",
     "neighborhood",
     "window",
+    "clipped window",
+    "clipped",
+    "reversed",
+    "sparsified",
     "routed",
     "routed nchw",
     "hilo",
