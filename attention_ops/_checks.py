@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._launch import LEAST_SCALE, MOST_HEAD_DIM, why_no_triton
-from ._graph.sizes import is_known
+from ._graph.sizes import differs, is_known
 
 T = TypeVar("T", int, bool)
 _NUMBERS = (int, torch.SymInt)  # bool is an int
@@ -49,6 +49,23 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, value_dim: bool = False)
     for size in (*shape[1:], v.shape[4]):  # one by one: no guard between two symbols of a tracer
         if is_known(size < 1):
             raise ValueError(f"{op}: H, W, heads and head_dim must be at least 1, got shape {tuple(shape)}")
+
+
+def check_tokens(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q is (B, Nq, heads, d), k (B, Nk, heads, d) and v (B, Nk, heads, dv), alike in dtype."""
+    if q.dim() != 4:
+        raise ValueError(f"{op}: q must be (B, Nq, heads, head_dim), got shape {tuple(q.shape)}")
+    (batch, _, heads, dim), wanted = q.shape, (q.shape[0], "Nk", *q.shape[2:])
+    if k.dim() != 4 or differs((k.shape[0], *k.shape[2:]), (batch, heads, dim)):
+        raise ValueError(f"{op}: k must be {wanted} as q, got {tuple(k.shape)}")
+    if v.dim() != 4 or differs(v.shape[:3], k.shape[:3]):
+        raise ValueError(f"{op}: v must be {(*k.shape[:3], 'value_dim')} as k, got {tuple(v.shape)}")
+    check_alike(op, q=q, k=k, v=v)
+    for size in (*q.shape[1:], k.shape[1], v.shape[3]):
+        if is_known(size < 1):
+            raise ValueError(
+                f"{op}: tokens, heads and widths must be at least 1, got {tuple(q.shape)}, {tuple(v.shape)}"
+            )
 
 
 def check_alike(op: str, **tensors: Tensor) -> None:

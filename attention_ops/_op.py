@@ -61,6 +61,8 @@ _SCHEMA_TYPES = {
     int: "int",
     float: "float",
     float | None: "float?",
+    bool: "bool",
+    str: "str",
     str | None: "str?",
     Impl | str: "str",
 }
@@ -336,8 +338,8 @@ def _schema_type(hint: Any) -> str:
 def _schema_default(default: Any, hint: Any) -> str:
     if default is inspect.Parameter.empty:
         return ""
-    if isinstance(default, Impl):
-        return f"='{default.value}'"
+    if isinstance(default, str):
+        return f"='{default.value if isinstance(default, Impl) else default}'"
     both = _schema_type(hint).endswith("[2]")
     return f"=[{default}, {default}]" if both else f"={default}"
 

@@ -16,8 +16,8 @@ and the call
     x      (B, N, C)  N = prefix_tokens + H W, tokens of the map row by row
     size   (H, W)     of the map of x
 
-Where its mathematics has them, a mixer names its projections `qkv` (Linear, dim -> 3 dim, rows of q, then k, then v, heads
-in order) and `proj` (Linear, dim -> dim), as timm's ViT does: weights of attention move into it by these names.
+Where its mathematics has them, a mixer names its projections `qkv` (Linear, dim -> 3 dim, rows of q, then k, then v,
+heads in order) and `proj` (Linear, dim -> dim), as timm's ViT does: weights of attention move into it by these names.
 """
 
 from collections.abc import Callable

@@ -9,10 +9,13 @@ from . import (
     dinat,
     eca_net,
     ela_net,
+    flowformer,
     fv_davit,
     fv_halonet,
     gqa_vit,
     litv2,
+    mixer_vit,
+    moh_transnext,
     narrowed,
     nat,
     nat_isotropic,
@@ -25,10 +28,9 @@ from . import (
 )
 
 FAMILIES = (nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2)
-FAMILIES += (gqa_vit, ulsam_net, ninformer)
+FAMILIES += (gqa_vit, ulsam_net, ninformer, quantizable_vit, sparsifiner, dependencyvit)
+FAMILIES += (flowformer, moh_transnext, mixer_vit)
 BUILDERS = (narrowed, dcal, pooled)  # registered names that are no models of their own
-FAMILIES += (quantizable_vit, sparsifiner, dependencyvit)
-BUILDERS = (narrowed,)  # registered names that are no models of their own
 
 
 def list_models(pattern: str | list[str] = "") -> list[str]:

@@ -1,6 +1,6 @@
 """Importing this file registers the op of every kernel. A program exported on a GPU needs them to load."""
 
-from . import channel
+from . import channel, keys, mixture
 from .clipped import launch as clipped_launch
 from .gates import channel_gate, large_kernel, strip_gate
 from .local import launch
@@ -12,8 +12,10 @@ __all__ = [
     "channel_gate",
     "clipped_launch",
     "forward",
+    "keys",
     "large_kernel",
     "launch",
+    "mixture",
     "routes",
     "strip_gate",
 ]

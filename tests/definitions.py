@@ -279,3 +279,149 @@ def dense(x, weight, bias, activation, residual) -> Tensor:
     elif activation == "silu":
         out = out * torch.sigmoid(out)
     return out if residual is None else out + residual
+
+
+def circle_with_more(q, k, v, cell_weight, text_k, text_v, radius, scale, attend=attend) -> Tensor:
+    """CLEAR, arXiv:2412.16112: circles, text, and weighted sums of cells, in one softmax."""
+    keys, values = [k.flatten(1, 2)], [v.flatten(1, 2)]
+    y, x = (at.flatten() for at in torch.meshgrid(*(torch.arange(n) for n in q.shape[1:3]), indexing="ij"))
+    seen = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < radius**2
+    if text_k is not None:
+        keys, values = [*keys, text_k], [*values, text_v]
+    if cell_weight is not None:
+        keys, values = [*keys, _cells(k, cell_weight)], [*values, _cells(v, cell_weight)]
+    keys, values = torch.cat(keys, 1), torch.cat(values, 1)
+    others = torch.ones(len(seen), keys.shape[1] - len(seen), dtype=torch.bool)
+    return on_map(attend(q.flatten(1, 2), keys, values, torch.cat([seen, others], 1), scale), q)
+
+
+def _cells(x: Tensor, weight: Tensor) -> Tensor:
+    (rows, cols), (height, width) = weight.shape, x.shape[1:3]
+    found = []
+    for top in range(0, height, rows):
+        for left in range(0, width, cols):
+            cell = x[:, top : top + rows, left : left + cols]
+            found.append((cell * weight[:, :, None, None]).sum((1, 2)))
+    return torch.stack(found, 1)
+
+
+def aggregated(
+    q, pooled_k, pooled_v, local_k, local_v, embedding, temperature, table, rows, cols, local_bias, tokens, token_bias,
+    gates,
+) -> Tensor:  # fmt: skip
+    """TransNeXt, arXiv:2311.17132, with the gates of MoH, arXiv:2410.11842, one query at a time."""
+    height, width, pooled_w = q.shape[1], q.shape[2], cols.shape[1]
+    near = (
+        [] if local_bias is None else [(y, x) for y in range(local_bias.shape[1]) for x in range(local_bias.shape[2])]
+    )
+    out = []
+    for y in range(height):
+        for x in range(width):
+            unit = _unit(q[:, y, x])
+            of_pooled = torch.stack(
+                [table[:, rows[y, t // pooled_w], cols[x, t % pooled_w]] for t in range(pooled_k.shape[1])]
+            )  # fmt: skip
+            keys, values, biases, linear = (
+                list(_unit(pooled_k).unbind(1)),
+                list(pooled_v.unbind(1)),
+                list(of_pooled),
+                [],
+            )
+            weights = [None] * len(keys)
+            for place, (dy, dx) in enumerate(near):
+                ky, kx = y + dy - local_bias.shape[1] // 2, x + dx - local_bias.shape[2] // 2
+                if 0 <= ky < height and 0 <= kx < width:
+                    keys.append(_unit(local_k[:, ky, kx]))
+                    values.append(local_v[:, ky, kx])
+                    biases.append(local_bias[:, dy, dx])
+                    weights.append((unit * tokens[:, :, place]).sum(-1) + token_bias[:, place])
+            scaled = (unit + embedding) * temperature[:, None] * torch.tensor(float(len(keys))).log().to(q.dtype)
+            logits = torch.stack([(scaled * k).sum(-1) + b for k, b in zip(keys, biases, strict=True)], -1)
+            probs = logits.softmax(-1)
+            linear = [p if w is None else p + w for p, w in zip(probs.unbind(-1), weights, strict=True)]
+            result = sum(w[..., None] * v for w, v in zip(linear, values, strict=True))
+            out.append(result if gates is None else result * gates[:, y, x, :, None])
+    return torch.stack(out, 1).unflatten(1, (height, width))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.square().sum(-1, keepdim=True).sqrt()
+
+
+def flow(q, k, v, form) -> Tensor:
+    """Flowformer, arXiv:2202.06258, one query at a time; causal: with the keys up to it."""
+    eps, outer = 1e-6, 1e-6 if form == "vision" else 0.0
+    q, k = torch.sigmoid(q), torch.sigmoid(k)
+    causal = form == "causal"
+
+    def amounts(x, other, weights=None):  # what flows through every token of x
+        other = other if weights is None else other * weights[..., None]
+        totals = [(other[:, : i + 1] if causal else other).sum(1) for i in range(x.shape[1])]
+        found = [((x[:, i] + eps) * (total + eps)).sum(-1) + outer for i, total in enumerate(totals)]
+        return torch.stack(found, 1)  # (B, N, heads)
+
+    place = torch.arange(1, q.shape[1] + 1, dtype=q.dtype)[:, None] if causal else 1.0
+    incoming, outgoing = place / amounts(q, k), place / amounts(k, q)
+    sinks = amounts(q, k, outgoing) / place
+    sources = (amounts(k, q, incoming) / place).clamp(-1, 1)
+    if not causal:
+        sinks = sinks * (q.shape[1] / k.shape[1])
+    out = []
+    for i in range(q.shape[1]):
+        last = i + 1 if causal else k.shape[1]
+        # the competition of key j among those up to itself, or among all
+        shares = [
+            sources[:, j].exp()
+            / (sources[:, : j + 1] if causal else sources).exp().sum(1)
+            * (j + 1 if causal else last)
+            for j in range(last)
+        ]
+        weights = [(q[:, i] * k[:, j]).sum(-1) * shares[j] for j in range(last)]
+        mixed = sum(w[..., None] * v[:, j] for j, w in enumerate(weights))
+        factor = incoming[:, i] / (i + 1 if causal else 1) * torch.sigmoid(sinks[:, i])
+        out.append(mixed * factor[..., None])
+    return torch.stack(out, 1)
+
+
+def kernelized(q, k, v, omega, rel, size, prefix, normalize) -> Tensor:
+    """NPRF, arXiv:2106.12566, equations 5 and 10, one query at a time."""
+    q, k = (_unit(x) if normalize else x for x in (q, k))
+    q, k = (torch.exp(x @ omega.mT - x.square().sum(-1, keepdim=True) / 2) for x in (q, k))  # (B, N, heads, m)
+    out = []
+    for i in range(q.shape[1]):
+        weights = []
+        for j in range(q.shape[1]):
+            weight = (q[:, i] * k[:, j]).sum(-1)
+            if rel is not None and min(i, j) >= prefix:
+                (y, x), (ky, kx) = divmod(i - prefix, size[1]), divmod(j - prefix, size[1])
+                weight = weight * rel[:, ky - y + size[0] - 1, kx - x + size[1] - 1].exp()
+            weights.append(weight)
+        weights = torch.stack(weights, 1)
+        out.append((weights[..., None] * v).sum(1) / weights.sum(1)[..., None])
+    return torch.stack(out, 1)
+
+
+def clusters(q, k, v, q_members, k_members, memory_k, memory_v, mask, causal, self_logit, eps, scale) -> Tensor:
+    """Routing Transformer, arXiv:2003.05997, one query of one cluster at a time."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, counts = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype), torch.zeros(q.shape[:3], dtype=q.dtype)
+    total: list[list[Tensor]] = [[] for _ in range(out[..., 0].numel())]
+    for b, h, c, w in torch.cartesian_prod(*(torch.arange(n) for n in q_members.shape)).tolist():
+        i = int(q_members[b, h, c, w])
+        counts[b, i, h] += 1
+        logits, values = [], []
+        for m in range(0 if memory_k is None else memory_k.shape[2]):
+            logits.append((q[b, i, h] * memory_k[h, c, m]).sum() * scale)
+            values.append(memory_v[h, c, m])
+        for j in k_members[b, h, c].tolist():
+            if (causal and j > i) or (mask is not None and mask[b, h, j]):
+                continue
+            own = (q[b, i, h] * k[b, j, h]).sum() * scale
+            logits.append(own * 0 + self_logit if j == i and self_logit is not None else own)
+            values.append(v[b, j, h])
+        if logits:
+            probs = torch.stack(logits).softmax(0)
+            total[(b * q.shape[1] + i) * q.shape[2] + h].append((probs[:, None] * torch.stack(values)).sum(0))
+    zero = (q.sum() + k.sum() + v.sum()) * 0 + v.new_zeros(v.shape[-1])
+    sums = torch.stack([sum(parts, zero) for parts in total]).view(out.shape)
+    return sums / (counts[..., None] + eps)

@@ -12,16 +12,20 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from foveate.attention_ops import (
+    aggregated_attention,
     channel_attention,
     channel_gate,
     circle_attention,
     circle_attention_lse,
+    cluster_attention,
     dense,
     dense_attention,
+    flow_attention,
     grouped_query_attention,
     halo_attention,
     halo_attention_lse,
     hilo_attention,
+    kernelized_attention,
     large_kernel_attention,
     neighborhood_attention,
     neighborhood_attention_lse,
@@ -134,6 +138,64 @@ def _with_lse(results: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([out, lse[..., None].to(out.dtype)], -1)
 
 
+def members(batch: int, keys: bool = False) -> Tensor:
+    """(batch, 2, 2, 3): for each of two heads, the tokens of two clusters of 5; one token is in both, one in none."""
+    found = (
+        [[[0, 2, 3], [1, 3, 4]], [[0, 1, 2], [0, 2, 3]]] if keys else [[[0, 1, 3], [1, 2, 3]], [[0, 2, 4], [1, 2, 4]]]
+    )
+    return torch.tensor(found, device="cpu").expand(batch, -1, -1, -1)
+
+
+def _clusters(q, k, v, memory_k=None, memory_v=None, impl="auto", **options):
+    of_q, of_k = members(q.shape[0]), members(q.shape[0], keys=True)
+    return cluster_attention(q, k, v, of_q, of_k, memory_k=memory_k, memory_v=memory_v, impl=impl, **options)
+
+
+NAMES_OF_AGGREGATED = ("q", "pooled_k", "pooled_v", "local_k", "local_v", "embedding", "temperature", "pooled_bias")
+NAMES_OF_AGGREGATED += ("local_bias", "tokens", "token_bias", "gates")
+
+
+def _aggregated(kept: float):
+    """Local and pooled keys; about so many of the gates are not 0."""
+
+    def call(
+        q,
+        pooled_k,
+        pooled_v,
+        local_k,
+        local_v,
+        embedding,
+        temperature,
+        table,
+        bias,
+        tokens,
+        token_bias,
+        gates,
+        impl="auto",
+    ):
+        rows, cols = torch.tensor([[0], [2], [1], [3]], device="cpu"), torch.tensor([[0, 1]] * 3, device="cpu")
+        places = torch.arange(gates.shape[1:].numel(), device="cpu").view(gates.shape[1:])
+        gates = gates * (places * 0.37 % 1 < kept)
+        return aggregated_attention(
+            q, pooled_k, pooled_v, local_k, local_v, embedding=embedding, temperature=temperature.square() + 0.5,
+            pooled_bias=table, bias_rows=rows, bias_cols=cols, local_bias=bias, tokens=tokens, token_bias=token_bias,
+            gates=gates, impl=impl,
+        )  # fmt: skip
+
+    return call
+
+
+def _all_to_all(q, pooled_k, pooled_v, embedding, temperature, table, impl="auto"):
+    cells = torch.tensor([[0, 1], [1, 0]], device="cpu")
+    return aggregated_attention(
+        q, pooled_k, pooled_v, embedding=embedding, temperature=temperature.square() + 0.5, pooled_bias=table,
+        bias_rows=cells, bias_cols=torch.tensor([[1, 0], [0, 2], [2, 1]], device="cpu"), impl=impl,
+    )  # fmt: skip
+
+
+AGGREGATED_SHAPES = ((2, 4, 3, 2, 3), (2, 2, 2, 3), (2, 2, 2, 5), (2, 4, 3, 2, 3), (2, 4, 3, 2, 5))
+AGGREGATED_SHAPES += ((2, 3), (2,), (2, 4, 2), (2, 3, 3), (2, 3, 9), (2, 9), (2, 4, 3, 2))
+OF_MAPS = (True,) * 5 + (False,) * 6 + (True,)
 LKA_SHAPES = ((2, 3, 5, 6), (3, 1, 3, 3), (3,), (3, 1, 3, 3), (3,), (3, 3, 1, 1), (3,))
 QKV_RPB = ("q", "k", "v", "rpb")
 
@@ -394,5 +456,88 @@ CASES = {
         lambda *tensors, impl="auto": large_kernel_attention(*tensors, 2, impl=impl),
         batched=(True,) + (False,) * 6,
         names=("x", "local_weight", "local_bias", "dilated_weight", "dilated_bias", "point_weight", "point_bias"),
+    ),
+    "circle, cells, text": Case(
+        circle_attention,
+        (*_maps(2, 4, 6, 2, 3), (2, 3), (2, 2, 2, 3), (2, 2, 2, 3)),
+        lambda q, k, v, weight, text_k, text_v, impl="auto": circle_attention(
+            q, k, v, 2, cell_weight=weight, text_k=text_k, text_v=text_v, impl=impl
+        ),
+        batched=(True, True, True, False, True, True),
+        names=("q", "k", "v", "cell_weight", "text_k", "text_v"),
+    ),
+    "circle, cells, log-sum-exp": Case(
+        circle_attention_lse,
+        (*_maps(2, 4, 6, 2, 3, count=2), (2, 4, 6, 2, 4), (2, 2)),
+        lambda q, k, v, weight, impl="auto": _with_lse(
+            circle_attention_lse(q, k, v, 2, cell_weight=weight, scale=0.7, impl=impl)
+        ),
+        batched=(True, True, True, False),
+        names=("q", "k", "v", "cell_weight"),
+    ),
+    "aggregated": Case(
+        aggregated_attention, AGGREGATED_SHAPES, _aggregated(1.0), batched=OF_MAPS, names=NAMES_OF_AGGREGATED
+    ),
+    "aggregated, few heads": Case(
+        aggregated_attention, AGGREGATED_SHAPES, _aggregated(0.5), batched=OF_MAPS, names=NAMES_OF_AGGREGATED
+    ),
+    "aggregated, no local keys": Case(
+        aggregated_attention,
+        ((2, 2, 3, 2, 3), (2, 4, 2, 3), (2, 4, 2, 4), (2, 3), (2,), (2, 2, 3)),
+        _all_to_all,
+        batched=(True, True, True, False, False, False),
+        names=("q", "pooled_k", "pooled_v", "embedding", "temperature", "pooled_bias"),
+    ),
+    "flow": Case(
+        flow_attention,
+        ((2, 5, 2, 3), (2, 7, 2, 3), (2, 7, 2, 4)),
+        lambda q, k, v, impl="auto": flow_attention(q, k, v, impl=impl),
+    ),
+    "flow, core": Case(
+        flow_attention,
+        _maps(2, 6, 2, 3),
+        lambda q, k, v, impl="auto": flow_attention(q, k, v, form="core", impl=impl),
+    ),
+    "flow, causal": Case(
+        flow_attention,
+        ((2, 70, 1, 2), (2, 70, 1, 2), (2, 70, 1, 3)),
+        lambda q, k, v, impl="auto": flow_attention(q, k, v, form="causal", impl=impl),
+    ),
+    "kernelized": Case(
+        kernelized_attention,
+        (*_maps(2, 6, 2, 3), (4, 3), (2, 3, 5)),
+        lambda q, k, v, omega, rel, impl="auto": kernelized_attention(q, k, v, omega, (2, 3), rel=rel, impl=impl),
+        batched=(True, True, True, False, False),
+        names=("q", "k", "v", "omega", "rel"),
+    ),
+    "kernelized, fft, prefix": Case(
+        kernelized_attention,
+        ((2, 8, 2, 3), (2, 8, 2, 3), (2, 8, 2, 4), (4, 3), (2, 3, 5)),
+        lambda q, k, v, omega, rel, impl="auto": kernelized_attention(
+            q, k, v, omega, (2, 3), rel=rel, prefix_tokens=2, normalize=False, form="fft", impl=impl
+        ),
+        batched=(True, True, True, False, False),
+        names=("q", "k", "v", "omega", "rel"),
+    ),
+    "kernelized, no positions": Case(
+        kernelized_attention,
+        (*_maps(2, 5, 2, 3), (4, 3)),
+        lambda q, k, v, omega, impl="auto": kernelized_attention(q, k, v, omega, (1, 5), impl=impl),
+        batched=(True, True, True, False),
+        names=("q", "k", "v", "omega"),
+    ),
+    "clusters": Case(
+        cluster_attention,
+        ((2, 5, 2, 3), (2, 5, 2, 3), (2, 5, 2, 4)),
+        lambda q, k, v, impl="auto": _clusters(q, k, v, impl=impl),
+    ),
+    "clusters, causal, memory": Case(
+        cluster_attention,
+        (*_maps(2, 5, 2, 3), (2, 2, 1, 3), (2, 2, 1, 3)),
+        lambda q, k, v, memory_k, memory_v, impl="auto": _clusters(
+            q, k, v, memory_k, memory_v, is_causal=True, self_logit=-0.5, scale=0.7, impl=impl
+        ),
+        batched=(True, True, True, False, False),
+        names=("q", "k", "v", "memory_k", "memory_v"),
     ),
 }

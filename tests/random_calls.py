@@ -269,18 +269,31 @@ def circle_attention_lse(make: Maker) -> Call:
 def _circle(make: Maker, op: Callable[..., Tensor], attend: Callable[..., Tensor]) -> Call:
     radius, scale = make.between(1, 6), make.scale()
     batch, heads, dim = make.of_attention()
-    size = make.pair(1, 12)
-    tensors = make.qkv(batch, size, heads, dim)
+    size, cell, tensors = make.pair(1, 12), None, {}
     if make.one_of(True, False, False):
-        tensors["v"] = make.tensor(batch, *size, heads, make.between(1, 40))
+        cell = make.pair(1, 3)
+        size = tuple(side * make.between(1, 4) for side in cell)
+    wide = make.one_of(dim, dim, make.between(1, 40))
+    tensors |= make.qkv(batch, size, heads, dim)
+    if wide != dim:
+        tensors["v"] = make.tensor(batch, *size, heads, wide)
+    if cell is not None:
+        tensors["cell_weight"] = make.tensor(*cell, scale=(cell[0] * cell[1]) ** -0.5)
+    if make.one_of(True, False, False):
+        text = make.between(1, 5)
+        tensors |= {"text_k": make.tensor(batch, text, heads, dim), "text_v": make.tensor(batch, text, heads, wide)}
 
-    def run(q, k, v, *, impl):
-        return op(q, k, v, radius, scale=scale, impl=impl)
+    def named(given):
+        return dict.fromkeys(("cell_weight", "text_k", "text_v")) | dict(zip(tensors, given, strict=True))
 
-    def define(q, k, v):
-        return definitions.circle(q, k, v, radius, scale, attend)
+    def run(*given, impl):
+        more = named(given)
+        return op(more.pop("q"), more.pop("k"), more.pop("v"), radius, **more, scale=scale, impl=impl)
 
-    return Call("", 0, tensors, run, define, {"radius": radius, "scale": scale})
+    def define(*given):
+        return definitions.circle_with_more(**named(given), radius=radius, scale=scale, attend=attend)
+
+    return Call("", 0, tensors, run, define, {"radius": radius, "scale": scale, "cell": cell})
 
 
 def routed_attention(make: Maker) -> Call:
@@ -422,6 +435,121 @@ def dense(make: Maker) -> Call:
     return Call("", 0, tensors, run, define, {"activation": activation})
 
 
+def aggregated_attention(make: Maker) -> Call:
+    (batch, heads, dim), size, pooled = make.of_attention(), make.pair(1, 7), make.pair(1, 3)
+    wide, table = make.one_of(dim, make.between(1, 20)), make.pair(1, 9)
+    few = pooled[0] * pooled[1]
+    tensors = {"q": make.tensor(batch, *size, heads, dim), "pooled_k": make.tensor(batch, few, heads, dim)}
+    tensors["pooled_v"] = make.tensor(batch, few, heads, wide)
+    tensors["embedding"] = make.tensor(heads, dim, scale=0.5)
+    tensors["temperature"] = make.tensor(heads).abs() + 0.5
+    tensors["pooled_bias"] = make.tensor(heads, *table)
+    if make.one_of(True, True, False):
+        kernel = make.one_of((3, 3), (3, 3), (1, 3), (5, 3))
+        near = kernel[0] * kernel[1]
+        tensors |= {"local_k": make.tensor(batch, *size, heads, dim), "local_v": make.tensor(batch, *size, heads, wide)}
+        tensors |= {"local_bias": make.tensor(heads, *kernel), "tokens": make.tensor(heads, dim, near, scale=0.3)}
+        tensors["token_bias"] = make.tensor(heads, near, scale=0.3)
+    kept = None
+    if make.one_of(True, False):
+        tensors["gates"] = make.tensor(batch, *size, heads)
+        kept = torch.rand(batch, *size, heads, generator=make.generator) < make.one_of(0.3, 0.7, 1.0)
+    cells = [
+        torch.randint(0, top, (side, few), generator=make.generator)
+        for top, side, few in zip(table, size, pooled, strict=True)
+    ]
+    optional = ("local_k", "local_v", "local_bias", "tokens", "token_bias", "gates")
+
+    def named(given):
+        found = dict.fromkeys(optional) | dict(zip(tensors, given, strict=True))
+        if kept is not None:
+            found["gates"] = found["gates"] * kept.to(found["gates"].dtype).to(found["gates"].device)
+        return found
+
+    def run(*given, impl):
+        device = given[0].device
+        return ops.aggregated_attention(
+            **named(given), bias_rows=cells[0].to(device), bias_cols=cells[1].to(device), impl=impl
+        )
+
+    def define(*given):
+        found = named(given)
+        return definitions.aggregated(**found | {"table": found.pop("pooled_bias"), "rows": cells[0], "cols": cells[1]})
+
+    return Call("", 0, tensors, run, define, {"pooled": pooled, "gates": kept is not None})
+
+
+def flow_attention(make: Maker) -> Call:
+    form, (batch, heads, dim) = make.one_of("vision", "core", "causal"), make.of_attention()
+    tokens = make.between(1, 12)
+    keys = tokens if form == "causal" else make.between(1, 12)
+    tensors = {"q": make.tensor(batch, tokens, heads, dim), "k": make.tensor(batch, keys, heads, dim)}
+    tensors["v"] = make.tensor(batch, keys, heads, make.one_of(dim, make.between(1, 20)))
+
+    def run(q, k, v, *, impl):
+        return ops.flow_attention(q, k, v, form=form, impl=impl)
+
+    return Call("", 0, tensors, run, lambda q, k, v: definitions.flow(q, k, v, form), {"form": form})
+
+
+def kernelized_attention(make: Maker) -> Call:
+    (batch, heads, dim), size, prefix = make.of_attention(), make.pair(1, 4), make.one_of(0, 0, 2)
+    form, normalize = make.one_of("dense", "fft", "auto"), make.one_of(True, True, False)
+    tokens = prefix + size[0] * size[1]
+    tensors = {name: make.tensor(batch, tokens, heads, dim, scale=0.5) for name in ("q", "k")}
+    tensors["v"] = make.tensor(batch, tokens, heads, make.one_of(dim, make.between(1, 20)))
+    tensors["omega"] = make.tensor(make.between(1, 6), dim, scale=0.7)
+    if make.one_of(True, True, False):
+        tensors["rel"] = make.tensor(heads, 2 * size[0] - 1, 2 * size[1] - 1)
+
+    def run(q, k, v, omega, rel=None, *, impl):
+        options = {"prefix_tokens": prefix, "normalize": normalize, "form": form}
+        return ops.kernelized_attention(q, k, v, omega, size, rel=rel, **options, impl=impl)
+
+    def define(q, k, v, omega, rel=None):
+        return definitions.kernelized(q, k, v, omega, rel, size, prefix, normalize)
+
+    return Call("", 0, tensors, run, define, {"size": size, "prefix": prefix, "form": form, "normalize": normalize})
+
+
+def cluster_attention(make: Maker) -> Call:
+    (batch, heads, dim), clusters = make.of_attention(), make.between(1, 3)
+    tokens, keys = make.between(1, 6), make.between(1, 6)
+    causal, self_logit, masked = make.one_of(True, False), make.one_of(None, None, -3.0), make.one_of(True, False)
+    wide, scale, eps = make.one_of(dim, make.between(1, 20)), make.scale(), make.one_of(1e-2, 1e-5)
+    tensors = {"q": make.tensor(batch, tokens, heads, dim), "k": make.tensor(batch, keys, heads, dim)}
+    tensors["v"] = make.tensor(batch, keys, heads, wide)
+    if make.one_of(True, False, False):
+        few = make.between(1, 2)
+        tensors |= {
+            "memory_k": make.tensor(heads, clusters, few, dim),
+            "memory_v": make.tensor(heads, clusters, few, wide),
+        }
+
+    def members(length: int) -> Tensor:
+        window = make.between(1, length)
+        order = [torch.randperm(length, generator=make.generator)[:window] for _ in range(batch * heads * clusters)]
+        return torch.stack(order).unflatten(0, (batch, heads, clusters))
+
+    of_q, of_k = members(tokens), members(keys)
+    mask = torch.rand(batch, heads, keys, generator=make.generator) < 0.3 if masked and "memory_k" in tensors else None
+
+    def run(q, k, v, memory_k=None, memory_v=None, *, impl):
+        options = {"is_causal": causal and "memory_k" in tensors, "self_logit": self_logit, "count_eps": eps}
+        return ops.cluster_attention(
+            q, k, v, of_q.to(q.device), of_k.to(q.device), memory_k=memory_k, memory_v=memory_v,
+            key_mask=None if mask is None else mask.to(q.device), **options, scale=scale, impl=impl,
+        )  # fmt: skip
+
+    def define(q, k, v, memory_k=None, memory_v=None):
+        causally = causal and memory_k is not None
+        return definitions.clusters(
+            q, k, v, of_q, of_k, memory_k, memory_v, mask, causally, self_logit, eps, scale
+        )  # fmt: skip
+
+    return Call("", 0, tensors, run, define, {"causal": causal, "self": self_logit, "scale": scale})
+
+
 MAKERS: dict[str, Callable[[Maker], Call]] = {
     make.__name__: make
     for make in (
@@ -429,6 +557,7 @@ MAKERS: dict[str, Callable[[Maker], Call]] = {
         *(neighborhood_attention_lse, window_attention_lse, halo_attention_lse, circle_attention_lse),
         *(hilo_attention, channel_attention, channel_gate, strip_gate, large_kernel_attention, dense),
         *(subspace_gate, grouped_query_attention),
+        *(aggregated_attention, flow_attention, kernelized_attention, cluster_attention),
     )
 }
 MAKERS |= {make.__name__: lambda given, make=make: Call("", 0, *make(given)) for make in token_calls.MAKERS}

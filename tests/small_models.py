@@ -11,6 +11,9 @@ BIFORMER = {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 
 LITV2 = {"dims": (16, 32), "depths": (1, 1), "windows": (None, 2), "head_dim": 8}
 DAVIT = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "window_size": 3}
 HALO = {"block_size": 4, "halo": 1}
+MOH = {"dims": (16, 32), "depths": (1, 1), "heads": (2, 4), "shared": (2, 1), "routed": (0, 2), "mlp_ratios": (2, 2)}
+MOH |= {"sr_ratios": (4, 1)}
+VIT = {"dims": (16,) * 3, "depths": (1,) * 3, "heads": 2, "patch_size": 8, "mlp_ratio": 2.0}
 FOUR_BLOCKS = {"depths": (1, 1, 1, 1)}
 MOBILENET = {"depths": (1, 1, 1, 1, 2, 2, 1)}
 GQA = {"embed_dim": 24, "depth": 2, "num_heads": 6, "kv_heads": 3, "patch_size": 8, "img_size": 32}
@@ -32,6 +35,11 @@ SMALL = {  # one of every family; the key is a model's name, "name:kind" where a
     "ela_mobilenet_v2_l": MOBILENET,
     "gqa_vit_tiny": GQA,
     "ulsam_mobilenetv2": {"depths": (1, 3, 1, 1, 1, 1, 1), "insert": (6,), "replace": (4,)},
+    "moh_transnext_small_75": MOH,
+    "mixer_vit_tiny": VIT,
+}
+FIXED = {  # models that take images of one size; they have tests of their own, tests/backbones/test_fixed_sizes.py
+    "flowformer_cv": {"dims": (16, 32), "depths": (1, 1), "heads": 2, "mlp_ratio": 2.0, "img_size": (32, 40)},
 }
 KINDS = {  # and the other kinds of blocks
     **SMALL,
@@ -51,6 +59,11 @@ KINDS = {  # and the other kinds of blocks
     "ela_resnet50_l": FOUR_BLOCKS,
     "gqa_vit_tiny:key_norm": {**GQA, "allocation": "key_norm"},
     "ulsam_mobilenetv1": {"depths": (1, 2, 1, 2, 1), "insert": (3, 5), "replace": (4,)},
+    "moh_transnext_small_75:aggregated": {**MOH, "sr_ratios": (4, 2), "fixed_pool_size": 2, "pretrain_size": 64},
+    "mixer_vit_tiny:flow": {**VIT, "mixer": "flow"},
+    "mixer_vit_tiny:circle": {**VIT, "mixer": "circle", "radius": 2, "qk_norm": True},
+    "mixer_vit_tiny:routing": {**VIT, "mixer": "routing", "clusters": 2},
+    "mixer_vit_tiny:nprf": {**VIT, "mixer": "nprf", "features": 8, "img_size": 256},
 }
 ONE_SIZE = {  # models of one image size, which most tests of SMALL change: those of their own test files
     "ninformer": {"dims": (16, 16), "depths": (1, 1), "hidden_dim": 24},
@@ -64,7 +77,7 @@ SCALED = ("nat_mini", "dinat_s_tiny", "vitrpb_small")  # whose layer scale start
 def small(name: str, **kwargs) -> nn.Module:
     """Build the small model of that name; the same weights at every call."""
     torch.manual_seed(0)
-    return timm.create_model(name.partition(":")[0], **{**KINDS[name], **kwargs})
+    return timm.create_model(name.partition(":")[0], **{**{**KINDS, **FIXED}[name], **kwargs})
 
 
 @torch.no_grad()

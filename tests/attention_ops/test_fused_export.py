@@ -15,6 +15,7 @@ from foveate.attention_ops import (
     EfficientLocalAttention,
     HiLoAttention,
     LargeKernelAttention,
+    MohAggregatedAttention,
 )
 from foveate.attention_ops._op import OPS
 
@@ -29,6 +30,16 @@ LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch
     "large kernel": (lambda: by_op(LargeKernelAttention(32)), "large_kernel_attention_forward", "convolution"),
     "channel gate": (lambda: by_op(EfficientChannelAttention(32)), "channel_gate_forward", "sigmoid"),
     "strip gate": (lambda: by_op(EfficientLocalAttention(32)), "strip_gate_forward", "sigmoid"),
+}
+
+
+def aggregated() -> nn.Module:
+    return MohAggregatedAttention(32, 2, sr_ratio=3, shared=2, routed=0)
+
+
+LAYERS |= {
+    "aggregated": (aggregated, "keys_attention_forward", "embedding_bag"),
+    "aggregated, local": (aggregated, "local_mixture_forward", "embedding_bag"),
 }
 NCHW = ("routed nchw", "large kernel", "channel gate", "strip gate")
 

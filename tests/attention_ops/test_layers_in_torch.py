@@ -18,12 +18,15 @@ from foveate.attention_ops import (
     HaloAttention2d,
     HiLoAttention,
     LargeKernelAttention,
+    MohAggregatedAttention,
+    MohAttention,
     NeighborhoodAttention2d,
     ReversedAttention,
     SparsifiedAttention,
     SubspaceAttention,
     WindowAttention2d,
 )
+from foveate.attention_ops.mixers import create_mixer
 
 
 class Circle(nn.Module):
@@ -43,6 +46,11 @@ class OnMap(nn.Module):
         tokens = x.flatten(1, 2)
         out = self.layer(tokens, (x.shape[1], x.shape[2])) if self.takes_size else self.layer(tokens)
         return out.view(x.shape)
+
+
+def mixed(name: str, **keywords) -> nn.Module:
+    """A registered token mixer on a map."""
+    return OnMap(create_mixer(name, 16, 2, map_size=(13, 22), **keywords))
 
 
 LAYERS = {
@@ -67,9 +75,18 @@ LAYERS = {
     "subspace gate": lambda: SubspaceAttention(16, 4),
     "grouped query": lambda: OnMap(GroupedQueryAttention(16, 4, 2), takes_size=False),
     "grouped query by norms": lambda: OnMap(GroupedQueryAttention(16, 4, 2, allocation="key_norm"), takes_size=False),
+    "attention": lambda: mixed("attention"),
+    "flow": lambda: mixed("flow"),
+    "causal flow": lambda: mixed("flow", form="causal"),
+    "circle mixer": lambda: mixed("circle", radius=3, qk_norm=True),
+    "routing": lambda: mixed("routing", clusters=3),
+    "nprf": lambda: mixed("nprf", features=4),
+    "mixture of heads": lambda: MohAttention(16, 4, shared=1, routed=2),
+    "aggregated": lambda: MohAggregatedAttention(16, 4, sr_ratio=3, shared=1, routed=2),
 }
 NCHW = ("large kernel", "routed nchw", "halo", "strided halo", "channel gate", "strip gate", "subspace gate")
-TIED = ("routed", "routed nchw", "hilo")  # to the size that they are exported with
+# to the size that they are exported with: regions, adaptive pooling, tables and numbers of tokens of their own
+TIED = ("routed", "routed nchw", "hilo", "mixture of heads", "aggregated", "nprf", "routing", "causal flow")
 
 
 def layer(kind: str):

@@ -14,6 +14,8 @@ SMALL_BIFORMER = {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_
 SMALL_LITV2 = {"dims": (16, 32), "depths": (1, 1), "windows": (None, 2), "head_dim": 8}
 SMALL_DAVIT = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "window_size": 3}
 SMALL_HALONET = {"depths": (1, 1, 1, 1), "block_size": 4, "halo": 1}
+SMALL_MOH = {"dims": (16, 32), "depths": (1, 1), "heads": (2, 4), "shared": (2, 1), "routed": (0, 2)}
+SMALL_MOH |= {"mlp_ratios": (2, 2), "sr_ratios": (4, 1)}
 FAMILIES = {
     "nat_mini": (SMALL_NAT, "stages.1.downsample.reduction.weight", "levels.0.downsample.reduction.weight"),
     "van_b0": (SMALL_VAN, "stages.1.downsample.proj.weight", "patch_embed2.proj.weight"),
@@ -25,6 +27,7 @@ FAMILIES = {
     "eca_resnet18": ({"depths": (1,) * 4}, "layer2.0.se.conv.weight", "layer2.0.bn1.weight"),
     "eca_mobilenet_v2": ({"depths": (1,) * 7}, "blocks.2.0.conv_dw.weight", "features.3.conv.1.0.weight"),
     "ela_resnet18_b": ({"depths": (1,) * 4}, "layer2.0.se.conv.weight", "layer2.0.se.conv.weight"),
+    "moh_transnext_small_75": (SMALL_MOH, "stages.1.blocks.0.attn.wg.weight", "block2.0.attn.wg.weight"),
     "ela_mobilenet_v2_l": ({"depths": (1,) * 7}, "blocks.2.0.se.norm.weight", "blocks.2.0.se.norm.weight"),
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -92,6 +95,16 @@ RENAMES = {  # ours to the authors', in order, once each: the filters' inverse, 
         ("head.fc.", "head."),
     ],
     "fv_halonet_h0": [],
+    "moh_transnext_small_75": [
+        ("stages.1.downsample.", "patch_embed2."),
+        ("stages.0.blocks.", "block1."),
+        ("stages.1.blocks.", "block2."),
+        ("stages.0.norm.", "norm1."),
+        ("stages.1.norm.", "norm2."),
+        (".dwconv.", ".dwconv.dwconv."),
+        ("stem.", "patch_embed1."),
+        ("head.fc.", "head."),
+    ],
     "eca_resnet18": [(".se.", ".eca.")],
     "eca_mobilenet_v2": [
         *((f"blocks.0.0.{ours}", f"features.1.conv.{theirs}") for ours, theirs in MOBILENET_FIRST.items()),

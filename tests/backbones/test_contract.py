@@ -7,7 +7,7 @@ import pytest
 import timm
 import timm.optim
 import torch
-from small_models import KINDS, OF_TIMMS_CLASSES, ONE_SIZE, SCALED, SMALL, TOKENS, small
+from small_models import FIXED, KINDS, OF_TIMMS_CLASSES, ONE_SIZE, SCALED, SMALL, TOKENS, small
 from timm.models import model_entrypoint
 
 import foveate
@@ -34,12 +34,13 @@ def test_every_model_that_our_modules_register_is_listed():
 
 
 def test_every_family_has_a_small_model():
-    missing = {family.__name__ for family in FAMILIES} - {module_of(name) for name in (*KINDS, *ONE_SIZE)}
+    missing = {family.__name__ for family in FAMILIES} - {module_of(name) for name in (*KINDS, *ONE_SIZE, *FIXED)}
     assert missing == set(), f"add keywords of a small model of {missing} to tests/small_models.py"
 
 
 def test_every_family_has_recorded_outputs():
     unpublished = {"foveate.backbones.ela_net"}  # layers only; timm's networks around them
+    unpublished |= {"foveate.backbones.mixer_vit"}  # a net of our own around recorded layers
     records = [path for path in GOLDENS.glob("*__*.json") if not path.name.startswith("module__")]
     recorded = {json.loads(path.read_text()).get("variant") for path in records} - {None}
     missing = {family.__name__ for family in FAMILIES} - {module_of(name) for name in recorded} - unpublished
@@ -75,6 +76,11 @@ PUBLISHED_PARAMS = {
     "biformer_base": 56_804_968,
     "litv2_medium": 48_830_368,
     "litv2_base": 86_520_704,
+    "flowformer_cv": 43_311_304,
+    "moh_transnext_small_75": 49_910_548,
+    "moh_transnext_small_80": 49_910_548,
+    "moh_transnext_base_75": 90_020_632,
+    "moh_transnext_base_50": 90_023_512,
     "van_b2": 26_578_472,
     "van_b4": 60_283_176,
     "van_b5": 89_967_688,
@@ -161,6 +167,13 @@ def test_unknown_keywords_are_a_type_error(name):
         ("eca_mobilenet_v2", {"depths": (1,)}, "depths must have one entry per stage, 7"),
         ("ela_resnet18_b", {"ela_variant": "x"}, "ela_variant must be one of"),
         ("van_b0", {"mlp_ratios": (2,)}, "mlp_ratios must have one entry per stage, 2"),
+        ("moh_transnext_small_75", {"routed": (0,)}, "routed must have one entry per stage, 2"),
+        ("moh_transnext_small_75", {"routed": (0, 4)}, "wanted shared heads, and 1 to 3 routed of the others, got 1"),
+        ("moh_transnext_small_75", {"heads": (3, 4)}, "heads must divide dim 16, got 3"),
+        ("mixer_vit_tiny", {"mixer": "flwo"}, r"mixer must be one of .*, got 'flwo'; did you mean flow\?"),
+        ("mixer_vit_tiny", {"heads": 3}, "dims must be one multiple of heads 3"),
+        ("flowformer_cv", {"img_size": 44}, r"img_size must be multiples of 8 px, got \(40, 40\)"),
+        ("flowformer_cv", {"heads": 3}, r"dims must be multiples of heads 3, got \[16, 32\]"),
     ],
 )
 def test_configs_that_contradict_themselves_are_refused(name, changes, words):

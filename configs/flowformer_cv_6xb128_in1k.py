@@ -1,0 +1,15 @@
+"""Flowformer for vision on ImageNet-1k at 224, from scratch.
+
+Command    torchrun --no-python --nproc-per-node 6 foveate train flowformer_cv_6xb128_in1k --data IMAGENET \
+           --launcher pytorch
+Published  80.6 top-1 (Wu et al. 2022, arXiv:2202.06258)
+Ours       -
+Differs    RandAugment capped at 9, see the base.
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.flowformer_300e import *
+
+model = dict(name="flowformer_cv", drop_path_rate=0.1)

@@ -1,0 +1,15 @@
+"""MoH-ViT-B with 75 % of its heads on ImageNet-1k at 224, from scratch.
+
+Command    torchrun --no-python --nproc-per-node 8 foveate train moh_transnext_base_75_8xb128_in1k --data IMAGENET \
+           --launcher pytorch
+Published  84.9 top-1 (Jin et al. 2024, arXiv:2410.11842)
+Ours       -
+Differs    RandAugment capped at 9, and the load-balance loss, see the base.
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.moh_transnext_310e import *
+
+model = dict(name="moh_transnext_base_75", drop_path_rate=0.6)
