@@ -5,7 +5,8 @@ Importing the package registers every model with timm: `timm.create_model("nat_m
 
 from . import backbones
 from ._version import __version__
+from .attention_ops import reattend
 from .backbones import list_models
 from .fusion import cpu_report, fuse, keep_memory, unfuse
 
-__all__ = ["__version__", "backbones", "cpu_report", "fuse", "keep_memory", "list_models", "unfuse"]
+__all__ = ["__version__", "backbones", "cpu_report", "fuse", "keep_memory", "list_models", "reattend", "unfuse"]

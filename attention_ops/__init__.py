@@ -1,6 +1,8 @@
 """2-D attention as ops: each file holds the promise, the checks, the reference and the choice of body."""
 
 from ._op import Impl
+from .agent import agent_attention
+from .agent_layer import AgentAttention, ReducedAgentAttention
 from .aggregated import aggregated_attention
 from .bi_level_routing import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw, RegionPool
 from .channel import ChannelAttention, channel_attention
@@ -21,6 +23,7 @@ from .losses import commitment_loss, load_balance_loss
 from .merge import merge_attention
 from .moh import MohAggregatedAttention, MohAttention
 from .neighborhood import NeighborhoodAttention2d, neighborhood_attention, neighborhood_attention_lse
+from .reattend import reattend
 from .reversed import ReversedAttention, reversed_attention
 from .routed import bi_level_routes, routed_attention
 from .routing import cluster_attention, cluster_members
@@ -33,6 +36,7 @@ from .subspace_gate import SubspaceAttention, subspace_gate
 from .window import WindowAttention2d, window_attention, window_attention_lse
 
 __all__ = [
+    "AgentAttention",
     "BiLevelRoutingAttention",
     "BiLevelRoutingAttentionNchw",
     "ChannelAttention",
@@ -54,6 +58,7 @@ __all__ = [
     "MohAggregatedAttention",
     "MohAttention",
     "NeighborhoodAttention2d",
+    "ReducedAgentAttention",
     "RegionPool",
     "ReversedAttention",
     "RoutingAttention",
@@ -61,6 +66,7 @@ __all__ = [
     "SparsifiedAttention",
     "SubspaceAttention",
     "WindowAttention2d",
+    "agent_attention",
     "aggregated_attention",
     "bi_level_routes",
     "channel_attention",
@@ -84,6 +90,7 @@ __all__ = [
     "merge_attention",
     "neighborhood_attention",
     "neighborhood_attention_lse",
+    "reattend",
     "reversed_attention",
     "routed_attention",
     "sparse_attention",

@@ -1,30 +1,34 @@
-"""Put a gate into every residual block of an existing model.
+"""Put a gate into every residual block of an existing model, or a token mixer in the place of its attention.
 
 The blocks of timm's ResNets, RegNets, MobileNets and EfficientNets have an attribute `se` for channel attention. It is
 None or an identity where a block has no attention. The gate replaces it.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from .channel_gate import EfficientChannelAttention
+from .mixers import MIXERS
+from .reattend import reattend
 from .strip_gate import EfficientLocalAttention
 from .subspace_gate import SubspaceAttention
 
 GATES = {"eca": EfficientChannelAttention, "ela": EfficientLocalAttention, "ulsam": SubspaceAttention}
 
 
-def insert_attention(model: nn.Module, kind: Literal["eca", "ela", "ulsam"], **kwargs) -> nn.Module:
+def insert_attention(model: nn.Module, kind: str, **kwargs) -> nn.Module:
     """Put one gate into the `se` slot of every residual block of `model`, in place; it replaces what is there.
+
+    With the name of a token mixer ("agent", ...), self-attention is replaced instead: see `reattend`.
 
     In timm's ResNets `se` is called after the last norm of the branch, before the shortcut is added; in RegNets,
     MobileNets and EfficientNets before the last 1x1 convolution.
 
     Args:
-        model: any model whose blocks have an attribute `se`.
-        kind: "eca", "ela" or "ulsam".
-        kwargs: of the gate's module: `kernel_size`; `variant`, `residual`; `groups`.
+        model: any model whose blocks have an attribute `se`; for a mixer, one that `reattend` takes.
+        kind: "eca", "ela", "ulsam", or the name of a token mixer.
+        kwargs: of the gate's module: `kernel_size`; `variant`, `residual`; `groups`. Of `reattend` for a mixer.
 
     Returns:
         The model.
@@ -32,8 +36,10 @@ def insert_attention(model: nn.Module, kind: Literal["eca", "ela", "ulsam"], **k
     Raises:
         ValueError: no such kind, no block of the model has the slot, or the gate does not fit a block's channels.
     """
+    if kind in MIXERS:
+        return reattend(model, kind, **kwargs)
     if kind not in GATES:
-        raise ValueError(f"insert_attention: kind must be one of {list(GATES)}, got {kind!r}")
+        raise ValueError(f"insert_attention: kind must be one of {[*GATES, *sorted(MIXERS)]}, got {kind!r}")
     blocks = [block for block in model.modules() if hasattr(block, "se") and _channels(block)]
     if not blocks:
         raise ValueError(f"insert_attention: no block of {type(model).__name__} has a slot named 'se'")

@@ -3,6 +3,10 @@
 import timm
 
 from . import (
+    agent_cswin,
+    agent_deit,
+    agent_pvt,
+    agent_swin,
     biformer,
     dcal,
     dependencyvit,
@@ -28,8 +32,8 @@ from . import (
 )
 
 FAMILIES = (nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2)
-FAMILIES += (gqa_vit, ulsam_net, ninformer, quantizable_vit, sparsifiner, dependencyvit)
-FAMILIES += (flowformer, moh_transnext, mixer_vit)
+FAMILIES += (agent_deit, agent_pvt, agent_swin, agent_cswin, flowformer, moh_transnext, mixer_vit)
+FAMILIES += (quantizable_vit, sparsifiner, dependencyvit, gqa_vit, ulsam_net, ninformer)
 BUILDERS = (narrowed, dcal, pooled)  # registered names that are no models of their own
 
 

@@ -1,6 +1,7 @@
 """Importing this file registers the op of every kernel. A program exported on a GPU needs them to load."""
 
 from . import channel, keys, mixture
+from .agent import forward as agent
 from .clipped import launch as clipped_launch
 from .gates import channel_gate, large_kernel, strip_gate
 from .local import launch
@@ -19,3 +20,4 @@ __all__ = [
     "routes",
     "strip_gate",
 ]
+__all__ = ["agent", "backward", "channel", "channel_gate", "forward", "large_kernel", "launch", "routes", "strip_gate"]

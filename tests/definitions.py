@@ -79,6 +79,15 @@ def on_map(out: Tensor, like: Tensor) -> Tensor:
     return out.unflatten(1, like.shape[1:3])
 
 
+def agent(q, k, v, agents, bias_to, bias_from, scale) -> Tensor:
+    """arXiv:2312.08874: agents gather from all keys, queries read from all agents."""
+    seen = [
+        torch.ones(n, m, dtype=torch.bool) for n, m in ((agents.shape[1], k.shape[1]), (q.shape[1], agents.shape[1]))
+    ]
+    gathered = attend(agents, k, v, seen[0], scale, None if bias_to is None else bias_to[None])
+    return attend(q, agents, gathered, seen[1], scale, None if bias_from is None else bias_from[None])
+
+
 def neighborhood(q, k, v, kernel_size, dilation, stride, rpb, is_causal, scale, attend=attend) -> Tensor:
     """arXiv:2204.07143 and 2209.15001; causal axes as in arXiv:2403.04690, strides as in arXiv:2504.16922."""
     settings = zip(q.shape[1:3], kernel_size, dilation, is_causal, stride, strict=True)

@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from foveate.attention_ops import (
+    agent_attention,
     aggregated_attention,
     channel_attention,
     channel_gate,
@@ -198,8 +199,25 @@ AGGREGATED_SHAPES += ((2, 3), (2,), (2, 4, 2), (2, 3, 3), (2, 3, 9), (2, 9), (2,
 OF_MAPS = (True,) * 5 + (False,) * 6 + (True,)
 LKA_SHAPES = ((2, 3, 5, 6), (3, 1, 3, 3), (3,), (3, 1, 3, 3), (3,), (3, 3, 1, 1), (3,))
 QKV_RPB = ("q", "k", "v", "rpb")
+OF_AGENTS = ((2, 7, 2, 3), (2, 5, 2, 3), (2, 5, 2, 3), (2, 4, 2, 3))  # q, k, v, agents
 
 CASES = {
+    "agent": Case(
+        agent_attention,
+        OF_AGENTS,
+        lambda q, k, v, agents, impl="auto": agent_attention(q, k, v, agents, impl=impl),
+        batched=(True,) * 4,
+        names=("q", "k", "v", "agents"),
+    ),
+    "agent, biases": Case(
+        agent_attention,
+        (*OF_AGENTS, (2, 4, 5), (2, 7, 4)),
+        lambda q, k, v, agents, to, of, impl="auto": agent_attention(
+            q, k, v, agents, bias_to=to, bias_from=of, scale=0.5, impl=impl
+        ),
+        batched=(True, True, True, True, False, False),
+        names=("q", "k", "v", "agents", "bias_to", "bias_from"),
+    ),
     "neighborhood": Case(
         neighborhood_attention,
         _maps(2, 6, 7, 2, 3),

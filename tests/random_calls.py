@@ -156,6 +156,24 @@ def joined(results: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([out, lse[..., None].to(out.dtype)], -1)
 
 
+def agent_attention(make: Maker) -> Call:
+    batch, heads, dim = make.of_attention()
+    queries, keys, agents, scale = make.between(1, 90), make.between(1, 90), make.between(1, 30), make.scale()
+    counts = {"q": queries, "k": keys, "v": keys, "agents": agents}
+    tensors = {name: make.tensor(batch, count, heads, dim) for name, count in counts.items()}
+    tensors |= {"bias_to": make.tensor(heads, agents, keys)} if make.one_of(True, False) else {}
+    tensors |= {"bias_from": make.tensor(heads, queries, agents)} if make.one_of(True, False) else {}
+
+    def run(*given, impl):
+        return ops.agent_attention(**dict(zip(tensors, given, strict=True)), scale=scale, impl=impl)
+
+    def define(*given):
+        named = dict.fromkeys(("bias_to", "bias_from")) | dict(zip(tensors, given, strict=True))
+        return definitions.agent(**named, scale=scale)
+
+    return Call("", 0, tensors, run, define, {"scale": scale})
+
+
 def neighborhood_attention(make: Maker) -> Call:
     return _neighborhood(make, ops.neighborhood_attention, definitions.attend)
 
@@ -558,6 +576,7 @@ MAKERS: dict[str, Callable[[Maker], Call]] = {
         *(hilo_attention, channel_attention, channel_gate, strip_gate, large_kernel_attention, dense),
         *(subspace_gate, grouped_query_attention),
         *(aggregated_attention, flow_attention, kernelized_attention, cluster_attention),
+        agent_attention,
     )
 }
 MAKERS |= {make.__name__: lambda given, make=make: Call("", 0, *make(given)) for make in token_calls.MAKERS}

@@ -10,6 +10,9 @@ NAT = {"dims": (32, 64), "depths": (1, 2), "kernel_size": 3}
 BIFORMER = {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "regions": 3}
 LITV2 = {"dims": (16, 32), "depths": (1, 1), "windows": (None, 2), "head_dim": 8}
 DAVIT = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "window_size": 3}
+AGENT = {"dims": (16, 32), "depths": (1, 2), "heads": (2, 4), "agent_num": (4, 9), "img_size": 48}
+AGENT_PVT = {**AGENT, "attn_type": "AA", "mlp_ratios": (2, 2), "agent_sr_ratios": "11", "sr_ratios": "21"}
+AGENT_DEIT = {"dim": 16, "depth": 3, "heads": 2, "patch_size": 8, "agent_num": (4, 4, 9, 9), "img_size": 48}
 HALO = {"block_size": 4, "halo": 1}
 MOH = {"dims": (16, 32), "depths": (1, 1), "heads": (2, 4), "shared": (2, 1), "routed": (0, 2), "mlp_ratios": (2, 2)}
 MOH |= {"sr_ratios": (4, 1)}
@@ -40,6 +43,10 @@ SMALL = {  # one of every family; the key is a model's name, "name:kind" where a
 }
 FIXED = {  # models that take images of one size; they have tests of their own, tests/backbones/test_fixed_sizes.py
     "flowformer_cv": {"dims": (16, 32), "depths": (1, 1), "heads": 2, "mlp_ratio": 2.0, "img_size": (32, 40)},
+    "agent_deit_tiny": {**AGENT_DEIT, "global_pool": "avg"},  # else nothing reads the last block's convolution
+    "agent_pvt_tiny": AGENT_PVT,
+    "agent_swin_tiny": {**AGENT, "attn_type": "AB"},
+    "agent_cswin_tiny": {**AGENT, "attn_type": "AB", "split_size": "21"},
 }
 KINDS = {  # and the other kinds of blocks
     **SMALL,
@@ -50,6 +57,10 @@ KINDS = {  # and the other kinds of blocks
     "litv2_small:alpha0": {**LITV2, "windows": (2, 2), "alpha": 0.0},
     "litv2_small:alpha1": {**LITV2, "windows": (2, 2), "alpha": 1.0},
     "litv2_small:mixed": {**LITV2, "windows": (1, 2), "alpha": 0.5},
+    "agent_deit_tiny:mixed": {**AGENT_DEIT, "agent_layer": 1, "downstream_agent_shapes": ((3, 2),) * 4},
+    "agent_pvt_tiny:mixed": {**AGENT_PVT, "attn_type": "BM1", "agent_sr_ratios": "12"},
+    "agent_swin_tiny:mixed": {**AGENT, "attn_type": "BM1", "downstream_agent_shapes": ((2, 3), (3, 2))},
+    "agent_cswin_tiny:stripes": {**AGENT, "attn_type": "AM1", "la_split_size": "43", "split_size": "22"},
     "fv_halonet_h0:wide": {**FOUR_BLOCKS, **HALO, "value_ratio": 2.0, "output_ratio": 2, "final_dim": 48},
     "fv_halonet26t": HALO,
     "fv_sehalonet33ts": HALO,
@@ -71,6 +82,8 @@ ONE_SIZE = {  # models of one image size, which most tests of SMALL change: thos
 GATED = ("fv_halo", "fv_se", "fv_eca", "eca", "ela", "ulsam")
 OF_TIMMS_CLASSES = tuple(name for name in KINDS if name.startswith(GATED))
 TOKENS = tuple(name for name in KINDS if name.startswith("gqa"))  # ViTs: a class token, positions added outside blocks
+WITH_CLASS_TOKEN = ("agent_deit_tiny",)  # their tokens are no map, and their children no chain
+OF_TIMMS_CLASSES = tuple(name for name in KINDS if name.startswith(("fv_halo", "fv_se", "fv_eca", "eca", "ela")))
 SCALED = ("nat_mini", "dinat_s_tiny", "vitrpb_small")  # whose layer scale starts near zero, or can
 
 

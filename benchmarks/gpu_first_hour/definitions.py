@@ -180,6 +180,14 @@ def routed(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, region: Pair, key_re
     return out.unflatten(2, region).unflatten(1, grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+def agent(q: Tensor, k: Tensor, v: Tensor, agents: Tensor, to: Tensor | None, of: Tensor | None) -> Tensor:
+    queries, keys, values, few = (x.transpose(1, 2) for x in (q, k, v, agents))
+    scale = q.shape[-1] ** -0.5
+    to_keys, to_agents = few @ keys.mT * scale, queries @ few.mT * scale
+    to_keys, to_agents = (a if b is None else a + b for a, b in ((to_keys, to), (to_agents, of)))
+    return (to_agents.softmax(-1) @ (to_keys.softmax(-1) @ values)).transpose(1, 2)
+
+
 def channel(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     probs = (torch.einsum("bhwni,bhwnj->bnij", q, k) * scale).softmax(-1)

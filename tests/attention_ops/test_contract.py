@@ -125,6 +125,7 @@ def test_the_scale_multiplies_the_logits(name):
     op, _, kwargs = CASES[name].op_call()
     kwargs |= dict.fromkeys({"rel_h", "rel_w"} & set(kwargs))  # the relative logits see q itself
     double = {"q": 2 * kwargs["q"]} if "q" in kwargs else {}
+    double |= {"k": 2 * kwargs["k"]} if "agents" in kwargs else {}  # agents meet keys, and queries agents
     double |= {branch: [2 * kwargs[branch][0], *kwargs[branch][1:]] for branch in {"high", "low"} & set(kwargs)}
     for impl in ("reference", "tiled"):
         twice = op(**kwargs | {"scale": 0.6, "impl": impl})

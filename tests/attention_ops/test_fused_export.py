@@ -1,5 +1,7 @@
 """Routed, HiLo and channel attention and the gates under export for a GPU that is not there: one kernel's node each."""
 
+from unittest import mock
+
 import pytest
 import torch
 from gates import by_op
@@ -16,15 +18,28 @@ from foveate.attention_ops import (
     HiLoAttention,
     LargeKernelAttention,
     MohAggregatedAttention,
+    ReducedAgentAttention,
 )
 from foveate.attention_ops._op import OPS
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
+
+def _undrawn(layer, *args, **kwargs) -> nn.Module:
+    """A layer without truncated normal numbers: fake tensors cannot draw them."""
+    with mock.patch.object(nn.init, "trunc_normal_"):
+        return layer(*args, **kwargs)
+
+
 LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch body
     "routed": (lambda: BiLevelRoutingAttention(32, 2, 3, 2), "routed_attention_forward", "softmax"),
     "routed nchw": (lambda: BiLevelRoutingAttentionNchw(32, 2, 3, 2), "routed_attention_forward", "softmax"),
     "routes": (lambda: BiLevelRoutingAttention(32, 2, 3, 2), "bi_level_routes_forward", "topk"),
+    "agent": (
+        lambda: _undrawn(ReducedAgentAttention, 32, 2, map_size=(6, 9), agents=4),
+        "agent_attention_forward",
+        "softmax",
+    ),
     "hilo": (lambda: HiLoAttention(32, 4, 2, 0.5), "local_attention_forward", "_softmax"),
     "channel": (lambda: ChannelAttention(32, 2), "channel_attention_forward", "softmax"),
     "large kernel": (lambda: by_op(LargeKernelAttention(32)), "large_kernel_attention_forward", "convolution"),

@@ -13,6 +13,10 @@ SMALL_VAN = {"dims": (8, 16), "depths": (1, 1), "mlp_ratios": (2, 2)}
 SMALL_BIFORMER = {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "regions": 3}
 SMALL_LITV2 = {"dims": (16, 32), "depths": (1, 1), "windows": (None, 2), "head_dim": 8}
 SMALL_DAVIT = {"dims": (16, 32), "depths": (1, 1), "head_dim": 8, "window_size": 3}
+SMALL_AGENT = {"dims": (16, 32), "depths": (1, 1), "heads": (2, 4), "agent_num": (4, 4), "img_size": 32}
+SMALL_AGENT |= {"attn_type": "AB"}
+SMALL_DEIT = {"dim": 16, "depth": 2, "heads": 2, "patch_size": 8, "agent_num": (4,) * 4, "img_size": 32}
+SMALL_PVT = {**SMALL_AGENT, "mlp_ratios": (2, 2), "agent_sr_ratios": "21", "sr_ratios": "21"}
 SMALL_HALONET = {"depths": (1, 1, 1, 1), "block_size": 4, "halo": 1}
 SMALL_MOH = {"dims": (16, 32), "depths": (1, 1), "heads": (2, 4), "shared": (2, 1), "routed": (0, 2)}
 SMALL_MOH |= {"mlp_ratios": (2, 2), "sr_ratios": (4, 1)}
@@ -24,6 +28,10 @@ FAMILIES = {
     "litv2_small": (SMALL_LITV2, "stages.1.downsample.norm.weight", "layers.0.downsample.norm_layer.weight"),
     "fv_davit_tiny": (SMALL_DAVIT, "stages.1.downsample.conv.weight", "patch_embeds.1.proj.weight"),
     "fv_halonet_h0": (SMALL_HALONET, "stages.1.0.self_attn.kv.weight", "stages.1.0.self_attn.kv.weight"),
+    "agent_deit_tiny": (SMALL_DEIT, "blocks.1.attn.ac_bias", "blocks.1.attn.qkv.weight"),
+    "agent_pvt_tiny": (SMALL_PVT, "stages.1.downsample.patch_embed.proj.weight", "patch_embed2.proj.weight"),
+    "agent_swin_tiny": (SMALL_AGENT, "stages.0.blocks.0.attn.an_bias", "layers.0.downsample.reduction.weight"),
+    "agent_cswin_tiny": (SMALL_AGENT | {"split_size": "22"}, "stages.1.downsample.conv.weight", "merge1.conv.weight"),
     "eca_resnet18": ({"depths": (1,) * 4}, "layer2.0.se.conv.weight", "layer2.0.bn1.weight"),
     "eca_mobilenet_v2": ({"depths": (1,) * 7}, "blocks.2.0.conv_dw.weight", "features.3.conv.1.0.weight"),
     "ela_resnet18_b": ({"depths": (1,) * 4}, "layer2.0.se.conv.weight", "layer2.0.se.conv.weight"),
@@ -92,6 +100,30 @@ RENAMES = {  # ours to the authors', in order, once each: the filters' inverse, 
         (".cpe1.", ".cpe.0."),
         (".cpe2.", ".cpe.1."),
         ("head.norm.", "norms."),
+        ("head.fc.", "head."),
+    ],
+    "agent_deit_tiny": [("stem.", ""), ("head.fc.", "head.")],
+    "agent_pvt_tiny": [
+        ("stem.pos_embed", "pos_embed1"),
+        ("stages.1.downsample.pos_embed", "pos_embed2"),
+        ("stem.patch_embed.", "patch_embed1."),
+        ("stages.1.downsample.patch_embed.", "patch_embed2."),
+        ("stages.0.blocks.", "block1."),
+        ("stages.1.blocks.", "block2."),
+        ("head.fc.", "head."),
+    ],
+    "agent_swin_tiny": [
+        ("stem.patch_embed.", "patch_embed."),
+        ("stages.1.downsample.", "layers.0.downsample."),
+        ("stages.", "layers."),
+        ("head.fc.", "head."),
+    ],
+    "agent_cswin_tiny": [
+        ("stem.conv.", "stage1_conv_embed.0."),
+        ("stem.norm.", "stage1_conv_embed.2."),
+        ("stages.1.downsample.", "merge1."),
+        ("stages.0.blocks.", "stage1."),
+        ("stages.1.blocks.", "stage2."),
         ("head.fc.", "head."),
     ],
     "fv_halonet_h0": [],
@@ -345,3 +377,42 @@ def test_florences_channel_attention_takes_the_slots_at_their_word_and_scales_by
     weights = (q @ k.mT / 35**0.5).softmax(-1)
     expected = (weights @ v).flatten(1, 2).mT.unflatten(1, (5, 7))
     torch.testing.assert_close(attention(x), attention.proj(expected))
+
+
+AGENTS = [name for name in FAMILIES if name.startswith("agent")]
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_an_official_agent_file_loads_into_a_model_for_another_image_size(name, saved):
+    """Masks and indices, which depend on the size, are dropped; what is for the same size stays to the bit."""
+
+    def with_buffers(state):
+        more = {"layers.1.blocks.0.attn_mask": torch.zeros(4, 9, 9)}
+        return state | more | {"layers.1.blocks.0.attn.relative_position_index": torch.zeros(9, 9, dtype=torch.int64)}
+
+    model, file = saved(name, with_buffers)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load(name, file)(x), model(x))
+    larger = load(name, file, img_size=48)
+    assert larger(torch.randn(1, 3, 48, 48)).shape == (1, 1000)
+    own, before = larger.state_dict(), model.state_dict()
+    resized = {key for key, value in own.items() if value.shape != before[key].shape}
+    assert resized and all(key.endswith(("_bias", "pos_embed", "bias_table")) for key in resized)
+    for key in own.keys() - resized:
+        assert torch.equal(own[key], before[key]), key
+    key = next(key for key in resized if key.endswith("ah_bias"))
+    line = torch.nn.functional.interpolate(before[key][0, :, :, :, 0], size=own[key].shape[3], mode="linear")
+    torch.testing.assert_close(own[key][0, :, :, :, 0], line)
+
+
+def test_the_tag_of_agent_weights_sets_the_image_size_unless_the_caller_does():
+    def side(name, **kwargs):
+        return timm.create_model(name, device="meta", **kwargs).stem.map_size
+
+    assert side("agent_deit_small") == (14, 14) and side("agent_deit_small.in1k_448") == (28, 28)
+    assert side("agent_deit_small.in1k_448", img_size=224) == (14, 14)
+    assert side("agent_pvt_medium.in1k_256") == (64, 64) and side("agent_pvt_medium", img_size=(96, 160)) == (24, 40)
+    swin = timm.create_model("agent_swin_base.in1k_384", device="meta")
+    assert swin.stages[0].blocks[0].attn.side == 96 and swin.stages[3].blocks[0].attn.window == 12
+    cswin = timm.create_model("agent_cswin_base.in1k_384", device="meta")
+    assert cswin.stages[2].blocks[0].stripe == 12 and cswin.stages[0].blocks[0].attns[0].ah_bias.shape[3] == 96

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from small_models import KINDS, OF_TIMMS_CLASSES, SMALL, TOKENS, alive, small
+from small_models import KINDS, OF_TIMMS_CLASSES, SMALL, TOKENS, WITH_CLASS_TOKEN, alive, small
 from torch import nn
 
 every_small = pytest.mark.parametrize("name", SMALL)
@@ -61,7 +61,10 @@ def test_the_classifier_can_be_an_identity(name):
     torch.testing.assert_close(out, maps if of_maps else model.forward_head(maps, pre_logits=True))
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name not in TOKENS])
+every_chain = pytest.mark.parametrize("name", [name for name in SMALL if name not in (*TOKENS, *WITH_CLASS_TOKEN)])
+
+
+@every_chain
 def test_the_children_without_the_head_make_a_sequence(name):
     model = alive(small(name))
     expected = model.forward_features(X)
@@ -80,7 +83,7 @@ def copy_weights(features, model):
         tensor.copy_(weights[bare.replace(".", "_")])
 
 
-@every_small
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in WITH_CLASS_TOKEN])
 @pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
 def test_every_feature_wrapper_of_timm_gives_the_same_maps(name, feature_cls):
     if name in TOKENS and feature_cls != "getter":

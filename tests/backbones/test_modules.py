@@ -34,6 +34,8 @@ def disturbed(x):
     """Change every value of a tensor, or of the tensors in a tuple, in a pattern that no norm takes out."""
     if isinstance(x, tuple):
         return tuple(disturbed(part) for part in x)
+    if not isinstance(x, Tensor):  # the size of a map
+        return x
     pattern = torch.arange(x.numel(), device=x.device, dtype=torch.float32).add(1).mul(1.7).sin().view(x.shape)
     return x + ((x.abs().mean() + 0.1) * pattern).to(x.dtype)
 
@@ -233,8 +235,10 @@ def takes(attach: Callable, module: nn.Module) -> bool:
 
 
 def never_called(model: nn.Module) -> set[str]:
-    """The stochastic depth of timm's MobileNet blocks that have no shortcut."""
-    return {f"{path}.drop_path" for path, module in model.named_modules() if getattr(module, "has_skip", True) is False}
+    """The stochastic depth of timm's MobileNet blocks that have no shortcut; lists, whose modules are called."""
+    modules = dict(model.named_modules())
+    idle = {f"{path}.drop_path" for path, module in modules.items() if getattr(module, "has_skip", True) is False}
+    return idle | {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
 
 
 def faults(name: str, attach: Callable, where: list[str]) -> list[str]:

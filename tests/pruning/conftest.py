@@ -7,6 +7,7 @@ from torch import nn
 
 NAT = {"dims": (32, 64), "depths": (1, 2), "kernel_size": 3, "head_dim": 8}
 BIFORMER = {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "dense_heads": 4, "regions": 3}
+AGENT = {"dims": (16, 32), "depths": (1, 2), "heads": (2, 4), "agent_num": (4, 4), "img_size": 40}
 SMALL = {
     "nat_mini": NAT,
     "nat_small": NAT,  # layer scales
@@ -39,6 +40,12 @@ SMALL = {
     "ninformer": {"dims": (16, 16), "depths": (1, 1), "hidden_dim": 24, "img_size": 40},
     "flowformer_cv": {"dims": (16, 32), "depths": (1, 2), "heads": 2, "img_size": 40},
     "mixer_vit_tiny": {"dims": (16,) * 2, "depths": (1,) * 2, "heads": 2, "patch_size": 8},
+    "agent_deit_tiny": {
+        "dim": 16, "depth": 3, "heads": 2, "patch_size": 8, "agent_num": (4,) * 4, "img_size": 40, "agent_layer": 2
+    },
+    "agent_pvt_tiny": AGENT | {"attn_type": "AB", "mlp_ratios": (2, 2), "agent_sr_ratios": "21", "sr_ratios": "21"},
+    "agent_swin_tiny": AGENT | {"attn_type": "AB"},
+    "agent_cswin_tiny": AGENT | {"attn_type": "AB", "split_size": "21"},
     "test_vit": {"img_size": 48},
     "test_resnet": {},
     "test_convnext": {},
@@ -78,6 +85,10 @@ KINDS = {  # what each can lose; the rest is refused
     "ninformer": "mlp",
     "flowformer_cv": "heads mlp",
     "mixer_vit_tiny": "mlp",
+    "agent_deit_tiny": "heads channels mlp",
+    "agent_pvt_tiny": "heads mlp",
+    "agent_swin_tiny": "heads channels mlp",
+    "agent_cswin_tiny": "mlp",
     "test_vit": "heads mlp",
     "test_resnet": "conv width",
     "test_convnext": "mlp",

@@ -67,6 +67,13 @@ def test_published_values_reach_the_recipes():
     davit, halonet = load_recipe("fv_davit_base_8xb128_in1k"), load_recipe("fv_halonet50ts_8xb256_in1k")
     assert (davit.optimizer.clip_grad, davit.schedule.min_lr, davit.data.crop_pct) == (1.0, 1e-5, 0.9)
     assert (halonet.optimizer.opt, halonet.augment.repeats, halonet.data.img_size) == ("lamb", 3, 256)
+    agent = {size: load_recipe(f"agent_pvt_{size}_in1k") for size in ("tiny_8xb128", "large_8xb64")}
+    assert [r.optimizer.clip_grad for r in agent.values()] == [None, 1.0]
+    assert [(r.schedule.warmup_epochs, r.schedule.cooldown_epochs) for r in agent.values()] == [(5, 10)] * 2
+    assert [r.optimizer.lr for r in agent.values()] == [1e-3, 5e-4]
+    deit, cswin = load_recipe("agent_deit_tiny_8xb512_in1k"), load_recipe("agent_cswin_base_8xb64_in1k")
+    assert (deit.optimizer.lr, deit.schedule.min_lr, deit.model.drop_path_rate) == (4e-3, 4e-5, 0.0)
+    assert (cswin.ema, cswin.optimizer.weight_decay, cswin.optimizer.clip_grad) == (0.99992, 0.1, None)
     eca, mobile = load_recipe("eca_resnet101_8xb32_in1k"), load_recipe("eca_mobilenet_v2_1xb96_in1k")
     assert (eca.schedule.step_epochs, eca.schedule.step_rate, eca.augment.randaugment) == (30, 0.1, None)
     assert (mobile.schedule.epochs, mobile.schedule.step_rate, mobile.optimizer.lr) == (400, 0.98, 0.045)

@@ -1,0 +1,15 @@
+"""Agent-DeiT-B on ImageNet-1k at 224, from scratch.
+
+Command    torchrun --no-python --nproc-per-node 8 foveate train agent_deit_base_8xb128_in1k --data IMAGENET \
+           --launcher pytorch
+Published  82.0 top-1 (Han et al. 2023, arXiv:2312.08874; official repository)
+Ours       -
+Differs    RandAugment capped at 9, see imagenet_1k.
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.agent_300e import *
+
+model = dict(name="agent_deit_base", drop_path_rate=0.3)
