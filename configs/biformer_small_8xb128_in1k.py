@@ -4,7 +4,7 @@ Command    torchrun --no-python --nproc-per-node 8 foveate train biformer_small_
            --launcher pytorch
 Published  83.8 top-1 (Zhu et al. 2023, arXiv:2303.08810)
 Ours       -
-Differs    RandAugment capped at 9, and the differences of the base. The authors' script shows 2048 images on two nodes.
+Differs    The differences of the base. The authors' script shows 2048 images on two nodes.
 """
 
 from mmengine.config import read_base

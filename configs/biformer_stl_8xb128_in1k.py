@@ -4,7 +4,7 @@ Command    torchrun --no-python --nproc-per-node 8 foveate train biformer_stl_8x
            --launcher pytorch
 Published  82.7 top-1 (Zhu et al. 2023, arXiv:2303.08810)
 Ours       -
-Differs    RandAugment capped at 9, and the differences of the base.
+Differs    The differences of the base.
 """
 
 from mmengine.config import read_base

@@ -4,7 +4,7 @@ Command    torchrun --no-python --nproc-per-node 8 foveate train dinat_isotropic
            --launcher pytorch
 Published  80.8 top-1 (Hassani, Shi 2022, arXiv:2209.15001)
 Ours       -
-Differs    RandAugment capped at 9, see the base.
+Differs    nothing that is known
 """
 
 from mmengine.config import read_base

@@ -4,7 +4,7 @@ Command    torchrun --no-python --nproc-per-node 8 foveate train fv_davit_base_8
            --launcher pytorch
 Published  84.6 top-1 (Ding et al. 2022, arXiv:2204.03645; official repository)
 Ours       -
-Differs    RandAugment capped at 9, see imagenet_1k. Drop path grows from pair to pair of blocks, as in
+Differs    Drop path grows from pair to pair of blocks, as in
            timm, where the official code lets it grow from block to block.
 """
 

@@ -4,7 +4,7 @@ Command    torchrun --no-python --nproc-per-node 8 foveate train litv2_base_8xb1
            --launcher pytorch --cfg-options model.checkpoint=litv2_b.pth
 Published  84.7 top-1 (Pan et al. 2022, arXiv:2205.13213)
 Ours       -
-Differs    RandAugment capped at 9; validation takes the center crop, the authors resize the whole image to a square.
+Differs    Validation takes the center crop, the authors resize the whole image to a square.
 """
 
 from mmengine.config import read_base

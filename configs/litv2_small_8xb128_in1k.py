@@ -4,7 +4,7 @@ Command    torchrun --no-python --nproc-per-node 8 foveate train litv2_small_8xb
            --launcher pytorch
 Published  82.0 top-1 (Pan et al. 2022, arXiv:2205.13213)
 Ours       -
-Differs    RandAugment capped at 9.
+Differs    nothing that is known
 """
 
 from mmengine.config import read_base

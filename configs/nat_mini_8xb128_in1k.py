@@ -4,7 +4,7 @@ Command    torchrun --no-python --nproc-per-node 8 foveate train nat_mini_8xb128
            --launcher pytorch
 Published  81.8 top-1 (Hassani et al. 2023, arXiv:2204.07143)
 Ours       -
-Differs    RandAugment capped at 9, see the base.
+Differs    nothing that is known
 """
 
 from mmengine.config import read_base

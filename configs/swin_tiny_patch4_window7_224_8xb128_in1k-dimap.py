@@ -4,7 +4,7 @@ Command    torchrun --no-python --nproc-per-node 8 foveate train swin_tiny_patch
            --data IMAGENET --launcher pytorch
 Published  81.17, 81.11, 80.35 top-1 with 15, 35, 55 % of the weights removed (arXiv:2404.13648, table 1)
 Ours       -
-Differs    RandAugment capped at 9, see the base. Drop path is that of Swin's training: the paper gives no value.
+Differs    Drop path is that of Swin's training: the paper gives no value.
 """
 
 from mmengine.config import read_base

@@ -4,7 +4,7 @@ Command    torchrun --no-python --nproc-per-node 8 foveate train van_b1_8xb128_i
            --launcher pytorch
 Published  81.1 top-1 (Guo et al. 2023, arXiv:2202.09741)
 Ours       -
-Differs    RandAugment capped at 9, see the base.
+Differs    nothing that is known
 """
 
 from mmengine.config import read_base

@@ -11,7 +11,7 @@ from PIL import Image
 CLASSES = ("ant", "bee", "cow")
 EVERYTHING = {  # all that draws random numbers, and an accumulation that does not divide the epoch
     "augment": {
-        "randaugment": "rand-m9-mstd0.5-mmax9-inc1", "hflip": 0.5, "scale": (0.5, 1.0), "rotate": 10.0, "shift": 0.1,
+        "randaugment": "rand-m9-mstd0.5-inc1", "hflip": 0.5, "scale": (0.5, 1.0), "rotate": 10.0, "shift": 0.1,
         "erasing": 0.5, "mixup": 0.4, "cutmix": 0.5, "smoothing": 0.1,
     },
     "ema": 0.8, "accumulate": 4, "precision": "bf16",

@@ -1,17 +1,21 @@
 """Train and fine-tune from recipes: timm's models, data and optimizers in MMEngine's loop."""
 
 from .checkpoints import export_adapter, export_weights, load_net
-from .errors import MissingPackageError, TrainError
+from .errors import DivergedError, MissingPackageError, StoppedError, StorageError, TrainError
+from .lock import FolderInUseError
 from .recipe import Recipe
 from .recipe_files import find_recipe, list_recipes, load_recipe
-from .report import DivergedError, read_scalars
+from .report import read_scalars
 from .runner import EvalResult, TrainResult, evaluate, train
 
 __all__ = [
     "DivergedError",
     "EvalResult",
+    "FolderInUseError",
     "MissingPackageError",
     "Recipe",
+    "StoppedError",
+    "StorageError",
     "TrainError",
     "TrainResult",
     "evaluate",

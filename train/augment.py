@@ -26,7 +26,7 @@ class BatchTransform(BaseDataPreprocessor):
         self.augment = augment
         self.register_buffer("mean", _per_channel(recipe.data.mean), persistent=False)
         self.register_buffer("std", _per_channel(recipe.data.std), persistent=False)
-        self.mix = _mix(augment, recipe.model.num_classes) if augment.mixes else None
+        self.mix = _mix(recipe) if augment.mixes else None
 
     def forward(self, data: Sequence[Tensor], training: bool = False) -> tuple[Tensor, Tensor]:
         images, targets = self.cast_data(tuple(data))
@@ -63,12 +63,14 @@ def _per_channel(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
 
 
-def _mix(augment: AugmentRecipe, num_classes: int) -> Mixup:
+def _mix(recipe: Recipe) -> Mixup:
+    augment = recipe.augment
     return Mixup(
         mixup_alpha=augment.mixup,
         cutmix_alpha=augment.cutmix,
         prob=1.0 if augment.mix_prob is None else augment.mix_prob,
         switch_prob=0.5 if augment.switch_prob is None else augment.switch_prob,
         label_smoothing=augment.smoothing,
-        num_classes=num_classes,
+        num_classes=recipe.model.num_classes,
+        multi_label=recipe.loss.multi_label,
     )

@@ -1,8 +1,12 @@
 """Checkpoints: written atomically, made of tensors and plain data only, loaded without running code.
 
-A work_dir holds epoch_N.pth (the newest few, with everything a resumed run needs), best.pth (weights only), the folder
-adapter (its LoRA adapters, if the recipe has them) and last_checkpoint (name of the newest). Keys: meta, state_dict
-(EMA weights where EMA is on), optimizer, ema_state_dict (then the raw weights and the EMA's step count).
+A work_dir holds epoch_N.pth (the newest few, with everything a resumed run needs), epoch_N_iter_M.pth (within an epoch:
+N epochs and M iterations are done; one file, removed after the epoch), best.pth (weights only), the folder adapter (its
+LoRA adapters, if the recipe has them) and last_checkpoint (name of the newest).
+
+Keys: meta, state_dict (averaged weights where EMA is on; in best.pth whichever validated better: meta.weights),
+optimizer, ema_state_dict (then the raw weights and the number of averaged steps), processes (within an epoch: what each
+process adds, such as its sum of losses).
 """
 
 import re
@@ -27,23 +31,31 @@ from .recipe_files import load_recipe
 POINTER = "last_checkpoint"
 BEST = "best.pth"
 ADAPTER = "adapter"  # folder of the best LoRA adapters, as peft reads them
-_EPOCH = re.compile(r"epoch_(\d+)\.pth")
+_EPOCH = re.compile(r"epoch_(\d+)(?:_iter_(\d+))?\.pth")
 _NET = "net."  # Classifier's attribute
 _META = {
     **{"epoch": int, "iter": int, "seed": int, "processes": int, "recipe": dict, "versions": dict},
     **{"classes": list | None, "best": dict | None},
+    **{"batch": int, "batches": int, "images": int, "pending": bool, "weights": str},
 }
 
 
 def write_epoch(work_dir: Path, checkpoint: dict[str, Any], keep: int) -> Path:
     """Write epoch_N.pth and its name to last_checkpoint, then remove all but the newest `keep` files."""
-    path = work_dir / f"epoch_{checkpoint['meta']['epoch']}.pth"
-    with atomic_path(path) as part:
-        save_torch(checkpoint, part)
-    with atomic_path(work_dir / POINTER) as part:
-        part.write_text(f"{path.name}\n")
-    for old in list_epochs(work_dir)[keep:]:
+    path = _write(work_dir, checkpoint, f"epoch_{checkpoint['meta']['epoch']}.pth")
+    for old in (*list_epochs(work_dir)[keep:], *_list_within(work_dir)):
         old.unlink()
+    return path
+
+
+def write_within(work_dir: Path, checkpoint: dict[str, Any]) -> Path:
+    """Write a checkpoint within an epoch and its name to last_checkpoint, then remove the one before it."""
+    meta = checkpoint["meta"]
+    done = meta["epoch"] - meta["pending"]  # an epoch whose validation is pending is not done
+    path = _write(work_dir, checkpoint, f"epoch_{done}_iter_{meta['iter']}.pth")
+    for old in _list_within(work_dir):
+        if old != path:
+            old.unlink()
     return path
 
 
@@ -56,9 +68,27 @@ def write_best(work_dir: Path, checkpoint: dict[str, Any]) -> Path:
 
 
 def list_epochs(work_dir: Path) -> list[Path]:
-    """Return the epoch files of a work_dir, newest first."""
-    found = {int(m[1]): path for path in work_dir.glob("epoch_*.pth") if (m := _EPOCH.fullmatch(path.name))}
-    return [found[epoch] for epoch in sorted(found, reverse=True)]
+    """Return the files of whole epochs in a work_dir, newest first."""
+    return [path for path in list_checkpoints(work_dir) if "_iter_" not in path.name]
+
+
+def list_checkpoints(work_dir: Path) -> list[Path]:
+    """Return the files from which a run can be resumed, newest first; those within epochs are among them."""
+    found = {path: match for path in work_dir.glob("epoch_*.pth") if (match := _EPOCH.fullmatch(path.name))}
+    return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2] or -1)), reverse=True)
+
+
+def _list_within(work_dir: Path) -> list[Path]:
+    return [path for path in list_checkpoints(work_dir) if "_iter_" in path.name]
+
+
+def _write(work_dir: Path, checkpoint: dict[str, Any], name: str) -> Path:
+    path = work_dir / name
+    with atomic_path(path) as part:
+        save_torch(checkpoint, part)
+    with atomic_path(work_dir / POINTER) as part:
+        part.write_text(f"{name}\n")
+    return path
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -104,7 +134,7 @@ def find_resumable(work_dir: Path, say: Callable[[str], None]) -> Path | None:
     """Return the newest complete checkpoint, or None; pass a message about each damaged one to `say`."""
     for part in work_dir.glob(f".*{PART}"):  # left by a killed process
         rmtree(part)
-    candidates = list_epochs(work_dir)
+    candidates = list_checkpoints(work_dir)
     for path in candidates:
         try:
             read_checkpoint(path)

@@ -1,26 +1,30 @@
 """Data loaders of a recipe: uint8 images (B, C, H, W) and class indices (B,).
 
-Decoding, cropping, flips, color jitter and RandAugment run here per image, in worker processes if there are any. What
-can run per batch on the device is in augment.py.
+Decoding, cropping, flips, color jitter and RandAugment run per image, in worker processes if there are any. What can
+run per batch on the device is in augment.py.
 """
 
-import signal
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from mmengine.dataset import DefaultSampler
-from mmengine.dist import get_dist_info
 from PIL import Image
 from timm.data import create_transform
-from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms
 
 from .errors import TrainError
+from .images import Collate, Images
+from .interrupt import outlive_signals
+from .policies import black_at_0_bits
 from .recipe import DataRecipe, Recipe
+from .samplers import EpochSampler
 from .sources import Transform, class_names, open_split
+
+_WORKERS_PER_CPU, _FEW_WORKERS = 4, 32
 
 
 def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoader, DataLoader, list[str] | None]:
@@ -29,17 +33,21 @@ def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoad
     Raises:
         TrainError: the data cannot be opened, or the number of classes is not model.num_classes.
     """
+    _check_workers(recipe.data.workers)
     train = open_split(recipe.data, recipe.data.train_split, train_transform(recipe), fixed=not _random(recipe))
     classes = class_names(train)
     _check_classes(recipe.data, recipe.data.train_split, classes, recipe.model.num_classes)
     val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
-    loader = _loader(recipe, train, _train_sampler(recipe, train), pin_memory, drop_last=True)
+    images = Images(train, _shape(recipe), "skip", recipe.data.max_unreadable)
+    sampler = EpochSampler(images, recipe.seed, recipe.batch_size, recipe.augment.repeats)
+    loader = _loader(recipe, images, sampler, pin_memory, drop_last=True)
     if not len(loader):
-        images = len(loader.sampler)  # type: ignore[arg-type]  # torch's Sampler declares no length
         raise TrainError(
-            f"data: the training split gives each process {images} images, fewer than one "
+            f"data: the training split gives each process {len(sampler)} images, fewer than one "
             f"batch_size {recipe.batch_size} (a partial batch is dropped)"
         )
+    if recipe.accumulate > len(loader):
+        raise TrainError(f"accumulate: {recipe.accumulate} batches per step, but an epoch has {len(loader)} batches")
     return loader, _val_loader(recipe, val, pin_memory), classes
 
 
@@ -62,18 +70,26 @@ def draw_batches(
         seed: random seed of the selection.
 
     Raises:
-        TrainError: the data cannot be opened, it has another number of classes, or too few images.
+        TrainError: the data cannot be opened, it has another number of classes, too few images, or a file that cannot
+            be read.
     """
     split = open_split(data, data.train_split, transform, fixed=False)
     _check_classes(data, data.train_split, class_names(split), num_classes)
-    count = len(split)  # type: ignore[arg-type]  # torch's Dataset declares no length
+    images = Images(split, (1, 1, 1))
+    count = len(images)
     if count < batches * batch_size:
         raise TrainError(
             f"data: {data.root or data.source} has {count} images in {data.train_split!r}, fewer than {batches} "
             f"batches of {batch_size}"
         )
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: batches * batch_size]
-    return list(DataLoader(Subset(split, drawn.tolist()), batch_size, collate_fn=Collate(num_classes)))
+    loader = DataLoader(Subset(images, drawn.tolist()), batch_size, collate_fn=Collate(num_classes))
+    batches_drawn = []
+    for batch in loader:
+        if batch.error:
+            raise TrainError(batch.error)
+        batches_drawn.append((batch.images, batch.targets))
+    return batches_drawn
 
 
 def train_transform(recipe: Recipe) -> transforms.Compose:
@@ -92,6 +108,7 @@ def train_transform(recipe: Recipe) -> transforms.Compose:
         steps = create_transform(data.img_size, is_training=True, normalize=False, **options)
     except (AssertionError, KeyError, ValueError) as error:
         raise TrainError(f"augment.randaugment: timm cannot read {augment.randaugment!r}") from error
+    black_at_0_bits(steps.transforms)
     return transforms.Compose([ToMode(recipe.model.in_chans), *steps.transforms])
 
 
@@ -109,20 +126,9 @@ class ToMode:
         self.mode = "L" if channels == 1 else "RGB"
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # as Pillow advises; the transparency is dropped below
         return image if image.mode == self.mode else image.convert(self.mode)
-
-
-class Collate:
-    """Stack samples, and refuse a class index that the model has no output for."""
-
-    def __init__(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-
-    def __call__(self, samples: list | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, targets = samples if isinstance(samples, tuple) else default_collate(samples)
-        if len(wrong := targets[(targets < 0) | (targets >= self.num_classes)]):
-            raise TrainError(f"data: class index {int(wrong[0])}, but model.num_classes is {self.num_classes}")
-        return images, targets
 
 
 def _random(recipe: Recipe) -> bool:
@@ -144,29 +150,33 @@ def _check_classes(data: DataRecipe, split: str, classes: Sequence[str] | None, 
         )
 
 
-def _train_sampler(recipe: Recipe, dataset: Dataset) -> Sampler:
-    rank, processes = get_dist_info()
-    if recipe.augment.repeats > 1:
-        return RepeatAugSampler(dataset, processes, rank, num_repeats=recipe.augment.repeats)
-    return DefaultSampler(dataset, shuffle=True, seed=recipe.seed)
+def _shape(recipe: Recipe) -> tuple[int, int, int]:
+    size = recipe.data.img_size
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return recipe.model.in_chans, rows, columns
+
+
+def _check_workers(workers: int) -> None:
+    """Refuse more loader processes than any machine like this one can use."""
+    cpus = os.cpu_count() or 1
+    if workers > max(_FEW_WORKERS, _WORKERS_PER_CPU * cpus):
+        most = max(_FEW_WORKERS, _WORKERS_PER_CPU * cpus)
+        raise TrainError(f"data.workers: wanted at most {most} loader processes on {cpus} CPUs, got {workers}")
 
 
 def _val_loader(recipe: Recipe, dataset: Dataset, pin_memory: bool) -> DataLoader:
-    return _loader(recipe, dataset, DefaultSampler(dataset, shuffle=False), pin_memory, drop_last=False)
+    images = Images(dataset, _shape(recipe), "mark")
+    return _loader(recipe, images, DefaultSampler(images, shuffle=False), pin_memory, drop_last=False)
 
 
-def _loader(recipe: Recipe, dataset: Dataset, sampler: Sampler, pin_memory: bool, *, drop_last: bool) -> DataLoader:
+def _loader(recipe: Recipe, dataset: Images, sampler: Sampler, pin_memory: bool, *, drop_last: bool) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size=recipe.batch_size,
         sampler=sampler,
         drop_last=drop_last,
         num_workers=recipe.data.workers,
-        collate_fn=Collate(recipe.model.num_classes),
+        collate_fn=Collate(recipe.model.num_classes, multi_label=recipe.loss.multi_label),
         pin_memory=pin_memory,
-        worker_init_fn=_leave_ctrl_c_to_the_parent,
+        worker_init_fn=outlive_signals,
     )
-
-
-def _leave_ctrl_c_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,38 +1,32 @@
-"""Hooks that make a run repeatable and resumable: seeds, learning rate, EMA, checkpoints.
+"""Hooks that make a run repeatable (seeds, learning rate, end of mixing), and hooks that a recipe names.
 
-All random numbers of an epoch depend on (seed, epoch, process) only, so a resumed run equals an uninterrupted one bit
-for bit: shuffling, augmentation in workers, mixup, drop path and dropout.
+The random numbers of a step depend on (seed, epoch, batch, process) only, those of an image's augmentation on (seed,
+epoch, place in the epoch). So a resumed run equals an uninterrupted one bit for bit, from any step on.
 """
 
-import random
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from mmengine import registry as registries
-from mmengine.dist import all_reduce_params, get_dist_info, master_only
-from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
+from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, Registry
 from mmengine.runner import Runner
-from torch import nn
 
-from .._errors import did_you_mean, first_line
-from ..export.adapters import save_adapter
+from .._errors import RequestError, did_you_mean, first_line
 from ..pruning.hook import KeepMasks
-from .checkpoints import ADAPTER, net_weights, write_best, write_epoch
 from .errors import TrainError
+from .images import seed_everything
 from .optim import lr_at
-from .recipe import Recipe, recipe_data
+from .recipe import Recipe
+from .together import unwrapped
+
+__all__ = ["REGISTERED", "LearningRate", "MixingEnds", "Seeds", "build_hooks", "seed_everything", "start_hook"]
 
 REGISTERED = (KeepMasks,)  # the import registers the class, so that JSON and YAML recipes can name it
 
 
-class SeedEpoch(Hook):
-    """Seed everything at the start of each epoch, and restart gradient accumulation."""
+class Seeds(Hook):
+    """Seed everything before each step, and restart gradient accumulation in each epoch."""
 
     priority = "VERY_HIGH"
 
@@ -40,9 +34,12 @@ class SeedEpoch(Hook):
         self.seed = seed
 
     def before_train_epoch(self, runner: Runner) -> None:
-        seed_everything(self.seed, runner.epoch, runner.rank)
-        # counts from 0 to the epoch's length: the last, partial group steps too, and no gradient crosses a checkpoint
-        runner.optim_wrapper.initialize_count_status(runner.model, 0, len(runner.train_dataloader))
+        # counts up to the epoch's length: the last, partial group steps too, and no gradient crosses a checkpoint
+        batches = len(runner.train_dataloader)
+        runner.optim_wrapper.initialize_count_status(runner.model, runner.train_loop.batch, batches)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        seed_everything(self.seed, runner.epoch, batch_idx, runner.rank)
 
 
 class LearningRate(Hook):
@@ -64,67 +61,31 @@ class LearningRate(Hook):
             group["lr"] = lr_at(epoch, self.recipe.schedule, top) * group.get("lr_scale", 1.0)
 
 
-class Ema(EMAHook):
-    """Average weights and float buffers as timm does: no warm-up, one update per optimizer step."""
+class MixingEnds(Hook):
+    """Turn mixup and cutmix off after some epochs; targets stay smoothed."""
 
-    def __init__(self, decay: float, accumulate: int) -> None:
-        super().__init__(momentum=1 - decay, interval=accumulate, update_buffers=True, strict_load=True)
+    priority = "VERY_HIGH"
 
-    def after_train_epoch(self, runner: Runner) -> None:
-        all_reduce_params(self.ema_model.module.buffers(), op="mean")  # BatchNorm statistics differ between processes
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        unwrapped(runner.model).data_preprocessor.mix.mixup_enabled = runner.epoch < self.epochs
 
 
-class SaveCheckpoints(Hook):
-    """Write the checkpoint after an epoch's validation; best.pth and LoRA adapters when top-1 is the best so far."""
+def start_hook(hook: Hook, stage: str, runner: Runner) -> None:
+    """Call a hook that a recipe names, before the first step.
 
-    priority = "VERY_LOW"  # after EMA has swapped back and the log line is written
-
-    def __init__(self, recipe: Recipe, work_dir: Path, classes: Sequence[str] | None) -> None:
-        self.recipe = recipe
-        self.work_dir = work_dir
-        self.classes = classes
-        self.best: dict[str, float] | None = None
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        self.best = checkpoint["meta"]["best"]
-
-    @master_only
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
-        improved = self.best is None or metrics["top1"] > self.best["top1"]
-        if improved:
-            self.best = {"epoch": runner.epoch, "top1": metrics["top1"]}
-        due = runner.epoch % self.recipe.checkpoint.interval == 0 or runner.epoch == runner.max_epochs
-        if not (improved or due):
-            return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        checkpoint = self._snapshot(runner, model)
-        if improved:
-            write_best(self.work_dir, checkpoint)
-            if self.recipe.model.lora is not None:
-                save_adapter(model.net, self.work_dir / ADAPTER, net_weights(checkpoint))
-        if due:
-            write_epoch(self.work_dir, checkpoint, self.recipe.checkpoint.keep)
-
-    def _snapshot(self, runner: Runner, model: nn.Module) -> dict[str, Any]:
-        checkpoint = {
-            "meta": self._meta(runner),
-            "state_dict": model.state_dict(),
-            "optimizer": runner.optim_wrapper.state_dict(),
-        }
-        runner.call_hook("before_save_checkpoint", checkpoint=checkpoint)
-        return checkpoint
-
-    def _meta(self, runner: Runner) -> dict[str, Any]:
-        return {
-            "epoch": runner.epoch,
-            "iter": runner.iter,
-            "seed": self.recipe.seed,
-            "recipe": recipe_data(self.recipe),
-            "classes": None if self.classes is None else list(self.classes),
-            "processes": get_dist_info()[1],
-            "best": self.best,
-            "versions": {name: version(name) for name in ("foveate", "torch", "timm", "mmengine")},
-        }
+    Raises:
+        TrainError: it does not start, for example because of an argument that it checks only now.
+    """
+    try:
+        getattr(hook, stage)(runner)
+    except (RequestError, OSError):
+        raise
+    except Exception as error:  # a hook may fail in any way
+        name = type(hook).__name__
+        raise TrainError(f"hooks: {name} cannot start: {type(error).__name__}: {first_line(error)}") from error
 
 
 def build_hooks(recipe: Recipe) -> list[Hook]:
@@ -165,11 +126,3 @@ def _unregistered(value: Any) -> str | None:
 
 def _registered(name: str) -> bool:
     return any(name in registry.module_dict for registry in vars(registries).values() if isinstance(registry, Registry))
-
-
-def seed_everything(*numbers: int) -> None:
-    """Seed Python, NumPy and torch (all devices) from any tuple of numbers."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

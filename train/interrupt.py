@@ -1,10 +1,11 @@
-"""Handle Ctrl-C between two iterations.
+"""Signals are acted on between two steps.
 
 Python drops a KeyboardInterrupt during a fork (loader workers are forked in each epoch), and one inside a collective
 call or a write leaves an inconsistent state. So the first Ctrl-C is raised after the iteration, a second one
-immediately.
+immediately. SIGTERM, SIGUSR1 and SIGHUP, with which schedulers announce the end of a job, ask for a checkpoint.
 """
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -13,22 +14,34 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from .together import Flags
 
-class CtrlC(Hook):
-    """A hook and context manager that delays Ctrl-C; outside the main thread it changes nothing."""
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+
+
+class Signals(Hook):
+    """A hook and context manager that delays signals; outside the main thread it changes nothing."""
 
     priority = "VERY_LOW"
 
-    def __enter__(self) -> "CtrlC":
+    def __init__(self, flags: Flags | None = None) -> None:
+        self.flags = flags
+        self.previous: dict[int, Any] = {}
         self.pressed = False
-        self.previous = None
+
+    def __enter__(self) -> "Signals":
+        self.pressed = False
+        self.previous = {}
         if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGINT, self._remember)
+            self.previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._remember)
+            for number in _ENDING if self.flags is not None else ():
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+                    self.previous[number] = signal.signal(number, self._ask_to_stop)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self._raise()
@@ -41,6 +54,28 @@ class CtrlC(Hook):
             raise KeyboardInterrupt
         self.pressed = True
 
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        assert self.flags is not None
+        if self.flags.mine["stop"]:  # the second one: the run does not get to its next step
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.flags.mine["stop"] = number
+
     def _raise(self) -> None:
         if self.pressed:
             raise KeyboardInterrupt
+
+
+def outlive_signals(worker: int) -> None:
+    """Let a loader worker outlive signals to the whole group of processes: its parent needs it for the last step.
+
+    The parent ends it through its queue. A second SIGTERM, which a parent sends to a worker that hangs, ends it.
+    """
+    del worker  # its number; torch passes it
+    for number in (signal.SIGINT, *_ENDING):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_at_the_second)
+
+
+def _end_at_the_second(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)

@@ -1,20 +1,59 @@
 """Devices and processes: one process, or one per device with torchrun or SLURM."""
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from mmengine.dist import init_dist
 from torch import distributed
 
+from .._errors import first_line
 from .errors import TrainError
 from .recipe import Precision
 
-Launcher = Literal["none", "pytorch", "slurm"]
+Launcher = Literal["auto", "none", "pytorch", "slurm"]
 
 _STARTED_BY = {"pytorch": ("RANK", "torchrun"), "slurm": ("SLURM_PROCID", "srun")}
+_FIRST_PORT, _PORTS = 20_000, 20_000
+
+
+def detect_launcher() -> Launcher:
+    """Return what started this process, from the variables that torchrun and srun set.
+
+    The script of an sbatch job is not a task of srun: SLURM's variables in it describe the job, and it is one process.
+    """
+    if "RANK" in os.environ and (_number("WORLD_SIZE") > 1 or "TORCHELASTIC_RUN_ID" in os.environ):
+        return "pytorch"
+    in_step = "SLURM_STEP_ID" in os.environ or "SLURM_STEPID" in os.environ
+    tasks = _number("SLURM_STEP_NUM_TASKS") if in_step else _number("SLURM_NTASKS")
+    only_a_script = not in_step and os.environ.get("ENVIRONMENT") == "BATCH"
+    return "slurm" if "SLURM_PROCID" in os.environ and tasks > 1 and not only_a_script else "none"
+
+
+def resolve(launcher: Launcher) -> Launcher:
+    """Return the launcher, detected where it is "auto".
+
+    Raises:
+        TrainError: unknown launcher, or this process was not started by it.
+    """
+    if launcher == "auto":
+        return detect_launcher()
+    if launcher == "none":
+        return launcher
+    if launcher not in _STARTED_BY:
+        raise TrainError(f"launcher: wanted auto, none, pytorch or slurm, got {launcher!r}")
+    variable, program = _STARTED_BY[launcher]
+    if variable not in os.environ:
+        raise TrainError(f"launcher {launcher}: start the command with {program} ({variable} is not set)")
+    return launcher
+
+
+def is_first(launcher: Launcher) -> bool:
+    """Say whether this is process 0, before and after the process group exists."""
+    found = detect_launcher() if launcher == "auto" else launcher
+    return found == "none" or _number(_STARTED_BY[found][0]) == 0
 
 
 @contextmanager
@@ -22,7 +61,7 @@ def processes(launcher: Launcher, device: str | None) -> Iterator[torch.device]:
     """Join the process group, if any, and yield the device of this process; leave the group at the end.
 
     Args:
-        launcher: "none", "pytorch" (torchrun; gloo on CPU, NCCL on CUDA) or "slurm" (srun, CUDA).
+        launcher: "none"; "pytorch" (torchrun) or "slurm" (srun), with gloo on CPUs and NCCL on CUDA; "auto" detects it.
         device: "cpu", "cuda", "cuda:1", ...; None: CUDA if available. With a launcher each process takes
             the device of its local rank.
 
@@ -30,21 +69,19 @@ def processes(launcher: Launcher, device: str | None) -> Iterator[torch.device]:
         TrainError: unknown launcher, no such device, or not started by the launcher.
     """
     chosen = choose_device(device)
+    launcher = resolve(launcher)
     if launcher == "none":
         yield chosen
         return
-    if launcher not in _STARTED_BY:
-        raise TrainError(f"launcher: wanted none, pytorch or slurm, got {launcher!r}")
-    variable, program = _STARTED_BY[launcher]
-    if variable not in os.environ:
-        raise TrainError(f"launcher {launcher}: start the command with {program} ({variable} is not set)")
     if chosen.index is not None:
         raise TrainError(f"device {device}: launcher {launcher} sets the device of each process, use 'cuda' or 'cpu'")
-    _join(launcher, chosen)
-    try:
-        yield torch.device("cuda", torch.cuda.current_device()) if chosen.type == "cuda" else chosen
-    finally:
-        distributed.destroy_process_group()
+    with _environment(_slurm_variables() if launcher == "slurm" else {}):
+        try:
+            _join(chosen)
+            yield torch.device("cuda", torch.cuda.current_device()) if chosen.type == "cuda" else chosen
+        finally:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -71,10 +108,59 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         )
 
 
-def _join(launcher: Launcher, device: torch.device) -> None:
+def _join(device: torch.device) -> None:
+    local = _number("LOCAL_RANK")
     if device.type == "cuda":
-        init_dist(launcher, backend="nccl")  # also sets the device of this process
-    elif launcher == "slurm":
-        raise TrainError("launcher slurm: needs CUDA devices; on CPU nodes start torchrun and use launcher pytorch")
-    else:
-        distributed.init_process_group("gloo")  # MMEngine's own start calls CUDA
+        if local >= (gpus := torch.cuda.device_count()):
+            raise TrainError(f"launcher: process {local} of this machine has no GPU, there are {gpus}")
+        torch.cuda.set_device(local)
+    try:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except ValueError as error:  # MASTER_ADDR or another variable is missing
+        raise TrainError(f"launcher: cannot join the other processes: {first_line(error)}") from error
+
+
+def _slurm_variables() -> dict[str, str]:
+    """Return what torch reads for its process group, from the variables of srun."""
+    job = _number("SLURM_JOB_ID") + _number("SLURM_STEP_ID")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
+    found = {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(_FIRST_PORT + job % _PORTS)),
+    }
+    return found | {"MASTER_ADDR": os.environ.get("MASTER_ADDR") or _first_host()}
+
+
+def _first_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES", "1")
+    if nodes == "1":
+        return "127.0.0.1"
+    hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "")
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+        return done.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise TrainError(f"launcher slurm: scontrol cannot list the machines {hosts!r}; set MASTER_ADDR") from error
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _number(variable: str) -> int:
+    try:
+        return int(os.environ.get(variable, ""))
+    except ValueError:
+        return 0

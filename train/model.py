@@ -1,4 +1,4 @@
-"""A timm model for MMEngine: the loss in training, top-1 and top-5 hits and loss per image in validation.
+"""A timm model for MMEngine: the loss in training, hits and loss per image in validation.
 
 Autocast is entered here and not in the optimizer wrapper, so that validation runs at the precision of training.
 """
@@ -11,12 +11,9 @@ from typing import Any, Literal, get_type_hints
 
 import timm
 import torch
-from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import is_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .._errors import did_you_mean, first_line
 from .._files import UnreadableFileError
@@ -28,7 +25,9 @@ from ..export.adapters import add_lora
 from ..export.errors import ExportError
 from .augment import BatchTransform
 from .errors import TrainError
-from .recipe import AugmentRecipe, LoraRecipe, ModelRecipe, Precision, Recipe
+from .losses import choose_loss, judge, unread_row
+from .parallel import frozen_norms
+from .recipe import LoraRecipe, ModelRecipe, Precision, Recipe
 
 DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")  # in official files and in timm's
@@ -36,52 +35,56 @@ _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 class Classifier(BaseModel):
-    def __init__(self, recipe: Recipe, net: nn.Module) -> None:
+    def __init__(self, recipe: Recipe, net: nn.Module, teacher: Any = None) -> None:
+        """Args:
+        teacher: a `teacher.Teacher`, if recipe.distill is set; it is no submodule.
+        """
         super().__init__(data_preprocessor=BatchTransform(recipe))
         self.net = net
-        self.loss = choose_loss(recipe.augment)
+        self.loss = choose_loss(recipe)
+        self.teacher = teacher
         self.autocast_dtype = DTYPES[recipe.precision]
+        self.channels_last = recipe.engine.channels_last
+        self.freezes = bool(recipe.model.freeze)
 
     def forward(self, images: Tensor, targets: Tensor, mode: Literal["tensor", "loss", "predict"] = "tensor") -> Any:
-        """Return logits, {"loss": scalar}, or [top-1 hit, top-5 hit, cross-entropy] per image."""
-        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            logits = self.net(images)
-        logits = logits.float()
+        """Return logits, {"loss": scalar}, or `judge`'s row per image."""
+        logits = self.logits(images)
         if mode == "loss":
-            return {"loss": self.loss(logits, targets)}
+            loss = self.loss(logits, targets)
+            if self.teacher is not None:
+                with self._autocast(images):
+                    teachers = self.teacher.logits(images)
+                loss = self.teacher.loss(loss, logits, teachers)
+            return {"loss": loss}
         return judge(logits, targets).tolist() if mode == "predict" else logits
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return float32 logits (B, classes)."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self._autocast(images):
+            logits = self.net(images)
+        return logits.float()
+
+    def val_step(self, data: Any) -> list[list[float]]:
+        """Return `judge`'s row per image; that of an image that could not be read holds NaN."""
+        rows = super().val_step(data)
+        for place in getattr(data, "unread", ()):
+            rows[place] = unread_row(rows[place])
+        return rows
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        for norm in frozen_norms(self.net) if self.freezes else ():
+            norm.eval()
+        return self
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        return torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def init_weights(self) -> None:
         """Keep timm's weights: MMEngine's init_weights would initialize pretrained weights again."""
-
-
-class TopK(BaseMetric):
-    """Top-1 and top-5 in %, and the cross-entropy, over the whole split and all processes."""
-
-    def process(self, data_batch: Any, data_samples: list[list[float]]) -> None:
-        self.results.extend(data_samples)
-
-    def compute_metrics(self, results: list[list[float]]) -> dict[str, float]:
-        return summarise(results)
-
-
-def judge(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return (B, 3): top-1 hit, top-5 hit, cross-entropy; float32."""
-    best = logits.topk(min(5, logits.shape[1])).indices
-    hits = (best == targets[:, None]).float()
-    return torch.stack([hits[:, 0], hits.sum(1), F.cross_entropy(logits, targets, reduction="none")], 1)
-
-
-def summarise(rows: list[list[float]]) -> dict[str, float]:
-    """Average `judge`'s rows."""
-    top1, top5, loss = torch.tensor(rows, dtype=torch.float64).sum(0).tolist()
-    return {"top1": 100 * top1 / len(rows), "top5": 100 * top5 / len(rows), "loss": loss / len(rows)}
-
-
-def choose_loss(augment: AugmentRecipe) -> nn.Module:
-    if augment.mixes:
-        return SoftTargetCrossEntropy()  # Mixup smooths the targets
-    return LabelSmoothingCrossEntropy(augment.smoothing) if augment.smoothing else nn.CrossEntropyLoss()
 
 
 def build_net(recipe: Recipe) -> nn.Module:

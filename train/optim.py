@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from mmengine.optim import AmpOptimWrapper, OptimWrapper
+import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from .._errors import did_you_mean, first_line
 from .errors import TrainError
 from .recipe import OptimizerRecipe, Recipe, ScheduleRecipe
+from .stepper import Stepper
+from .together import Flags
 
 
 def build_optimizer(net: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
@@ -65,16 +67,19 @@ def _split_groups(optimizer: Optimizer, factors: Mapping[nn.Parameter, float]) -
             optimizer.add_param_group(options | {"params": parameters, "lr_mult": factor})
 
 
-def build_optim_wrapper(net: nn.Module, recipe: Recipe) -> OptimWrapper:
+def build_optim_wrapper(net: nn.Module, recipe: Recipe, flags: Flags | None = None) -> Stepper:
     """Wrap the optimizer with clipping, accumulation and, for fp16, loss scaling."""
-    clip, mode = recipe.optimizer.clip_grad, recipe.optimizer.clip_mode or "norm"
-    limit = {"max_norm": clip} if mode == "norm" else {"clip_value": clip}
-    kwargs = {
-        "optimizer": build_optimizer(net, recipe.optimizer),
-        "accumulative_counts": recipe.accumulate,
-        "clip_grad": None if clip is None else {"type": mode, **limit},
-    }
-    return AmpOptimWrapper(dtype="float16", **kwargs) if recipe.precision == "fp16" else OptimWrapper(**kwargs)
+    optimizer = build_optimizer(net, recipe.optimizer)
+    head = net.get_classifier() if recipe.optimizer.clip_mode == "agc" else None  # type: ignore[operator]  # timm's
+    return Stepper(
+        optimizer,
+        flags or Flags(),
+        accumulate=recipe.accumulate,
+        clip=recipe.optimizer.clip_grad,
+        clip_mode=recipe.optimizer.clip_mode or "norm",
+        unclipped=list(head.parameters()) if isinstance(head, nn.Module) else (),
+        scaler=torch.amp.GradScaler() if recipe.precision == "fp16" else None,
+    )
 
 
 def lr_at(epoch: float, schedule: ScheduleRecipe, lr: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from .._model_args import FEATURE_ARGS, check_model_args
 from .errors import TrainError
+from .policies import check_policy
 from .schema import limited, read
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -37,6 +38,8 @@ class ModelRecipe:
     pretrained: bool = False  # the weights that timm knows for the name
     checkpoint: str | None = None  # a local file to start from: official layout or ours
     lora: LoraRecipe | None = None  # train adapters and the classifier only
+    # Shell patterns of whole parameter names that do not train, in order; "!" takes names out again: ("*", "!head.*").
+    freeze: tuple[str, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,13 +68,14 @@ class DataRecipe:
     train_interpolation: Interpolation | Literal["random"] | None = None  # None: as for validation
     crop_pct: float = limited(0.875, at_least=0.1, at_most=1)  # share of the resized side that the center crop keeps
     workers: int = limited(4, at_least=0, at_most=1024)  # loader processes per training process
+    max_unreadable: int = limited(100, at_least=0)  # files that may be unreadable, per split and process
 
 
 @dataclass(frozen=True)
 class AugmentRecipe:
     """Augmentation of training images. Everything is off by default; probabilities are per image."""
 
-    randaugment: str | None = None  # timm's string, such as rand-m9-mstd0.5-mmax9-inc1
+    randaugment: str | None = None  # timm's string, such as rand-m9-mstd0.5-inc1
     color_jitter: float = limited(0.0, at_least=0)
     hflip: float = limited(0.0, at_least=0, at_most=1)
     scale: tuple[float, float] | None = limited(None, above=0, at_most=1)  # random resized crop: share of the area
@@ -85,6 +89,7 @@ class AugmentRecipe:
     cutmix: float = limited(0.0, at_least=0)
     mix_prob: float | None = limited(None, above=0, at_most=1)  # probability to mix a batch; None: 1
     switch_prob: float | None = limited(None, above=0, below=1)  # probability of cutmix if both are on; None: 0.5
+    mixup_off_epoch: int | None = limited(None, at_least=1)  # epochs after which nothing is mixed any more
     smoothing: float = limited(0.0, at_least=0, below=1)
     repeats: int = limited(1, at_least=1)  # repeated augmentation: views per image; the epoch keeps its length
 
@@ -97,6 +102,9 @@ class AugmentRecipe:
         _needs("augment.erasing_mode", self.erasing_mode, "augment.erasing", self.erasing)
         _needs("augment.mix_prob", self.mix_prob, "augment.mixup or augment.cutmix", self.mixes)
         _needs("augment.switch_prob", self.switch_prob, "augment.mixup and augment.cutmix", self.mixup * self.cutmix)
+        _needs("augment.mixup_off_epoch", self.mixup_off_epoch, "augment.mixup or augment.cutmix", self.mixes)
+        if self.randaugment is not None:
+            check_policy(self.randaugment)
         for name in ("scale", "ratio"):
             if (pair := getattr(self, name)) and pair[0] > pair[1]:
                 raise TrainError(f"augment.{name}: wanted (low, high), got {pair}")
@@ -119,7 +127,7 @@ class OptimizerRecipe:
     # the rate that the schedule decays from; warmup_lr and min_lr are the same for every parameter.
     lr_mult: dict[str, Any] = field(default_factory=dict)
     clip_grad: float | None = limited(None, above=0)
-    clip_mode: Literal["norm", "value"] | None = None  # None: norm
+    clip_mode: Literal["norm", "value", "agc"] | None = None  # None: norm; agc: relative to each unit, not the head
 
     def __post_init__(self) -> None:
         _needs("optimizer.clip_mode", self.clip_mode, "optimizer.clip_grad", self.clip_grad)
@@ -136,7 +144,7 @@ class ScheduleRecipe:
     kind: Literal["cosine", "linear", "step"] = "cosine"
     step_epochs: int | None = limited(None, at_least=1)  # kind "step": epochs between two steps
     step_rate: float | None = limited(None, above=0, below=1)  # kind "step": factor of the rate at each step
-    warmup_epochs: int = limited(0, at_least=0)
+    warmup_epochs: float = limited(0.0, at_least=0)
     warmup_lr: float | None = limited(None, at_least=0)  # rate at the start of the warm-up; None: 0
     min_lr: float = limited(0.0, at_least=0)
     cooldown_epochs: int = limited(0, at_least=0)  # at the last rate (min_lr but for steps), after the decay
@@ -153,7 +161,7 @@ class ScheduleRecipe:
                 raise TrainError(f'missing key {key}: schedule.kind "step" wants it')
         if self.warmup_epochs >= self.epochs:
             raise TrainError(
-                f"schedule.warmup_epochs: wanted fewer than {self.epochs} epochs, got {self.warmup_epochs}"
+                f"schedule.warmup_epochs: wanted fewer than {self.epochs} epochs, got {self.warmup_epochs:g}"
             )
 
 
@@ -161,11 +169,52 @@ class ScheduleRecipe:
 class CheckpointRecipe:
     interval: int = limited(1, at_least=1)  # epochs; the last epoch is always saved
     keep: int = limited(2, at_least=1)  # newest files that are kept; best.pth is kept too
+    every_minutes: float | None = limited(None, above=0)  # within an epoch too, after an optimizer step
 
 
 @dataclass(frozen=True)
 class LogRecipe:
     interval: int = limited(50, at_least=1)  # iterations between lines of the detailed log
+    tensorboard: bool = False  # loss, rate, gradient norm and validation for TensorBoard; needs foveate[tensorboard]
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """The loss of the logits; augment.smoothing applies to both kinds."""
+
+    kind: Literal["cross_entropy", "bce"] = "cross_entropy"
+    threshold: float | None = limited(None, at_least=0, below=1)  # bce: soft targets above it count as 1, others as 0
+    multi_label: bool = False  # bce: an image has any number of classes; its target is a number per class
+
+    def __post_init__(self) -> None:
+        _needs("loss.threshold", self.threshold, 'loss.kind "bce"', self.kind == "bce")
+        _needs("loss.multi_label", self.multi_label or None, 'loss.kind "bce"', self.kind == "bce")
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    """Learn a teacher's logits too: (1 - weight) * loss + weight * temperature**2 * KL(teacher, model)."""
+
+    teacher: str  # a timm model with as many classes
+    pretrained: bool = False  # the weights that timm knows for the teacher
+    checkpoint: str | None = None  # or a file: a checkpoint of a run, or weights in the official layout or ours
+    weight: float = limited(0.5, above=0, at_most=1)
+    temperature: float = limited(1.0, above=0)
+
+    def __post_init__(self) -> None:
+        if self.pretrained == (self.checkpoint is not None):
+            raise TrainError("distill: name the teacher's weights by one of distill.checkpoint and distill.pretrained")
+
+
+@dataclass(frozen=True)
+class EngineRecipe:
+    """How a step is computed; the result is the same but for rounding."""
+
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights and optimizer states are divided among the processes
+    compile: str | None = None  # backend of torch.compile, such as inductor
+    channels_last: bool = False  # NHWC in memory, which suits convolutions on GPUs
+    grad_checkpointing: bool = False  # feature maps are recomputed in the backward pass: less memory, more time
+    sync_bn: bool = False  # statistics of BatchNorm over all processes; GPUs only
 
 
 @dataclass(frozen=True)
@@ -180,10 +229,15 @@ class Recipe:
     batch_size: int = limited(128, at_least=1)
     accumulate: int = limited(1, at_least=1)
     precision: Precision = "fp32"
-    ema: float | None = limited(None, above=0, below=1)  # decay per optimizer step
+    ema: float | None = limited(None, above=0, below=1)  # decay of the weight averages per optimizer step
+    ema_warmup: bool | None = None  # None: True; after n steps the decay is at most 1 - n ** (-2/3), as in timm
+    val_interval: int = limited(1, at_least=1)  # epochs; the last epoch is always validated
     seed: int = limited(0, at_least=0, at_most=2**32 - 1)  # NumPy's limit
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    distill: DistillRecipe | None = None
+    engine: EngineRecipe = field(default_factory=EngineRecipe)
     hooks: tuple[dict[str, Any], ...] = ()  # additional MMEngine hooks: {"type": registered name, arguments}
 
     def __post_init__(self) -> None:
@@ -201,8 +255,28 @@ class Recipe:
                     f"optimizer.lr_mult: {pattern!r} decays from {top:g}, wanted at least schedule.min_lr "
                     f"{self.schedule.min_lr:g}"
                 )
+        self._check_together()
         if self.augment.mixes and self.batch_size % 2:
             raise TrainError(f"batch_size: mixup and cutmix pair images, wanted an even number, got {self.batch_size}")
+
+    def _check_together(self) -> None:
+        """Refuse keys of different sections that contradict each other."""
+        _needs("ema_warmup", self.ema_warmup, "ema", self.ema)
+        warmup_lr, off, epochs = self.schedule.warmup_lr, self.augment.mixup_off_epoch, self.schedule.total_epochs
+        if warmup_lr is not None and warmup_lr > self.optimizer.lr:
+            raise TrainError(
+                f"schedule.warmup_lr: wanted at most optimizer.lr {self.optimizer.lr:g}, got {warmup_lr:g}"
+            )
+        if off is not None and off >= epochs:
+            raise TrainError(f"augment.mixup_off_epoch: has no effect in a run of {epochs} epochs, got {off}")
+        if self.engine.parallel == "fsdp":
+            for key, given in (("precision fp16", self.precision == "fp16"), ("engine.compile", self.engine.compile)):
+                if given:
+                    raise TrainError(f"engine.parallel fsdp: does not work with {key}")
+            if self.optimizer.clip_mode == "agc":
+                raise TrainError("engine.parallel fsdp: clip_mode agc needs whole weights; use norm or value")
+        if self.distill is not None and self.loss.multi_label:
+            raise TrainError("distill: compares distributions over classes, which loss.multi_label does not have")
 
 
 def read_recipe(data: dict[str, Any]) -> Recipe:

@@ -1,7 +1,7 @@
 """Find recipe files, load them (Python through MMEngine's configs, JSON and YAML as data), and apply overrides."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ from .recipe import Recipe, read_recipe, recipe_data
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
+_LENGTHS: dict[str, Callable[[float], float]] = {
+    "warmup_epochs": lambda epochs: float(f"{epochs:.4g}"),
+    "cooldown_epochs": round,
+    "step_epochs": lambda epochs: max(1, round(epochs)),
+}
 _LARGEST_BYTES = 2**20  # limit of a JSON or YAML recipe; 16 times as much for a config.json
 _VALUES = 100_000  # in a recipe
 
@@ -52,6 +57,16 @@ def load_recipe(
     Raises:
         TrainError: the file cannot be read, or holds unknown keys or invalid values.
     """
+    return load_recipe_with_notes(source, cfg_options)[0]
+
+
+def load_recipe_with_notes(
+    source: str | Path | Mapping[str, Any] | Config | Recipe, cfg_options: Mapping[str, Any] | None = None
+) -> tuple[Recipe, list[str]]:
+    """Return what `load_recipe` returns, and a line for each value that was derived from an override.
+
+    `schedule.epochs` alone, with fewer epochs than the recipe has, shortens warm-up, cool-down and steps in proportion.
+    """
     if isinstance(source, str | Path):
         data = _load_file(find_recipe(source))
     elif isinstance(source, Recipe):
@@ -59,9 +74,26 @@ def load_recipe(
     else:
         data = _config_data(source) if isinstance(source, Config) else dict(source)
     _check_plain(data)
-    for key, value in (cfg_options or {}).items():
+    derived = _shortened(data, cfg_options or {})
+    for key, value in {**(cfg_options or {}), **derived}.items():
         data = _override(data, key, key.split("."), value)
-    return read_recipe(_with_widths(data))
+    named = ", ".join(f"{key}={value}" for key, value in derived.items())
+    notes = [f"schedule.epochs={(cfg_options or {})['schedule.epochs']} shortens: {named}"] if derived else []
+    return read_recipe(_with_widths(data)), notes
+
+
+def _shortened(data: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the other lengths of a schedule whose `epochs` an override makes shorter, as dotted keys."""
+    schedule, epochs = data.get("schedule"), options.get("schedule.epochs")
+    before = schedule.get("epochs") if isinstance(schedule, Mapping) else None
+    if type(epochs) is not int or type(before) is not int or not 0 < epochs < before:
+        return {}
+    derived = {}
+    for name, make in _LENGTHS.items():
+        key, value = f"schedule.{name}", schedule.get(name)
+        if key not in options and isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            derived[key] = make(value * epochs / before)
+    return derived
 
 
 def _with_widths(data: dict[str, Any]) -> dict[str, Any]:

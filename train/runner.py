@@ -4,38 +4,62 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import barrier, broadcast_object_list, get_dist_info
-from mmengine.hooks import Hook, SyncBuffersHook
+from mmengine.dist import barrier, get_dist_info
+from mmengine.hooks import Hook
 from rich.console import Console
 
-from .._files import why_not_writable
-from .checkpoints import BEST, build_with_weights, find_resumable, list_epochs, meta_of, read_checkpoint, recipe_of
+from ..fusion import keep_memory
+from .average import Buffers, Ema
+from .checkpoints import (
+    BEST,
+    build_with_weights,
+    find_resumable,
+    list_checkpoints,
+    list_epochs,
+    meta_of,
+    read_checkpoint,
+    recipe_of,
+)
 from .data import build_loaders, build_val_loader
 from .engine import RecipeRunner
 from .errors import TrainError
-from .hooks import Ema, LearningRate, SaveCheckpoints, SeedEpoch, build_hooks, seed_everything
-from .interrupt import CtrlC
-from .launch import Launcher, check_precision, processes
-from .model import Classifier, TopK, build_net, check_lora, check_runs, summarise
+from .hooks import LearningRate, MixingEnds, Seeds, build_hooks, seed_everything
+from .interrupt import Signals
+from .launch import Launcher, check_precision, processes, resolve
+from .lock import RunLock
+from .loop import BothLoop, EpochLoop
+from .losses import TopK, summarise
+from .model import Classifier, build_net, check_lora, check_runs
 from .optim import build_optim_wrapper
+from .parallel import compile_net, prepare_net, shard
 from .recipe import Recipe, recipe_data
-from .recipe_files import load_recipe
+from .recipe_files import load_recipe, load_recipe_with_notes
 from .report import SCALARS, EpochLog, ProgressBar, read_scalars
+from .saving import SaveCheckpoints
+from .teacher import Teacher
+from .together import Flags, on_first, storage_errors
+from .unreadable import Unreadable
 
-_MAY_CHANGE = ("data.root", "data.workers", "checkpoint.interval", "checkpoint.keep", "log.interval")
+_MAY_CHANGE = (
+    *("data.root", "data.workers", "data.max_unreadable", "log.interval", "log.tensorboard", "val_interval"),
+    *("checkpoint.interval", "checkpoint.keep", "checkpoint.every_minutes"),
+)
+_WITH_PROCESSES = ("batch_size", "accumulate")  # may change together with the number of processes
 
 
 @dataclass(frozen=True)
 class TrainResult:
     """Result of a run. Top-1 in %; None if there was nothing left to train and the log is missing."""
 
-    best_top1: float | None
-    last_top1: float | None
+    best_top1: float | None  # of the weights or of their averages, whichever was better
+    best_weights: str | None  # "raw" or "averaged"
+    last_top1: float | None  # of the weights in last_checkpoint: averages where EMA is on
     epochs: int
     seconds: float  # of this call
     work_dir: Path
@@ -49,8 +73,10 @@ class EvalResult:
     top1: float  # %
     top5: float
     loss: float
-    images: int
+    images: int  # that were read
     seconds: float
+    unreadable: int = 0  # images that could not be read; they are in no other number
+    map: float | None = None  # mean average precision in %, with loss.multi_label
 
 
 def train(
@@ -60,8 +86,10 @@ def train(
     data: str | Path | None = None,
     resume: bool = False,
     cfg_options: Mapping[str, Any] | None = None,
-    launcher: Launcher = "none",
+    launcher: Launcher = "auto",
     device: str | None = None,
+    change_processes: bool = False,
+    keep_freed_memory: bool = True,
 ) -> TrainResult:
     """Train a recipe.
 
@@ -73,21 +101,36 @@ def train(
         resume: continue from the newest complete checkpoint in work_dir; from scratch if there is none.
         cfg_options: dotted keys to values; they override the recipe.
         launcher, device: see `launch.processes`.
+        change_processes: a resumed run may have another number of processes than before (and other batch_size and
+            accumulate).
+        keep_freed_memory: let this process keep freed memory until it ends, see `foveate.keep_memory`; on a CPU a step
+            is up to a quarter faster.
 
     Raises:
         TrainError: invalid request; before anything is written.
-        OSError: the disk is full, or work_dir is not writable.
-        DivergedError: the training loss is not finite; checkpoints of earlier epochs are kept.
+        FolderInUseError: another process trains in work_dir.
+        StorageError: the disk is full, or work_dir is not writable; older checkpoints are complete.
+        DivergedError: the loss or the gradient of a step is not finite; older checkpoints are kept.
+        StoppedError: SIGTERM, SIGUSR1 or SIGHUP arrived; a checkpoint was written, from which the run can be resumed.
     """
     start = time.perf_counter()
-    loaded = _with_data(load_recipe(recipe, cfg_options), data)
+    loaded, notes = load_recipe_with_notes(recipe, cfg_options)
+    loaded = _with_data(loaded, data)
     check_lora(loaded)
     work_dir = Path(work_dir).absolute()
-    with processes(launcher, device) as place:
+    if keep_freed_memory:
+        keep_memory()
+    with storage_errors(work_dir), processes(launcher, device) as place, RunLock(work_dir) as lock:
         check_precision(loaded.precision, place)
         console = Console(quiet=get_dist_info()[0] != 0, soft_wrap=True)
-        checkpoint = _shared(lambda: _starting_point(work_dir, resume, loaded, console.print))
-        _run(loaded, work_dir, checkpoint, place, launcher, console)
+        for note in notes:
+            console.print(note, highlight=False)
+
+        def decide() -> Path | None:
+            lock.take()
+            return _starting_point(work_dir, resume, change_processes, loaded, console.print)
+
+        _run(loaded, work_dir, on_first(decide), place, resolve(launcher), console)
         barrier()
         return _result(loaded, work_dir, time.perf_counter() - start)
 
@@ -104,8 +147,11 @@ def evaluate(
 
     Runs no code from the file. Hooks that its recipe names are not built.
 
+    Images that cannot be read are counted in `unreadable` and in no other number.
+
     Raises:
-        TrainError: not written by `foveate train`, or its data or the device cannot be used.
+        TrainError: not written by `foveate train`, or its data or the device cannot be used, or more images than
+            data.max_unreadable cannot be read.
     """
     start = time.perf_counter()
     loaded = read_checkpoint(checkpoint)
@@ -115,8 +161,26 @@ def evaluate(
         loader = build_val_loader(recipe, meta_of(loaded, "classes")["classes"], pin_memory=place.type == "cuda")
         net = build_with_weights(recipe, loaded)
         model = Classifier(recipe, net).to(place).eval()
-        rows = [row for batch in loader for row in model.val_step(batch)]
-    return EvalResult(**summarise(rows), images=len(rows), seconds=time.perf_counter() - start)
+        rows: list[list[float]] = []
+        skipped: list[tuple[str, str]] = []
+        for batch in loader:
+            skipped += batch.skipped
+            _check_read(batch.error, skipped, recipe.data.max_unreadable)
+            rows += model.val_step(batch)
+    metrics = summarise(rows)
+    missing = int(metrics.pop("unreadable", 0))
+    return EvalResult(**metrics, images=len(rows) - missing, unreadable=missing, seconds=time.perf_counter() - start)
+
+
+def _check_read(error: str, skipped: list[tuple[str, str]], most: int) -> None:
+    if error:
+        raise TrainError(error)
+    if len(skipped) > most:
+        name, why = skipped[-1]
+        raise TrainError(
+            f"data: {len(skipped)} validation images cannot be read, the last is {name}: {why}; data.max_unreadable is "
+            f"{most}"
+        )
 
 
 def _run(
@@ -124,25 +188,32 @@ def _run(
 ) -> None:
     seed_everything(recipe.seed)
     named_hooks = build_hooks(recipe)
-    net = build_net(recipe).to(place)
-    model = Classifier(recipe, net).to(place)
-    check_runs(model, recipe)
-    optim_wrapper = build_optim_wrapper(net, recipe)
+    flags = Flags()
+    model = _build_model(recipe, place)
     train_loader, val_loader, classes = build_loaders(recipe, pin_memory=place.type == "cuda")
-    log, save = EpochLog(work_dir, console), SaveCheckpoints(recipe, work_dir, classes)
-    with CtrlC() as ctrl_c, ProgressBar(console) as bar:
+    ema = [Ema(model, recipe.ema, recipe.ema_warmup is not False, _sharded(recipe))] if recipe.ema else []
+    for part in (model, *(hook.average.module for hook in ema)) if _sharded(recipe) else ():
+        shard(part.net, place)
+    compile_net(model.net, recipe.engine)
+    say = partial(console.print, highlight=False)
+    unreadable = Unreadable(recipe.data.max_unreadable, work_dir, flags, say)
+    ours = [Seeds(recipe.seed), LearningRate(recipe), unreadable, *ema, *_optional_hooks(recipe, launcher)]
+    ours += [EpochLog(recipe, work_dir, console, unreadable), SaveCheckpoints(recipe, work_dir, classes, flags)]
+    with Signals(flags) as signals, ProgressBar(console) as bar:
         runner = RecipeRunner(
+            recipe=recipe,
             device=place,
+            named_hooks=named_hooks,
             model=model,
             work_dir=str(work_dir),
             train_dataloader=train_loader,
             val_dataloader=val_loader,
-            train_cfg={"by_epoch": True, "max_epochs": recipe.schedule.total_epochs},
-            val_cfg={},
+            train_cfg=_loop(recipe),
+            val_cfg={"type": BothLoop},
             val_evaluator={"type": TopK},  # built by the runner, so that MMEngine's messages go to its log
-            optim_wrapper=optim_wrapper,
+            optim_wrapper=build_optim_wrapper(model.net, recipe, flags),
             default_hooks={"checkpoint": None, "param_scheduler": None, "logger": _iteration_log(recipe)},
-            custom_hooks=[*_training_hooks(recipe, launcher), *named_hooks, log, save, bar, ctrl_c],
+            custom_hooks=[*ours[:-2], *named_hooks, *ours[-2:], bar, signals],
             load_from=None if checkpoint is None else str(checkpoint),
             resume=checkpoint is not None,
             launcher=launcher,
@@ -153,10 +224,26 @@ def _run(
             runner.train()
 
 
-def _training_hooks(recipe: Recipe, launcher: str) -> list[Hook]:
-    hooks: list[Hook] = [SeedEpoch(recipe.seed), LearningRate(recipe)]
-    hooks += [Ema(recipe.ema, recipe.accumulate)] if recipe.ema else []
-    return hooks + ([SyncBuffersHook()] if launcher != "none" else [])
+def _build_model(recipe: Recipe, place: torch.device) -> Classifier:
+    net = prepare_net(build_net(recipe), recipe, place)
+    teacher = None if recipe.distill is None else Teacher(recipe, recipe.distill, place)
+    model = Classifier(recipe, net, teacher).to(place)
+    check_runs(model, recipe)
+    return model
+
+
+def _optional_hooks(recipe: Recipe, launcher: str) -> list[Hook]:
+    hooks: list[Hook] = [] if recipe.augment.mixup_off_epoch is None else [MixingEnds(recipe.augment.mixup_off_epoch)]
+    return hooks + ([Buffers()] if launcher != "none" else [])
+
+
+def _loop(recipe: Recipe) -> dict[str, Any]:
+    epochs = recipe.schedule.total_epochs
+    return {"type": EpochLoop, "max_epochs": epochs, "val_interval": recipe.val_interval, "seed": recipe.seed}
+
+
+def _sharded(recipe: Recipe) -> bool:
+    return recipe.engine.parallel == "fsdp"
 
 
 def _iteration_log(recipe: Recipe) -> dict[str, Any]:
@@ -167,12 +254,12 @@ def _with_data(recipe: Recipe, data: str | Path | None) -> Recipe:
     return recipe if data is None else load_recipe(recipe, {"data.root": str(data)})
 
 
-def _starting_point(work_dir: Path, resume: bool, recipe: Recipe, say: Callable[[str], None]) -> Path | None:
-    """Check that work_dir can hold the run, and return the checkpoint to resume, if any."""
-    if (why := why_not_writable(work_dir)) is not None:
-        raise TrainError(f"work_dir {work_dir} cannot be written: {why}")
+def _starting_point(
+    work_dir: Path, resume: bool, change_processes: bool, recipe: Recipe, say: Callable[[str], None]
+) -> Path | None:
+    """Return the checkpoint to resume, if any; refuse a folder that holds another run."""
     if not resume:
-        if runs := list_epochs(work_dir):
+        if runs := list_checkpoints(work_dir):
             raise TrainError(f"work_dir {work_dir} holds a run ({runs[0].name}): resume it, or use another work_dir")
         return None
     path = find_resumable(work_dir, say)
@@ -182,21 +269,38 @@ def _starting_point(work_dir: Path, resume: bool, recipe: Recipe, say: Callable[
     loaded = read_checkpoint(path)
     if "optimizer" not in loaded:
         raise TrainError(f"checkpoint {path} cannot be resumed: it holds no optimizer state")
-    _check_same_run(meta_of(loaded, "epoch", "iter", "recipe", "processes", "best"), recipe, path)
-    say(f"resuming from {path}")
+    meta = meta_of(loaded, "epoch", "iter", "recipe", "processes", "best")
+    _check_same_run(meta, recipe, path, change_processes)
+    say(f"resuming from {path}" + _said_of_processes(meta, recipe))
     return path
 
 
-def _check_same_run(meta: dict[str, Any], recipe: Recipe, path: Path) -> None:
+def _check_same_run(meta: dict[str, Any], recipe: Recipe, path: Path, change_processes: bool) -> None:
     then, now = _flat(recipe_data(load_recipe(meta["recipe"]))), _flat(recipe_data(recipe))
-    for key in sorted((then.keys() | now.keys()) - set(_MAY_CHANGE)):
+    may_change = {*_MAY_CHANGE, *(_WITH_PROCESSES if change_processes else ())}
+    for key in sorted((then.keys() | now.keys()) - may_change):
         if then.get(key) != now.get(key):
             raise TrainError(
                 f"{path} was trained with {key}={then.get(key)}, the recipe says {now.get(key)}; "
                 "resume with the same recipe, or start in another work_dir"
             )
-    if meta["processes"] != get_dist_info()[1]:
-        raise TrainError(f"{path} was trained by {meta['processes']} processes, now there are {get_dist_info()[1]}")
+    if meta["processes"] != get_dist_info()[1] and not change_processes:
+        raise TrainError(
+            f"{path} was trained by {meta['processes']} processes, now there are {get_dist_info()[1]}; "
+            "--change-processes allows it"
+        )
+
+
+def _said_of_processes(meta: dict[str, Any], recipe: Recipe) -> str:
+    """Return what changes with the number of processes, or nothing."""
+    then, now = load_recipe(meta["recipe"]), get_dist_info()[1]
+    before, after = (r.batch_size * r.accumulate * p for r, p in ((then, meta["processes"]), (recipe, now)))
+    if (meta["processes"], then.batch_size, then.accumulate) == (now, recipe.batch_size, recipe.accumulate):
+        return ""
+    return (
+        f", with {now} process{'es' if now > 1 else ''} instead of {meta['processes']}: global batch {after} instead "
+        f"of {before}, optimizer.lr stays {recipe.optimizer.lr:g}, and the run is not bit for bit that of before"
+    )
 
 
 def _flat(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -206,24 +310,14 @@ def _flat(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shared(decide: Callable[[], Path | None]) -> Path | None:
-    """Let process 0 decide, and broadcast its result or its error."""
-    answer: list[Any] = [None, None]
-    if get_dist_info()[0] == 0:
-        try:
-            answer[0] = decide()
-        except TrainError as error:
-            answer[1] = str(error)
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise TrainError(answer[1])
-    return answer[0]
-
-
 def _result(recipe: Recipe, work_dir: Path, seconds: float) -> TrainResult:
-    top1 = [record["val_top1"] for record in read_scalars(work_dir / SCALARS)]
+    records = read_scalars(work_dir / SCALARS)
+    top1 = [record["val_top1"] for record in records if "val_top1" in record]
+    raw = [record["raw_top1"] for record in records if "raw_top1" in record]
+    best = max([*top1, *raw], default=None)
     return TrainResult(
-        best_top1=max(top1, default=None),
+        best_top1=best,
+        best_weights=None if best is None else "averaged" if raw and best in top1 else "raw",
         last_top1=top1[-1] if top1 else None,
         epochs=recipe.schedule.total_epochs,
         seconds=seconds,

@@ -28,6 +28,14 @@ _HOLDS = {
 }
 
 
+class UnknownKeyError(TrainError):
+    """A key that its section does not have; `name` is the key without its section."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 def limited(default: Any = MISSING, **limits: float) -> Any:
     """Declare a field with limits (at_least, above, at_most, below) for its number, or for each of its numbers."""
     return field(default=default, metadata=limits)
@@ -35,13 +43,35 @@ def limited(default: Any = MISSING, **limits: float) -> Any:
 
 def read(cls: type[T], data: object, where: str = "") -> T:
     """Make a `cls` from a mapping with its field names as keys; `where` is the dotted key of the mapping."""
+    try:
+        return _read(cls, data, where)
+    except UnknownKeyError as error:
+        elsewhere = [] if where else [path for path in _paths(cls) if path.rpartition(".")[2] == error.name]
+        if not elsewhere:
+            raise
+        known = str(error).partition(";")[0]
+        raise TrainError(f"{known}; did you mean {' or '.join(elsewhere)}?") from None
+
+
+def _paths(cls: Any, where: str = "") -> list[str]:
+    """Return the dotted keys of a section and of the sections inside it."""
+    paths = []
+    for name, hint in get_type_hints(cls).items():
+        paths.append(_dotted(where, name))
+        for part in (hint, *get_args(hint)):
+            if isinstance(part, type) and is_dataclass(part):
+                paths += _paths(part, _dotted(where, name))
+    return paths
+
+
+def _read(cls: type[T], data: object, where: str) -> T:
     if not isinstance(data, Mapping):
         raise _wrong(where or "recipe", "a section of keys", data)
     known = {f.name: f for f in fields(cls)}
     for name in data:
         if name not in known:
             near = did_you_mean(_dotted(where, name), [_dotted(where, k) for k in known])
-            raise TrainError(f"unknown key {_dotted(where, name)}{near}")
+            raise UnknownKeyError(f"unknown key {_dotted(where, name)}{near}", str(name))
     hints = get_type_hints(cls)
     values = {}
     for name, declared in known.items():

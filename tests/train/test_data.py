@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from foveate.train import MissingPackageError, TrainError, load_recipe, mnist5k
-from foveate.train.data import Collate, build_loaders, build_val_loader
+from foveate.train.data import build_loaders, build_val_loader
+from foveate.train.images import Collate
 
 
 def loaders(recipe, **options):
@@ -149,14 +150,14 @@ def digits(make_recipe, **augment):
 
 def test_digits_without_random_transforms_are_prepared_once(make_recipe):
     train, val, classes = loaders(digits(make_recipe))
-    assert train.dataset.fixed.shape == (4000, 1, 16, 16) and len(val.dataset) == 1000 and len(classes) == 10
+    assert train.dataset.source.fixed.shape == (4000, 1, 16, 16) and len(val.dataset) == 1000 and len(classes) == 10
     images, targets = next(iter(val))
-    assert torch.equal(images, val.dataset.fixed[:50]) and targets.tolist() == [0] * 50
+    assert torch.equal(images, val.dataset.source.fixed[:50]) and targets.tolist() == [0] * 50
 
 
 def test_digits_take_image_by_image_augmentation_too(make_recipe):
     train, _, _ = loaders(digits(make_recipe, randaugment="rand-m5-n1", scale=(0.5, 1.0)))
-    assert train.dataset.fixed is None
+    assert train.dataset.source.fixed is None
     images, _ = next(iter(train))
     assert images.shape == (50, 1, 16, 16) and images.float().std() > 10
 
@@ -174,3 +175,37 @@ def test_a_class_number_that_the_model_has_no_output_for_is_refused(wrong, stack
 def test_every_class_of_the_model_is_taken(targets):
     batch = torch.zeros(3, 1, 2, 2), torch.tensor(targets)
     assert Collate(3)(batch)[1].tolist() == targets
+
+
+def drawn(recipe, epoch, **options):
+    train, _, _ = loaders(recipe, **options)
+    train.sampler.set_epoch(epoch)
+    return torch.cat([images for images, _ in train]), torch.cat([targets for _, targets in train])
+
+
+def test_augmentation_does_not_depend_on_the_number_of_workers_or_the_batch(make_recipe, everything):
+    recipe = make_recipe(**everything)
+    first = drawn(recipe, 1)
+    for options in ({"data.workers": 2}, {"data.workers": 3}, {"batch_size": 6}):
+        assert all(map(torch.equal, first, drawn(recipe, 1, **options)))
+    assert not torch.equal(first[0], drawn(recipe, 2)[0]) and not torch.equal(first[0], drawn(recipe, 1, seed=1)[0])
+
+
+def test_an_epoch_continues_from_any_batch_as_if_it_had_not_stopped(make_recipe, everything):
+    train, _, _ = loaders(make_recipe(**everything))
+    train.sampler.set_epoch(3)
+    whole = [images for images, _ in train]
+    train.sampler.first_batch = 4
+    rest = [images for images, _ in train]
+    assert len(train) == 6 and len(rest) == 2 and all(map(torch.equal, rest, whole[4:]))
+
+
+def test_more_batches_per_step_than_per_epoch_are_refused(make_recipe):
+    with pytest.raises(TrainError, match="accumulate: 7 batches per step, but an epoch has 6 batches"):
+        loaders(make_recipe(accumulate=7))
+
+
+def test_more_workers_than_a_machine_can_use_are_refused(make_recipe, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 10)
+    with pytest.raises(TrainError, match=r"data.workers: wanted at most 40 loader processes on 10 CPUs, got 41"):
+        loaders(make_recipe(data={"workers": 41}))

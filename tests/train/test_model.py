@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from foveate.train import TrainError, load_recipe
-from foveate.train.model import Classifier, TopK, build_net, judge
+from foveate.train.losses import TopK, judge
+from foveate.train.model import Classifier, build_net
 
 
 def build(recipe, **options):

@@ -92,6 +92,21 @@ def test_an_optimizer_that_does_not_exist_or_does_not_take_the_argument_is_refus
         build_optimizer(net, OptimizerRecipe(lr=1e-3, opt="sgd", betas=(0.9, 0.9)))
 
 
+def test_adaptive_clipping_limits_each_unit_but_the_head(make_recipe):
+    recipe = load_recipe(make_recipe(optimizer={"clip_grad": 0.01, "clip_mode": "agc"}))
+    net = timm.create_model("test_resnet", num_classes=3)
+    wrapper = build_optim_wrapper(net, recipe)
+    wrapper.optimizer.step = lambda: None
+    wrapper.optimizer.zero_grad = lambda: None
+    loss = 1e3 * net(torch.randn(2, 3, 32, 32)).square().sum()
+    before = torch.autograd.grad(loss, [net.fc.weight, net.conv1[0].weight], retain_graph=True)
+    wrapper.update_params(loss)
+    assert torch.equal(net.fc.weight.grad, before[0])
+    weight, grad = net.conv1[0].weight, net.conv1[0].weight.grad
+    norms = weight.flatten(1).norm(dim=1).clamp(min=1e-3)
+    assert (grad.flatten(1).norm(dim=1) <= 0.0101 * norms).all() and grad.norm() < before[1].norm()
+
+
 @pytest.mark.parametrize("mode", ["norm", "value"])
 def test_gradients_are_clipped(make_recipe, mode):
     recipe = load_recipe(make_recipe(optimizer={"clip_grad": 0.1, "clip_mode": mode}))
@@ -103,3 +118,4 @@ def test_gradients_are_clipped(make_recipe, mode):
     gradients = torch.cat([p.grad.flatten() for p in net.parameters()])
     size = gradients.norm() if mode == "norm" else gradients.abs().max()
     assert size == pytest.approx(0.1, rel=1e-4)
+    assert wrapper.grad_norm > 1000 and wrapper.stepped  # the norm before clipping

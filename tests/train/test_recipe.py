@@ -2,13 +2,21 @@
 
 import pytest
 
-from foveate.train import TrainError, find_recipe, list_recipes, load_recipe
+from foveate.train import TrainError, find_recipe, list_recipes, load_recipe, train
 from foveate.train.recipe import recipe_data
+from foveate.train.recipe_files import load_recipe_with_notes
 
 UNKNOWN = [
     ("scheduel.epochs", 3, "unknown key scheduel; did you mean schedule?"),
     ("schedule.epoch", 3, "unknown key schedule.epoch; did you mean schedule.epochs"),
     ("augment.mix_up", 0.1, "unknown key augment.mix_up; did you mean augment.mixup"),
+    ("lr", 0.1, r"^unknown key lr; did you mean optimizer.lr\?$"),
+    ("epochs", 3, r"^unknown key epochs; did you mean schedule.epochs\?$"),
+    ("workers", 3, r"^unknown key workers; did you mean data.workers\?$"),
+    ("optimizer.epochs", 3, r"^unknown key optimizer.epochs; did you mean schedule.epochs\?$"),
+    ("data.batch_size", 3, r"^unknown key data.batch_size; did you mean batch_size\?$"),
+    ("interval", 3, r"^unknown key interval; did you mean checkpoint.interval or log.interval\?$"),
+    ("rank", 3, r"^unknown key rank; did you mean model.lora.rank\?$"),
     ("checkpoint.interval.x", 1, "unknown key checkpoint.interval.x: checkpoint.interval holds a value, not a section"),
 ]
 WRONG = [
@@ -23,6 +31,8 @@ WRONG = [
     ("data.mean", (0.5,), r"data.mean: wanted 3 value\(s\), one per channel"),
     ("schedule.min_lr", 1.0, "schedule.min_lr: wanted at most optimizer.lr 0.001, got 1"),
     ("schedule.warmup_epochs", 2, "schedule.warmup_epochs: wanted fewer than 2 epochs, got 2"),
+    ("data.workers", 1000000, "data.workers: wanted a number >= 0 and <= 1024, got 1000000"),
+    ("augment.randaugment", "rand-m9-foo", "timm cannot read 'rand-m9-foo': unknown section 'foo'"),
     ("schedule.kind", "step", 'missing key schedule.step_epochs: schedule.kind "step" wants it'),
     ("optimizer.lr_mult", {"fc": 0}, "optimizer.lr_mult: wanted numbers > 0 other than 1, got 0 for 'fc'"),
     ("optimizer.lr_mult", {"fc": "slow"}, "optimizer.lr_mult: wanted numbers > 0 other than 1, got 'slow' for 'fc'"),
@@ -34,6 +44,10 @@ WITHOUT_EFFECT = [
     ("augment.switch_prob", 0.5, "augment.mixup and augment.cutmix"),
     ("optimizer.clip_mode", "value", "optimizer.clip_grad"),
     ("schedule.warmup_lr", 1e-6, "schedule.warmup_epochs"),
+    ("augment.mixup_off_epoch", 1, "augment.mixup or augment.cutmix"),
+    ("ema_warmup", False, "ema"),
+    ("loss.threshold", 0.2, 'loss.kind "bce"'),
+    ("loss.multi_label", True, 'loss.kind "bce"'),
     ("schedule.step_rate", 0.1, 'schedule.kind "step"'),
 ]
 
@@ -113,3 +127,55 @@ def test_a_recipe_file_that_does_not_run_is_refused_in_one_line(tmp_path):
     with pytest.raises(TrainError, match=r"broken.py cannot be read: ") as caught:
         load_recipe(file)
     assert "\n" not in str(caught.value)
+
+
+LONG = {"epochs": 300, "warmup_epochs": 20, "warmup_lr": 1e-6, "cooldown_epochs": 10}
+
+
+def test_fewer_epochs_alone_shorten_warm_up_and_cool_down_and_say_so(make_recipe):
+    recipe, notes = load_recipe_with_notes(make_recipe(schedule=LONG), {"schedule.epochs": 2})
+    schedule = recipe.schedule
+    assert (schedule.epochs, schedule.warmup_epochs, schedule.total_epochs) == (2, 0.1333, 2)
+    assert notes == ["schedule.epochs=2 shortens: schedule.warmup_epochs=0.1333, schedule.cooldown_epochs=0"]
+    steps = {"epochs": 100, "kind": "step", "step_epochs": 30, "step_rate": 0.1}
+    assert load_recipe(make_recipe(schedule=steps), {"schedule.epochs": 10}).schedule.step_epochs == 3
+    assert load_recipe(make_recipe(schedule=steps), {"schedule.epochs": 1}).schedule.step_epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "warmup"),
+    [
+        ({"schedule.epochs": 600}, 20),  # longer: nothing is derived
+        ({"schedule.epochs": 30, "schedule.warmup_epochs": 5}, 5),
+        ({"schedule.epochs": 150}, 10),
+        ({"schedule.warmup_epochs": 3}, 3),
+    ],
+)
+def test_lengths_that_are_given_stay(make_recipe, options, warmup):
+    assert load_recipe(make_recipe(schedule=LONG), options).schedule.warmup_epochs == warmup
+
+
+@pytest.mark.parametrize("name", ["nat_mini_8xb128_in1k", "van_b0_8xb128_in1k", "eca_resnet50_8xb32_in1k"])
+def test_every_recipe_takes_two_epochs_by_one_override(name):
+    if name not in list_recipes():
+        name = name.replace("8xb32", "4xb64")
+    assert load_recipe(name, {"schedule.epochs": 2}).schedule.total_epochs == 2
+
+
+def test_a_short_run_says_its_line_and_the_rate_is_warmed_up(make_recipe, tmp_path, capsys):
+    recipe = make_recipe(schedule={"epochs": 40, "warmup_epochs": 20, "warmup_lr": 0.0})
+    train(recipe, work_dir=tmp_path, cfg_options={"schedule.epochs": 2})
+    assert capsys.readouterr().out.startswith("schedule.epochs=2 shortens: schedule.warmup_epochs=1.0\nepoch 1/2")
+
+
+def test_a_warm_up_from_above_the_rate_is_refused(make_recipe):
+    with pytest.raises(TrainError, match=r"schedule.warmup_lr: wanted at most optimizer.lr 0.001, got 0.5"):
+        load_recipe(make_recipe(schedule={"warmup_epochs": 1, "warmup_lr": 0.5}))
+
+
+def test_mixing_that_never_ends_and_a_teacher_of_labels_are_refused(make_recipe):
+    with pytest.raises(TrainError, match=r"augment.mixup_off_epoch: has no effect in a run of 2 epochs, got 2"):
+        load_recipe(make_recipe(augment={"mixup": 0.2, "mixup_off_epoch": 2}))
+    teacher = {"teacher": "test_resnet", "pretrained": True}
+    with pytest.raises(TrainError, match=r"distill: .* loss.multi_label does not have"):
+        load_recipe(make_recipe(distill=teacher, loss={"kind": "bce", "multi_label": True}))

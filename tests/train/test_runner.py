@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foveate.train import DivergedError, TrainError, evaluate, hooks, load_recipe, report, train
+from foveate.train import TrainError, evaluate, load_recipe, report, train
 from foveate.train.checkpoints import read_checkpoint
 from foveate.train.optim import lr_at
 
@@ -57,7 +57,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         train(recipe, work_dir=tmp_path / "parts")
     parts = train(recipe, work_dir=tmp_path / "parts", resume=True)
     first, second = read_checkpoint(whole.last_checkpoint), read_checkpoint(parts.last_checkpoint)
-    assert first.keys() == {"meta", "state_dict", "optimizer", "ema_state_dict"}
+    assert first.keys() == {"meta", "state_dict", "optimizer", "ema_state_dict"}  # nothing of a process
     assert same(first, second) and records(whole) == records(parts)
     assert same(read_checkpoint(whole.best_checkpoint), read_checkpoint(parts.best_checkpoint))
 
@@ -71,7 +71,8 @@ def test_training_learns_and_leaves_log_checkpoints_and_the_recipe(make_recipe, 
     result = train(recipe, work_dir=tmp_path / "run")
     lines = records(result)
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6] and [line["iter"] for line in lines][-1] == 36
-    assert lines[-1].keys() == {"epoch", "iter", "lr", "train_loss", "val_loss", "val_top1", "val_top5"}
+    named = {"val_loss", "val_top1", "val_top5"}
+    assert lines[-1].keys() == {"epoch", "iter", "lr", "train_loss", "grad_norm"} | named
     assert result.best_top1 == max(line["val_top1"] for line in lines) > 60
     assert lines[-1]["train_loss"] < 0.6 * lines[0]["train_loss"] and lines[0]["lr"] > lines[-1]["lr"] > 0
     assert {p.name for p in result.work_dir.glob("*.*")} == {"best.pth", "epoch_6.pth", "recipe.py", "scalars.jsonl"}
@@ -87,6 +88,7 @@ def test_evaluating_a_checkpoint_gives_the_top1_of_the_log(make_recipe, images, 
     assert measured.loss == pytest.approx(records(result)[-1]["val_loss"], rel=1e-5)
     best = read_checkpoint(result.best_checkpoint)
     assert best.keys() == {"meta", "state_dict"} and best["meta"]["best"]["top1"] == result.best_top1
+    assert evaluate(result.best_checkpoint).top1 == pytest.approx(result.best_top1)
 
 
 def test_the_checkpoint_holds_averaged_weights_and_beside_them_the_raw_ones(make_recipe, tmp_path):
@@ -98,14 +100,6 @@ def test_the_checkpoint_holds_averaged_weights_and_beside_them_the_raw_ones(make
     assert "ema_state_dict" not in raw
     assert torch.equal(averaged["ema_state_dict"][f"module.{weight}"], raw["state_dict"][weight])
     assert not torch.equal(averaged["state_dict"][weight], raw["state_dict"][weight])
-
-
-def test_ema_is_one_update_an_optimizer_step(make_recipe, tmp_path):
-    """Two images a batch, two batches a step: the average moves as with four images a batch would."""
-    result = train(make_recipe(ema=0.9, accumulate=2, batch_size=2, schedule={"epochs": 1}), work_dir=tmp_path)
-    assert read_checkpoint(result.last_checkpoint)["ema_state_dict"]["steps"] == 12
-    hook = hooks.Ema(0.9, accumulate=2)
-    assert hook.ema_cfg["interval"] == 2 and hook.ema_cfg["momentum"] == pytest.approx(0.1)
 
 
 def test_a_gradient_never_crosses_an_epoch(make_recipe, tmp_path, monkeypatch):
@@ -223,12 +217,6 @@ def test_a_refused_wish_leaves_nothing_behind(make_recipe, tmp_path, options):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_writes_no_checkpoint(make_recipe, tmp_path):
-    with pytest.raises(DivergedError, match="epoch 1: the training loss became nan"):
-        train(make_recipe(optimizer={"lr": 1e30, "opt": "sgd"}), work_dir=tmp_path)
-    assert not list(tmp_path.glob("*.pth"))
-
-
 def test_log_files_are_closed_and_the_terminal_is_spared(make_recipe, tmp_path, capsys):
     train(make_recipe(schedule={"epochs": 1}), work_dir=tmp_path)
     captured = capsys.readouterr()
@@ -244,7 +232,7 @@ def test_log_files_are_closed_and_the_terminal_is_spared(make_recipe, tmp_path, 
         ({"device": "tpu"}, "device: wanted cpu, cuda, cuda:N or mps, got 'tpu'"),
         ({"launcher": "pytorch"}, r"launcher pytorch: start the command with torchrun \(RANK is not set\)"),
         ({"launcher": "slurm"}, r"start the command with srun \(SLURM_PROCID is not set\)"),
-        ({"launcher": "mpi"}, "launcher: wanted none, pytorch or slurm, got 'mpi'"),
+        ({"launcher": "mpi"}, "launcher: wanted auto, none, pytorch or slurm, got 'mpi'"),
     ],
 )
 def test_a_device_or_launcher_that_is_not_there_is_refused(make_recipe, tmp_path, monkeypatch, where, message):
