@@ -89,5 +89,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _load_buffers(model: nn.Module, given: dict[str, Tensor] | None) -> None:
-    for name, buffer in model.named_buffers() if given is not None else ():
+    if given is None:
+        return
+    for name, buffer in model.named_buffers():
         buffer.copy_(given[name])

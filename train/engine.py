@@ -122,5 +122,10 @@ class RecipeRunner(Runner):
         except (OSError, RequestError):  # a full disk is reported when a checkpoint is written
             return
 
+    def _init_model_weights(self) -> None:
+        """Broadcast the weights of process 0; those that are sharded were equal in all processes before."""
+        if not self.sharded:
+            super()._init_model_weights()
+
     def _log_env(self, env_cfg: dict) -> None:
         """Skip MMEngine's report of compilers and drivers, which takes seconds. Checkpoints hold the versions."""

@@ -28,7 +28,7 @@ _DEEPEST = 65535
 class Draw(NamedTuple):
     """An image that the sampler drew, and what its random augmentation depends on: nothing else."""
 
-    index: int
+    number: int  # index in the split
     seed: tuple[int, int, int]  # of the recipe, epoch, place in the epoch over all processes
 
 
@@ -37,7 +37,7 @@ class Sample(NamedTuple):
 
     image: Tensor  # (C, H, W) uint8; zeros if it could not be read
     target: Any
-    index: int
+    number: int  # index in the split
     skipped: tuple[tuple[str, str], ...] = ()  # file and reason, of each file that could not be read
     read: bool = True
     error: str = ""  # ends the run
@@ -48,7 +48,7 @@ class Batch:
 
     def __init__(self, images: Tensor, targets: Tensor, samples: Sequence[Sample] = (), error: str = "") -> None:
         self.images, self.targets = images, targets
-        self.indices = [sample.index for sample in samples]
+        self.indices = [sample.number for sample in samples]
         self.skipped = [pair for sample in samples for pair in sample.skipped]
         self.replaced = sum(bool(sample.skipped) for sample in samples)  # in training: images that another replaced
         self.unread = [place for place, sample in enumerate(samples) if not sample.read]
@@ -73,7 +73,7 @@ class Images(Dataset):
     """A split with its transform, in which every file that cannot be read is named and counted."""
 
     def __init__(
-        self, source: Dataset, shape: tuple[int, int, int], unreadable: Unreadable = "raise", limit: int = 0
+        self, source: Any, shape: tuple[int, int, int], unreadable: Unreadable = "raise", limit: int = 0
     ) -> None:
         """Take over a data set of `sources.open_split`, its transform included.
 
@@ -83,21 +83,21 @@ class Images(Dataset):
                 (validation: no other image is counted in its place); "raise" raises a TrainError.
             limit: files in a row that "skip" passes over.
         """
-        self.source: Any = source
+        self.source = source
         self.shape = shape
         self.unreadable = unreadable
         self.limit = limit
         self.transform = self.source.transform
         if not isinstance(source, Digits):
             self.source.transform = None
-        if hasattr(source, "loader"):  # torchvision's folders, whose own loader clips 16 bits
+        if hasattr(self.source, "loader"):  # torchvision's folders, whose own loader clips 16 bits
             self.source.loader = _load_path
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, draw: Draw | int) -> Sample:
-        first = draw.index if isinstance(draw, Draw) else int(draw)
+        first = draw.number if isinstance(draw, Draw) else int(draw)
         skipped: list[tuple[str, str]] = []
         for step in range(len(self)):
             index = (first + step) % len(self)
@@ -113,7 +113,7 @@ class Images(Dataset):
 
     def __getitems__(self, draws: Sequence[Draw | int]) -> Any:
         """Return samples, or a whole batch of digits that are prepared already; torch's loader calls this."""
-        indices = [draw.index if isinstance(draw, Draw) else int(draw) for draw in draws]
+        indices = [draw.number if isinstance(draw, Draw) else int(draw) for draw in draws]
         if isinstance(self.source, Digits) and self.source.fixed is not None:
             images, targets = self.source.__getitems__(indices)
             return Batch(images, targets, [Sample(images[i], 0, index) for i, index in enumerate(indices)])

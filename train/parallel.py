@@ -31,7 +31,7 @@ def prepare_net(net: nn.Module, recipe: Recipe, device: torch.device) -> nn.Modu
     if engine.sync_bn:
         net = _synchronize_norms(net, recipe.model.name, device)
     net = net.to(device)
-    return net.to(memory_format=torch.channels_last) if engine.channels_last else net  # type: ignore[call-overload]
+    return net.to(memory_format=torch.channels_last) if engine.channels_last else net
 
 
 def freeze(net: nn.Module, patterns: Sequence[str]) -> None:
@@ -107,7 +107,8 @@ def model_state(model: nn.Module, sharded: bool) -> dict[str, Tensor]:
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)  # type: ignore[return-value]  # of tensors and extra states
 
 
 def load_model_state(model: nn.Module, state: dict[str, Tensor], sharded: bool) -> None:
@@ -117,7 +118,8 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], sharded: bool) 
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, state, options=options)  # type: ignore[arg-type]  # tensors are among its values
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

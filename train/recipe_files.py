@@ -85,7 +85,9 @@ def load_recipe_with_notes(
 def _shortened(data: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the other lengths of a schedule whose `epochs` an override makes shorter, as dotted keys."""
     schedule, epochs = data.get("schedule"), options.get("schedule.epochs")
-    before = schedule.get("epochs") if isinstance(schedule, Mapping) else None
+    if not isinstance(schedule, Mapping):
+        return {}
+    before = schedule.get("epochs")
     if type(epochs) is not int or type(before) is not int or not 0 < epochs < before:
         return {}
     derived = {}

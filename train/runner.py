@@ -217,6 +217,7 @@ def _run(
             load_from=None if checkpoint is None else str(checkpoint),
             resume=checkpoint is not None,
             launcher=launcher,
+            log_processor={"log_with_hierarchy": True},  # TensorBoard gets train/loss and val/loss, not loss twice
             randomness={"seed": recipe.seed},
             cfg=Config(recipe_data(recipe)),
         )

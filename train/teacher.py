@@ -55,7 +55,7 @@ def _load(recipe: Recipe, distill: DistillRecipe) -> nn.Module:
     if not is_model(name):
         near = did_you_mean(name.partition(".")[0], timm.list_models())
         raise TrainError(f"distill.teacher: unknown model {name!r}{near}")
-    arguments = {"num_classes": model.num_classes, "in_chans": model.in_chans}
+    arguments: dict[str, Any] = {"num_classes": model.num_classes, "in_chans": model.in_chans}
     try:
         if distill.checkpoint is None:
             _check_published(name, model.num_classes)

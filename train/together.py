@@ -38,7 +38,7 @@ class Flags:
         self.seen: dict[Flag, int] = dict.fromkeys(_FLAGS, 0)
         self.reason = ""
         several = distributed.is_initialized() and distributed.get_backend() != "gloo"
-        self.group = distributed.new_group(backend="gloo") if several else None
+        self.group: Any = distributed.new_group(backend="gloo") if several else None
 
     def gather(self) -> dict[Flag, int]:
         """Return the largest value of each flag over all processes, and keep it in `seen`."""

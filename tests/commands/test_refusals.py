@@ -264,7 +264,8 @@ def test_a_full_disk_ends_training_in_one_line(monkeypatch):
     monkeypatch.setattr("foveate.train.checkpoints.save_torch", fail(FULL))
     done = CliRunner().invoke(app, ["train", "recipe.json", "--work-dir", "run"])
     assert done.exit_code == 2, done.output
-    assert done.stderr == "foveate train: [Errno 28] No space left on device\n"
+    said = f"foveate train: work_dir {Path('run').absolute()}: No space left on device; no checkpoint was written yet\n"
+    assert done.stderr == said
     assert not list(Path("run").glob("*.pth")) and not list(Path("run").glob(".*"))
 
 

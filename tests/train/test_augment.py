@@ -64,7 +64,7 @@ def test_smoothing_changes_the_loss_with_and_without_mixing(make_recipe):
 
 def test_repeats_show_an_image_several_times_an_epoch(make_recipe):
     once, thrice = (build_loaders(load_recipe(make_recipe(augment={"repeats": r})))[0] for r in (1, 3))
-    first, second = ([draw.index for draw in loader.sampler] for loader in (once, thrice))
+    first, second = ([draw.number for draw in loader.sampler] for loader in (once, thrice))
     assert len(set(first)) == 24 == len(first)
     assert len(set(second)) == 8 and len(second) == 24
     assert len({draw.seed for draw in thrice.sampler}) == 24  # each view is augmented in its own way
@@ -72,7 +72,7 @@ def test_repeats_show_an_image_several_times_an_epoch(make_recipe):
 
 def test_the_seed_decides_the_order_of_repeated_views(make_recipe):
     orders = [
-        [draw.index for draw in build_loaders(load_recipe(make_recipe(augment={"repeats": 3}, seed=seed)))[0].sampler]
+        [draw.number for draw in build_loaders(load_recipe(make_recipe(augment={"repeats": 3}, seed=seed)))[0].sampler]
         for seed in (0, 0, 1)
     ]
     assert orders[0] == orders[1] != orders[2]

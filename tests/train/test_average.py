@@ -21,9 +21,10 @@ def by_hand(recipe, accumulate: int, warmup: bool) -> tuple[dict, dict]:
     model = Classifier(recipe, build_net(recipe)).train()
     loader, _, _ = build_loaders(recipe)
     optimizer = build_optimizer(model.net, recipe.optimizer)
-    average, steps = {}, 0
+    average: dict[str, torch.Tensor] = {}
+    steps = 0
     for epoch in range(EPOCHS):
-        loader.sampler.set_epoch(epoch)
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # ours
         for number, batch in enumerate(loader):
             group = min(accumulate, 6 - number + number % accumulate)  # the last group of an epoch may be smaller
             images, targets = model.data_preprocessor(batch, True)
