@@ -1,6 +1,7 @@
 """Options that commands share, and how their text is read: key=value pairs, and names separated by commas."""
 
 import ast
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,10 @@ MAX_PX = 8192  # of an image's side
 MAX_BATCH, MAX_BATCHES = 65_536, 1_000_000
 
 ModelName = Annotated[str, typer.Argument(help="timm model name, local-dir:FOLDER or hf-hub:ORG/REPO.")]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(help="timm model name, hub folder, hf-hub:ORG/REPO, or a checkpoint of foveate train."),
+]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights, .pth or .safetensors.")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the weights that timm knows for the name.")]
 ImgSize = Annotated[
@@ -28,11 +33,11 @@ _WORDS = {"true": True, "false": False, "none": None}
 _LONGEST = 10_000  # characters of a value
 
 
-def name_weights(model: str, checkpoint: Path | None, pretrained: bool) -> str:
+def name_weights(model: str | None, checkpoint: Path | None, pretrained: bool) -> str:
     """Return where a model's weights came from, for a report."""
     if checkpoint is not None:
         return str(checkpoint)
-    if ":" in model:
+    if model is not None and (":" in model or os.path.exists(model)):
         return model
     return "published" if pretrained else "random: neither --checkpoint nor --pretrained given"
 

@@ -1,7 +1,9 @@
 """`foveate convert MODEL -o OUT`: official, timm or hub weights as ours; `--check-published` checks the originals."""
 
+import os
+from copy import deepcopy
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -9,11 +11,15 @@ from rich.table import Table
 from torch import nn
 
 from .._errors import RequestError, first_line
-from ..export import load_model, save_hub
+from .._timm import pretrained_cfg
+from ..export import save_hub
 from ..export.convert import compare_files, save_weights
 from ..export.files import check_empty_folder, check_target, require_packages
 from ..export.published import check_published, list_published
-from ._options import Checkpoint, ModelArgs, ModelName, Pretrained, name_weights, parse_model_args
+from ..export.weights import explain_mismatch, read_model_weights
+from ..train.loading import trained_meta
+from ._models import open_model
+from ._options import Checkpoint, ModelArgs, OptionalModel, Pretrained, name_weights, parse_model_args
 from ._terminal import FAILED, print_facts
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth")
@@ -21,7 +27,7 @@ _NO_OUTPUT = "wanted one of --output, --push, --verify and --check-published"
 
 
 def convert_command(
-    model: ModelName,
+    model: OptionalModel = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write (.safetensors, .pth), or folder in hub layout.")
     ] = None,
@@ -44,6 +50,8 @@ def convert_command(
 ) -> None:
     """Convert weights to our layout: a file, a timm hub folder, or a repository of the hub."""
     if published:
+        if model is None:
+            raise RequestError("--check-published: wanted the name of a model or family")
         _check_published(model, cache, data, images)
         return
     if wrong := [name for name, value in {"--cache": cache, "--data": data, "--images": images}.items() if value]:
@@ -54,11 +62,11 @@ def convert_command(
         raise RequestError(_NO_OUTPUT)
     _check_targets(output, push)
     kwargs = parse_model_args(model_arg)
-    loaded = load_model(model, checkpoint, pretrained=pretrained, adapter=adapter, **kwargs)
+    loaded = open_model(model, checkpoint, pretrained, adapter=adapter, arguments=kwargs)
     facts = {"weights": name_weights(model, checkpoint, pretrained)}
     facts |= {} if adapter is None else {"adapter": f"{adapter}, merged"}
     if verify is not None:
-        facts["compared"] = compare_files(loaded, verify, lambda path: load_model(model, path, **kwargs))
+        facts["compared"] = compare_files(loaded, verify, lambda path: _open_other(model, path, loaded, kwargs))
     if output is not None:
         _write(loaded, output)
         facts["written"] = str(output)
@@ -66,6 +74,20 @@ def convert_command(
         facts["pushed"] = _push(loaded, push, private)
     facts["parameters"] = f"{sum(p.numel() for p in loaded.parameters()) / 1e6:.2f} M"
     print_facts(f"foveate convert: {type(loaded).__name__}", facts)
+
+
+def _open_other(name: str | None, path: Path, model: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
+    """Load other weights into a model like `model`."""
+    if trained_meta(path) is not None:
+        return open_model(None, path)
+    if name is not None and trained_meta(name) is None and not os.path.isdir(name):
+        return open_model(name, path, arguments=kwargs)
+    other = deepcopy(model)
+    try:
+        other.load_state_dict(read_model_weights(path))
+    except RuntimeError as error:
+        raise RequestError(f"--verify {path}: {explain_mismatch(error)}") from error
+    return other
 
 
 def _check_targets(output: Path | None, push: str | None) -> None:
@@ -92,7 +114,8 @@ def _push(model: nn.Module, repository: str, private: bool) -> str:
     from timm.models import push_to_hf_hub
 
     try:
-        return str(push_to_hf_hub(model, repository, private=private, safe_serialization=True))
+        card = {"license": pretrained_cfg(model).get("license") or "unknown"}  # timm's default is apache-2.0
+        return str(push_to_hf_hub(model, repository, private=private, safe_serialization=True, model_card=card))
     except Exception as error:  # the client raises many types
         raise RequestError(f"--push {repository}: {first_line(error)}") from error
 

@@ -3,29 +3,38 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from timm.models import get_model_traits
-from torch import nn
 
 from .._errors import RequestError
-from ..export import Agreement, load_model, real_images
+from .._timm import pretrained_cfg, set_pretrained_cfg
+from ..export import Agreement, real_images
 from ..export.agreement import BATCH_SIZES, TOLERANCE
 from ..export.formats import FORMATS, Format, Request, check_output, write_verified
 from ..export.graphs import DYNAMIC
 from ..export.int8 import CALIBRATION_IMAGES, Int8Report, write_int8
 from ..export.metadata import read_labels
 from ..fusion import keep_memory
-from ._options import Checkpoint, ImgSize, ModelArgs, ModelName, Pretrained, name_weights, parse_model_args, split_names
+from ._models import open_model
+from ._options import (
+    Checkpoint,
+    ImgSize,
+    ModelArgs,
+    OptionalModel,
+    Pretrained,
+    name_weights,
+    parse_model_args,
+    split_names,
+)
 from ._terminal import print_facts
 
 NOT_HERE = "not compared: this system has no runtime for the file"
 
 
 def export_command(
-    model: ModelName,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (suffix: see --format), or folder.")],
+    model: OptionalModel = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter, merged into the weights.")] = None,
@@ -52,19 +61,24 @@ def export_command(
         Path | None, typer.Option(help="Folder of images that --int8 observes activations on.")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Class names for the file, one a line.")] = None,
+    weights_license: Annotated[
+        str | None, typer.Option("--license", metavar="NAME", help="License of the weights, for a hub folder.")
+    ] = None,
     model_arg: ModelArgs = None,
 ) -> None:
-    """Export a model and verify it against PyTorch on real images."""
+    """Export a model and verify it against PyTorch on real images. A checkpoint of foveate train needs no MODEL."""
     kwargs = parse_model_args(model_arg)
     _check(output, file_format, tolerance, int8, calibrate)
     free = _parse_dynamic(dynamic, file_format)
     if int8 and free != ("batch",):
         raise RequestError(f"--int8: a quantized file leaves the batch free and nothing else, got --dynamic {dynamic}")
-    if labels is not None and file_format is Format.HUB:
-        raise RequestError("--labels: a hub folder holds no class names")
+    if weights_license is not None and file_format is not Format.HUB:
+        raise RequestError("--license: has no effect without --format hub")
     names = None if labels is None else read_labels(labels)
     keep_memory()
-    loaded = _load(model, checkpoint, pretrained, adapter, img_size, kwargs)
+    loaded = open_model(model, checkpoint, pretrained, adapter=adapter, img_size=img_size, arguments=kwargs)
+    if weights_license is not None:
+        set_pretrained_cfg(loaded, {**pretrained_cfg(loaded), "license": weights_license})
     request = Request(loaded, output, file_format, img_size, names, free)
     facts = {"weights": name_weights(model, checkpoint, pretrained)}
     if int8:
@@ -91,20 +105,6 @@ def _check(output: Path, file_format: Format, tolerance: float, int8: bool, cali
         known = ", ".join(name.value for name, entry in FORMATS.items() if entry.int8)
         raise RequestError(f"--int8: {file_format.value} holds float32 only; wanted one of {known}")
     check_output(output, file_format)
-
-
-def _load(
-    name: str,
-    checkpoint: Path | None,
-    pretrained: bool,
-    adapter: Path | None,
-    img_size: int | None,
-    kwargs: dict[str, Any],
-) -> nn.Module:
-    model = load_model(name, checkpoint, pretrained=pretrained, adapter=adapter, **kwargs)
-    if img_size is None or not get_model_traits(model).get("fixed_input_size"):
-        return model
-    return load_model(name, checkpoint, pretrained=pretrained, adapter=adapter, **kwargs | {"img_size": img_size})
 
 
 def _parse_dynamic(text: str, file_format: Format) -> tuple[str, ...]:

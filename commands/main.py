@@ -11,11 +11,19 @@ from .demo import demo_command
 from .export import export_command
 from .outliers import outliers_command
 from .predict import predict_command
+from .probe import probe_command
 from .prune import prune_command
+from .recipes import recipes_command
+from .soup import soup_command
 from .train import train_command
+from .validate import validate_command
 
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 app.command("train", cls=OneLineCommand)(train_command)
+app.command("validate", cls=OneLineCommand)(validate_command)
+app.command("probe", cls=OneLineCommand)(probe_command)
+app.command("soup", cls=OneLineCommand)(soup_command)
+app.command("recipes", cls=OneLineCommand)(recipes_command)
 app.command("export", cls=OneLineCommand)(export_command)
 app.command("convert", cls=OneLineCommand)(convert_command)
 app.command("predict", cls=OneLineCommand)(predict_command)
@@ -36,4 +44,4 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Vision backbones with efficient attention: train, export, convert, predict, prune, outliers, demo."""
+    """Vision backbones with efficient attention: train, validate, export and more."""

@@ -22,6 +22,7 @@ from ..export.inputs import decode_image, image_files
 from ..export.metadata import Metadata, metadata_of, read_labels
 from ..export.runtimes import OpenFile, is_exported_file, open_file, run_model
 from ..fusion import fuse, keep_memory
+from ._models import has_weights, open_model
 from ._options import MAX_BATCH, Checkpoint, ImgSize, ModelArgs, Pretrained, name_weights, parse_model_args
 from ._terminal import FAILED
 
@@ -31,7 +32,11 @@ _LONGEST_LIST = 2**26  # bytes of names on stdin
 
 def predict_command(
     model: Annotated[
-        str, typer.Argument(help="timm model name, or a file of foveate export: .onnx, .pt2, .xml, .pte.")
+        str,
+        typer.Argument(
+            help="timm model name, hub folder, checkpoint of foveate train, or file of foveate export: .onnx, .pt2, "
+            ".xml, .pte."
+        ),
     ],
     images: Annotated[list[str], typer.Argument(help="Image files, folders, or - for an image or names on stdin.")],
     checkpoint: Checkpoint = None,
@@ -88,9 +93,9 @@ def _open(
 def _open_model(
     name: str, checkpoint: Path | None, pretrained: bool, fused: bool, img_size: int | None, kwargs: dict[str, Any]
 ) -> OpenFile:
-    if not pretrained and checkpoint is None and ":" not in name:
+    if not has_weights(name, checkpoint, pretrained):
         typer.echo(f"foveate predict: weights: {name_weights(name, checkpoint, pretrained)}", err=True)
-    loaded = load_model(name, checkpoint, pretrained=pretrained, **kwargs)
+    loaded = open_model(name, checkpoint, pretrained, arguments=kwargs)
     metadata = metadata_of(loaded, img_size)
     return OpenFile("fused" if fused else "PyTorch", run_model(fuse(loaded) if fused else loaded), metadata)
 

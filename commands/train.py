@@ -1,11 +1,11 @@
 """`foveate train`: the command line of `train.train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..train import TrainResult, train
+from ..train import TrainResult, dry_run, train
 from ..train.checkpoints import list_checkpoints
 from ..train.errors import StoppedError
 from ..train.launch import Launcher, is_first
@@ -39,20 +39,30 @@ def train_command(
     launcher: StartedBy = "auto",
     device: Device = None,
     change_processes: Change = False,
+    scale_lr: Annotated[
+        bool, typer.Option("--scale-lr", help="Multiply the rates by the global batch over that of the recipe.")
+    ] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Build and check everything, print what it is, and train nothing.")
+    ] = False,
 ) -> None:
     """Train a recipe; --resume continues an interrupted run. Freed memory stays in the process."""
     work_dir = work_dir or Path("work_dirs") / Path(config).stem
+    options: dict[str, Any] = {
+        "data": data,
+        "work_dir": work_dir,
+        "resume": resume,
+        "cfg_options": parse_options(cfg_options, "--cfg-options", dotted=True),
+        "launcher": launcher,
+        "device": device,
+        "scale_lr": scale_lr,
+        "change_processes": change_processes,
+    }
+    if dry:
+        dry_run(config, **options)
+        return
     try:
-        result = train(
-            config,
-            data=data,
-            work_dir=work_dir,
-            resume=resume,
-            cfg_options=parse_options(cfg_options, "--cfg-options", dotted=True),
-            launcher=launcher,
-            device=device,
-            change_processes=change_processes,
-        )
+        result = train(config, **options)
     except StoppedError as error:
         stop("foveate train", f"{error}{_how_to_resume(work_dir)}", 128 + error.signal)
     except KeyboardInterrupt:

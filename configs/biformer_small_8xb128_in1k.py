@@ -2,9 +2,10 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train biformer_small_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      25.5 M parameters, 4.5 GMACs
 Published  83.8 top-1 (Zhu et al. 2023, arXiv:2303.08810)
 Ours       -
-Differs    The differences of the base. The authors' script shows 2048 images on two nodes.
+Differs    The official script shows two nodes (2048 images).
 """
 
 from mmengine.config import read_base

@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train dinat_base_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      89.8 M parameters, 13.7 GMACs
 Published  84.4 top-1 (Hassani, Shi 2022, arXiv:2209.15001)
 Ours       -
 Differs    nothing that is known

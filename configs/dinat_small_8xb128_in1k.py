@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train dinat_small_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      50.7 M parameters, 7.8 GMACs
 Published  83.8 top-1 (Hassani, Shi 2022, arXiv:2209.15001)
 Ours       -
 Differs    nothing that is known

@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train fv_davit_tiny_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      28.4 M parameters, 4.5 GMACs
 Published  82.8 top-1 (Ding et al. 2022, arXiv:2204.03645; official repository)
 Ours       -
 Differs    Drop path grows from pair to pair of blocks, as in

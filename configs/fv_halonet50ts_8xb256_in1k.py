@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train fv_halonet50ts_8xb256_in1k --data IMAGENET \
            --launcher pytorch
+Model      22.7 M parameters, 5.3 GMACs
 Published  81.6 top-1 at crop 0.94 (timm's results for halonet50ts.a1h_in1k)
 Ours       -
 Differs    the numbers of a1h are not published, see the base.

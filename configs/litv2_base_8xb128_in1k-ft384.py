@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train litv2_base_8xb128_in1k-ft384 --data IMAGENET \
            --launcher pytorch --cfg-options model.checkpoint=litv2_b.pth
+Model      86.5 M parameters, 38.7 GMACs
 Published  84.7 top-1 (Pan et al. 2022, arXiv:2205.13213)
 Ours       -
 Differs    Validation takes the center crop, the authors resize the whole image to a square.

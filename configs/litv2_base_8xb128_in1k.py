@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train litv2_base_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      86.5 M parameters, 12.9 GMACs
 Published  83.6 top-1 (Pan et al. 2022, arXiv:2205.13213)
 Ours       -
 Differs    nothing that is known

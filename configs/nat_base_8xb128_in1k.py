@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train nat_base_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      89.8 M parameters, 13.7 GMACs
 Published  84.3 top-1 (Hassani et al. 2023, arXiv:2204.07143)
 Ours       -
 Differs    nothing that is known

@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train nat_isotropic_small_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      22.0 M parameters, 4.3 GMACs
 Published  80.0 top-1 (Hassani, Shi 2022, arXiv:2209.15001)
 Ours       -
 Differs    nothing that is known

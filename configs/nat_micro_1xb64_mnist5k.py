@@ -1,6 +1,7 @@
 """A NAT of two stages on mnist5k: 7x7 and 4x4 tokens, 5x5 neighborhoods.
 
 Command    foveate train nat_micro_1xb64_mnist5k
+Model      0.2 M parameters, 0.0048 GMACs
 Published  -
 Ours       97.6, 97.6, 97.6 top-1 with seeds 0, 1, 2; 87 to 91 s on 2 threads of a Xeon with AVX-512
 """

@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train nat_mini_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      20.0 M parameters, 2.7 GMACs
 Published  81.8 top-1 (Hassani et al. 2023, arXiv:2204.07143)
 Ours       -
 Differs    nothing that is known

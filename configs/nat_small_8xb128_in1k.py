@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train nat_small_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      50.7 M parameters, 7.8 GMACs
 Published  83.7 top-1 (Hassani et al. 2023, arXiv:2204.07143)
 Ours       -
 Differs    nothing that is known

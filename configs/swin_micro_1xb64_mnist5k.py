@@ -1,6 +1,7 @@
 """timm's Swin with two stages on mnist5k: 7x7 and 4x4 tokens. For the pruning benchmark: DIMAP's paper uses Swin.
 
 Command    foveate train swin_micro_1xb64_mnist5k
+Model      0.3 M parameters, 0.0071 GMACs
 Published  -
 Ours       98.2, 98.5, 98.1 top-1 after the last epoch with seeds 0, 1, 2; 7 minutes each on one thread of a Xeon with
            AVX-512

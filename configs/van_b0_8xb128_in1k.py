@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train van_b0_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      4.1 M parameters, 0.86 GMACs
 Published  75.4 top-1 (Guo et al. 2023, arXiv:2202.09741)
 Ours       -
 Differs    nothing that is known

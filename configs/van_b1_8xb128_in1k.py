@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train van_b1_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      13.9 M parameters, 2.5 GMACs
 Published  81.1 top-1 (Guo et al. 2023, arXiv:2202.09741)
 Ours       -
 Differs    nothing that is known

@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train van_b2_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      26.6 M parameters, 5.0 GMACs
 Published  82.8 top-1 (Guo et al. 2023, arXiv:2202.09741)
 Ours       -
 Differs    nothing that is known

@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train van_b3_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      44.8 M parameters, 8.9 GMACs
 Published  83.9 top-1 (Guo et al. 2023, arXiv:2202.09741)
 Ours       -
 Differs    nothing that is known

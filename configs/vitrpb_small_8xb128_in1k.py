@@ -2,6 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train vitrpb_small_8xb128_in1k --data IMAGENET \
            --launcher pytorch
+Model      22.1 M parameters, 4.6 GMACs
 Published  81.2 top-1 (Hassani, Shi 2022, arXiv:2209.15001)
 Ours       -
 Differs    nothing that is known

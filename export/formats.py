@@ -128,7 +128,7 @@ def _verify(request: Request, part: Path, images: Tensor, tolerance: float) -> A
 def write(request: Request, part: Path) -> None:
     """Write a file at `part` in place of the request's path."""
     entry = FORMATS[request.format]
-    options: dict[str, Any] = {} if request.format is Format.HUB else {"labels": request.labels}
+    options: dict[str, Any] = {"labels": request.labels}
     if request.format not in (Format.HUB, Format.COREML):
         options["dynamic"] = request.dynamic
     entry.write(request.model, part, img_size=request.img_size, **options)

@@ -13,13 +13,19 @@ from torch import nn
 
 from .._errors import first_line
 from .._files import atomic_path
+from .._timm import pretrained_cfg, set_pretrained_cfg
 from .errors import ExportError
 from .files import check_empty_folder
 from .inputs import data_config
 
 
 def save_hub(
-    model: nn.Module, folder: str | Path, *, img_size: int | None = None, model_args: dict[str, Any] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    img_size: int | None = None,
+    model_args: dict[str, Any] | None = None,
+    labels: tuple[str, ...] | None = None,
 ) -> Path:
     """Write weights and configuration, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
@@ -30,9 +36,11 @@ def save_hub(
         folder: must be new or empty.
         img_size: height and width of the saved preprocessing, in pixels; None: the model's own size.
         model_args: more arguments to save, if the model was changed after it was created.
+        labels: class names, in the order of the logits; None: those of the model's pretrained_cfg, if it has any.
 
     Raises:
-        ExportError: the folder is not empty, or the saved model cannot be loaded again.
+        ExportError: the folder is not empty, there are more or fewer labels than classes, or the saved model cannot be
+            loaded again.
         OSError: the disk is full, or the folder cannot be written; nothing is written.
     """
     folder = Path(folder)
@@ -40,12 +48,21 @@ def save_hub(
     if not hasattr(model, "pretrained_cfg"):
         raise ExportError(f"{type(model).__name__} was not made by timm.create_model: unknown architecture")
     plain = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors needs contiguous tensors
+    if labels is not None:
+        _set_labels(plain, labels)
     config = None if img_size is None else data_config(model, img_size)
     with atomic_path(folder) as part:
         _save(plain, part, model_args, config)
         copymode(part / "config.json", part / "model.safetensors")  # safetensors makes the file private to the user
         _check_comes_back(plain, part)
     return folder
+
+
+def _set_labels(model: nn.Module, labels: tuple[str, ...]) -> None:
+    if len(labels) != model.num_classes:
+        raise ExportError(f"{len(labels)} class names are given, the model has {model.num_classes} classes")
+    other = {key: value for key, value in pretrained_cfg(model).items() if key != "label_descriptions"}
+    set_pretrained_cfg(model, {**other, "num_classes": len(labels), "label_names": labels})
 
 
 def _save(model: nn.Module, folder: Path, model_args: dict[str, Any] | None, config: dict[str, Any] | None) -> None:

@@ -1,5 +1,6 @@
 """The code blocks of the pages that promise to run."""
 
+import json
 import re
 import subprocess
 import sys
@@ -19,23 +20,38 @@ def test_the_code_of_a_page_runs_as_one_script(page):
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.slow
-def test_the_commands_of_the_deployment_page_run(tmp_path, monkeypatch):
-    """In order: blocks of Python as one script, blocks of shell commands in the same folder."""
-    monkeypatch.chdir(tmp_path)
+def run_page(page: str) -> None:
+    """Run a page in order: blocks of Python as one script, blocks of shell commands in the same folder."""
     names: dict[str, object] = {}
-    blocks = re.findall(r"^```(python|sh)\n(.*?)^```$", (DOCS / "deploy.md").read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```(python|sh)\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
     assert {kind for kind, _ in blocks} == {"python", "sh"}
     foveate = Path(sys.executable).with_name("foveate")
     for kind, block in blocks:
         if kind == "python":
-            exec(compile(block, "deploy.md", "exec"), names)
+            exec(compile(block, page, "exec"), names)
             continue
         commands = f'set -ef\nfoveate() {{ {foveate} "$@"; }}\n{block}'  # -f: brackets are no patterns of files
         done = subprocess.run(["bash", "-c", commands], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_deployment_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page("deploy.md")
     assert len(Path("answers.jsonl").read_text().splitlines()) == 50
     assert Path("hub", "model.safetensors").exists() and Path("int8.onnx").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_training_page_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    run_page("training.md")
+    assert len(Path("classes.csv").read_text().splitlines()) == 11
+    assert [json.loads(line)["epoch"] for line in Path("runs/a/scalars.jsonl").open()] == [1, 2]
+    config = json.loads(Path("hub/config.json").read_text())
+    assert (config["num_classes"], config["pretrained_cfg"]["license"]) == (10, "mit")
+    assert Path("runs/384/best.pth").exists() and "'digit-0'" in capfd.readouterr().out
 
 
 def test_every_page_is_listed_in_the_readme():

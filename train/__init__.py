@@ -6,7 +6,8 @@ from .lock import FolderInUseError
 from .recipe import Recipe
 from .recipe_files import find_recipe, list_recipes, load_recipe
 from .report import read_scalars
-from .runner import EvalResult, TrainResult, evaluate, train
+from .runner import EvalResult, TrainResult, dry_run, evaluate, train
+from .validate import Validation, ValidationRequest, validate
 
 __all__ = [
     "DivergedError",
@@ -18,6 +19,9 @@ __all__ = [
     "StorageError",
     "TrainError",
     "TrainResult",
+    "Validation",
+    "ValidationRequest",
+    "dry_run",
     "evaluate",
     "export_adapter",
     "export_weights",
@@ -27,4 +31,5 @@ __all__ = [
     "load_recipe",
     "read_scalars",
     "train",
+    "validate",
 ]

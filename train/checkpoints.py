@@ -16,14 +16,18 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+from timm.models import get_model_traits
 from torch import Tensor, nn
 
 from .._errors import first_line
 from .._files import PART, UnreadableFileError, atomic_path
+from .._timm import pretrained_cfg, set_pretrained_cfg
 from .._torch_files import read_weights, save_torch
 from ..export.adapters import has_lora, merge_lora, save_adapter
 from ..export.weights import write_weights
 from .errors import TrainError
+from .loading import NET as _NET
+from .loading import trained_cfg
 from .model import build_net
 from .recipe import Recipe
 from .recipe_files import load_recipe
@@ -32,7 +36,6 @@ POINTER = "last_checkpoint"
 BEST = "best.pth"
 ADAPTER = "adapter"  # folder of the best LoRA adapters, as peft reads them
 _EPOCH = re.compile(r"epoch_(\d+)(?:_iter_(\d+))?\.pth")
-_NET = "net."  # Classifier's attribute
 _META = {
     **{"epoch": int, "iter": int, "seed": int, "processes": int, "recipe": dict, "versions": dict},
     **{"classes": list | None, "best": dict | None},
@@ -157,17 +160,28 @@ def net_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return {k.removeprefix(_NET): v for k, v in checkpoint["state_dict"].items() if k.startswith(_NET)}
 
 
-def load_net(path: str | Path) -> nn.Module:
+def load_net(path: str | Path, *, img_size: int | None = None) -> nn.Module:
     """Build the model that a checkpoint was trained with, in eval mode, with its weights (EMA where EMA was on).
 
-    LoRA adapters are merged into the weights. Runs no code from the file. Hooks that its recipe names are not built.
+    Its pretrained_cfg has the recipe's preprocessing, the class names, and where the weights come from. LoRA adapters
+    are merged into the weights. Runs no code from the file. Hooks that its recipe names are not built.
+
+    Args:
+        img_size: height and width of a model with a fixed size, px: what depends on it is resized; None: the recipe's.
 
     Raises:
         TrainError: not written by `foveate train`, or its weights do not fit its recipe.
     """
     checkpoint = read_checkpoint(path)
-    net = build_with_weights(recipe_of(checkpoint), checkpoint)
-    return (merge_lora(net) if has_lora(net) else net).eval()
+    recipe = recipe_of(checkpoint)
+    net = build_with_weights(recipe, checkpoint)
+    net = merge_lora(net) if has_lora(net) else net
+    if img_size is not None and get_model_traits(net).get("fixed_input_size"):
+        keywords = {**recipe.model.keywords, "img_size": img_size}
+        model = replace(recipe.model, pretrained=False, checkpoint=str(path), lora=None, keywords=keywords)
+        net = build_net(replace(recipe, model=model, data=replace(recipe.data, img_size=img_size)))
+    set_pretrained_cfg(net, trained_cfg(pretrained_cfg(net), checkpoint["meta"]))
+    return net.eval()
 
 
 def build_with_weights(recipe: Recipe, checkpoint: dict[str, Any]) -> nn.Module:

@@ -23,6 +23,7 @@ from .policies import black_at_0_bits
 from .recipe import DataRecipe, Recipe
 from .samplers import EpochSampler
 from .sources import Transform, class_names, open_split
+from .streams import stream_loader
 
 _WORKERS_PER_CPU, _FEW_WORKERS = 4, 32
 
@@ -34,6 +35,8 @@ def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoad
         TrainError: the data cannot be opened, or the number of classes is not model.num_classes.
     """
     _check_workers(recipe.data.workers)
+    if recipe.data.streams:
+        return _stream_loaders(recipe, pin_memory)
     train = open_split(recipe.data, recipe.data.train_split, train_transform(recipe), fixed=not _random(recipe))
     classes = class_names(train)
     _check_classes(recipe.data, recipe.data.train_split, classes, recipe.model.num_classes)
@@ -53,9 +56,24 @@ def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoad
 
 def build_val_loader(recipe: Recipe, classes: Sequence[str] | None, *, pin_memory: bool = False) -> DataLoader:
     """Return the validation loader alone; `classes` are the class names of the training split."""
+    if recipe.data.streams:
+        return _stream_loader(recipe, pin_memory, training=False)
     val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
     _check_classes(recipe.data, recipe.data.val_split, class_names(val), recipe.model.num_classes)
     return _val_loader(recipe, val, pin_memory)
+
+
+def _stream_loaders(recipe: Recipe, pin_memory: bool) -> tuple[DataLoader, DataLoader, list[str] | None]:
+    loader = _stream_loader(recipe, pin_memory, training=True)
+    classes = class_names(loader.dataset)
+    _check_classes(recipe.data, recipe.data.train_split, classes, recipe.model.num_classes)
+    return loader, _stream_loader(recipe, pin_memory, training=False), classes
+
+
+def _stream_loader(recipe: Recipe, pin_memory: bool, *, training: bool) -> DataLoader:
+    transform, collate = (train_transform if training else val_transform)(recipe), Collate(recipe.model.num_classes)
+    options = {"pin_memory": pin_memory, "worker_init_fn": outlive_signals}
+    return stream_loader(recipe, transform, collate, training=training, **options)
 
 
 def draw_batches(

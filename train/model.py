@@ -5,8 +5,8 @@ Autocast is entered here and not in the optimizer wrapper, so that validation ru
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import timm
@@ -16,21 +16,19 @@ from timm.models import is_model
 from torch import Tensor, nn
 
 from .._errors import did_you_mean, first_line
-from .._files import UnreadableFileError
 from .._memory import check_images_fit
 from .._modes import keeping_modes
 from .._timm import pretrained_cfg, set_pretrained_cfg
-from .._weights import prefers_averages, read_state_dict
 from ..export.adapters import add_lora
 from ..export.errors import ExportError
 from .augment import BatchTransform
 from .errors import TrainError
+from .loading import Say, start_net
 from .losses import choose_loss, judge, unread_row
 from .parallel import frozen_norms
 from .recipe import LoraRecipe, ModelRecipe, Precision, Recipe
 
 DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")  # in official files and in timm's
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
@@ -87,8 +85,11 @@ class Classifier(BaseModel):
         """Keep timm's weights: MMEngine's init_weights would initialize pretrained weights again."""
 
 
-def build_net(recipe: Recipe) -> nn.Module:
+def build_net(recipe: Recipe, say: Say = lambda line: None) -> nn.Module:
     """Create the timm model. Its pretrained_cfg holds the recipe's preprocessing.
+
+    Args:
+        say: called with what was dropped or resized on loading `model.checkpoint`, one line at a time.
 
     Raises:
         TrainError: unknown model or keyword, invalid value, or weights that do not fit.
@@ -99,23 +100,39 @@ def build_net(recipe: Recipe) -> nn.Module:
         raise TrainError(
             f"model.name: unknown model {model.name!r}" + did_you_mean(model.name.partition(".")[0], known)
         )
-    own: dict[str, Any] = {
-        "num_classes": model.num_classes,
-        "in_chans": model.in_chans,
-        "drop_path_rate": model.drop_path_rate,
-    }
-    overlay = None if model.checkpoint is None else _from_file(model, Path(model.checkpoint))
-    try:
-        net = timm.create_model(
-            model.name, model.pretrained or overlay is not None, pretrained_cfg_overlay=overlay, **own, **model.keywords
+    own: dict[str, Any] = {"in_chans": model.in_chans, "drop_path_rate": model.drop_path_rate, **model.keywords}
+
+    def make(num_classes: int, overlay: dict[str, Any] | None, pretrained: bool = False) -> nn.Module:
+        wants_weights = pretrained or overlay is not None
+        return timm.create_model(
+            model.name, wants_weights, pretrained_cfg_overlay=overlay, num_classes=num_classes, **own
         )
+
+    try:
+        if model.checkpoint is not None:
+            net = start_net(model, make, build_net, say)
+        else:
+            net = make(model.num_classes, None, model.pretrained)
+    except TrainError:
+        raise
     except Exception as error:  # models and checkpoint filters raise many types
         raise _why_not_built(model, error) from error
+    if model.pretrained:
+        _describe_published(pretrained_cfg(net), model, say)
     kept = {key: value for key, value in pretrained_cfg(net).items() if key != "state_dict"}
     set_pretrained_cfg(net, {**kept, **_input_cfg(recipe)})
     if model.lora is not None:
         _add_lora(net, model.lora)
     return net
+
+
+def _describe_published(cfg: Mapping[str, Any], model: ModelRecipe, say: Say) -> None:
+    say(f"published weights {cfg.get('architecture')}.{cfg.get('tag')}")
+    if cfg.get("num_classes") != model.num_classes:
+        say(
+            f"their classifier of {cfg.get('num_classes')} classes is dropped, that of {model.num_classes} classes "
+            "starts at random"
+        )
 
 
 def check_lora(recipe: Recipe) -> None:
@@ -144,7 +161,7 @@ def check_runs(model: Classifier, recipe: Recipe) -> None:
     Raises:
         TrainError: the model does not support the size, or does not return logits of its classes.
     """
-    size, classes = _input_cfg(recipe)["input_size"], recipe.model.num_classes
+    size, classes = input_size(recipe), recipe.model.num_classes
     device = next(model.parameters()).device
     try:
         if device.type == "cpu":
@@ -167,29 +184,23 @@ def check_runs(model: Classifier, recipe: Recipe) -> None:
         raise TrainError(f"model: {recipe.model.name} returns {shape}, wanted {(len(images), classes)}")
 
 
-def _input_cfg(recipe: Recipe) -> dict[str, Any]:
-    data, size = recipe.data, recipe.data.img_size
+def input_size(recipe: Recipe) -> tuple[int, int, int]:
+    """Return (C, H, W) of the recipe's images, px."""
+    size = recipe.data.img_size
     rows, columns = (size, size) if isinstance(size, int) else size
+    return recipe.model.in_chans, rows, columns
+
+
+def _input_cfg(recipe: Recipe) -> dict[str, Any]:
+    data = recipe.data
     return {
-        "input_size": (recipe.model.in_chans, rows, columns),
+        "input_size": input_size(recipe),
         "num_classes": recipe.model.num_classes,
         "mean": data.mean,
         "std": data.std,
         "interpolation": data.interpolation,
         "crop_pct": data.crop_pct,
     }
-
-
-def _from_file(model: ModelRecipe, path: Path) -> dict[str, Any]:
-    """Pass a file's weights and number of classes to timm's loader, which skips a head with other classes."""
-    try:
-        weights = read_state_dict(path, use_ema=prefers_averages(model.name))
-    except UnreadableFileError as error:
-        raise TrainError(f"model.checkpoint {path} {error}") from error
-    classes = next((len(weights[name]) for name in _HEADS if name in weights and weights[name].dim()), None)
-    nowhere_else = {"source": None, "url": None, "file": None, "hf_hub_id": None, "custom_load": False}
-    counted = {"num_classes": model.num_classes if classes is None else classes, "label_offset": None}
-    return {**nowhere_else, **counted, "state_dict": weights}
 
 
 def _why_not_built(model: ModelRecipe, error: Exception) -> TrainError:

@@ -1,7 +1,7 @@
 """timm's optimizers and learning-rate schedule for MMEngine's loop."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -20,8 +20,8 @@ def build_optimizer(net: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
     """Create timm's optimizer with the parameter groups of a timm model.
 
     Raises:
-        TrainError: unknown optimizer, an argument that it does not have, or a pattern of lr_mult that matches no
-            parameter, or a parameter that another pattern matches.
+        TrainError: unknown optimizer, an argument that it does not have, a pattern of lr_mult or also_decay that
+            matches no parameter, or a pattern of lr_mult that matches a parameter of another.
     """
     if recipe.opt not in list_optimizers():
         raise TrainError(
@@ -37,7 +37,9 @@ def build_optimizer(net: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
         optimizer = create_optimizer_v2(net, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **given)
     except TypeError as error:
         raise TrainError(f"optimizer: {recipe.opt} does not take these arguments: {first_line(error)}") from error
-    _split_groups(optimizer, _factors(net, recipe.lr_mult))
+    _split_groups(optimizer, "lr_mult", _factors(net, recipe.lr_mult), 1.0)
+    decayed = _decayed(net, optimizer, recipe.also_decay)
+    _split_groups(optimizer, "weight_decay", dict.fromkeys(decayed, recipe.weight_decay), None)
     return optimizer
 
 
@@ -45,26 +47,47 @@ def _factors(net: nn.Module, lr_mult: Mapping[str, float]) -> dict[nn.Parameter,
     """Return the parameters that a pattern matches, each with its factor of the learning rate."""
     factors: dict[nn.Parameter, float] = {}
     for pattern, factor in lr_mult.items():
-        matched = {name: p for name, p in net.named_parameters() if fnmatchcase(name, pattern)}
-        if not matched:
-            raise TrainError(f"optimizer.lr_mult: {pattern!r} matches no parameter of the model")
+        matched = _matched(net, "lr_mult", pattern)
         if twice := [name for name, p in matched.items() if p in factors]:
             raise TrainError(f"optimizer.lr_mult: {pattern!r} matches {twice[0]}, as another pattern does")
         factors |= dict.fromkeys(matched.values(), factor)
     return factors
 
 
-def _split_groups(optimizer: Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
-    """Move parameters with a factor to new groups, with the options of the old group and the factor as `lr_mult`."""
+def _decayed(net: nn.Module, optimizer: Optimizer, patterns: Sequence[str]) -> set[nn.Parameter]:
+    """Return the parameters that a pattern matches; each pattern must add one that had no weight decay."""
+    without = {p for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    found: set[nn.Parameter] = set()
+    for pattern in patterns:
+        matched = set(_matched(net, "also_decay", pattern).values())
+        if not matched & without:
+            raise TrainError(f"optimizer.also_decay: {pattern!r} matches parameters that have weight decay anyway")
+        found |= matched
+    return found
+
+
+def _matched(net: nn.Module, key: str, pattern: str) -> dict[str, nn.Parameter]:
+    matched = {name: p for name, p in net.named_parameters() if fnmatchcase(name, pattern)}
+    if not matched:
+        raise TrainError(f"optimizer.{key}: {pattern!r} matches no parameter of the model")
+    return matched
+
+
+def _split_groups(optimizer: Optimizer, key: str, values: Mapping[nn.Parameter, float], default: float | None) -> None:
+    """Move parameters with their own value of the option `key` to new groups, with the other options of the old group.
+
+    Args:
+        default: value of all other parameters; None: that of their group.
+    """
     for group in list(optimizer.param_groups):
-        options = {key: value for key, value in group.items() if key != "params"}
+        options = {name: value for name, value in group.items() if name != "params"}
         parts: dict[float, list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            parts.setdefault(factors.get(parameter, 1.0), []).append(parameter)
-        factor, group["params"] = parts.popitem()
-        group["lr_mult"] = factor
-        for factor, parameters in parts.items():
-            optimizer.add_param_group(options | {"params": parameters, "lr_mult": factor})
+            value = values.get(parameter, group[key] if default is None else default)
+            parts.setdefault(value, []).append(parameter)
+        group[key], group["params"] = parts.popitem()
+        for value, parameters in parts.items():
+            optimizer.add_param_group({**options, "params": parameters, key: value})
 
 
 def build_optim_wrapper(net: nn.Module, recipe: Recipe, flags: Flags | None = None) -> Stepper:
@@ -87,11 +110,16 @@ def lr_at(epoch: float, schedule: ScheduleRecipe, lr: float) -> float:
 
     As in timm, the decay runs from epoch 0 to `epochs`, the warm-up replaces its first part (and so ends with a small
     step down), and the cool-down keeps the last rate. Steps multiply the rate after every `step_epochs`, never below
-    min_lr.
+    min_lr. With `per` "epoch" the rate is that of the start of the epoch.
     """
+    epoch = max(0.0, epoch - schedule.delay_epochs)
+    if schedule.per == "epoch":
+        epoch = math.floor(epoch + 1e-9)  # a fraction of batches may round below a whole epoch
     if epoch < schedule.warmup_epochs:
         start = schedule.warmup_lr or 0.0
         return start + (lr - start) * epoch / schedule.warmup_epochs
+    if schedule.kind == "constant":
+        return lr
     if schedule.kind == "step":
         assert schedule.step_rate is not None and schedule.step_epochs is not None  # checked by the recipe
         return max(schedule.min_lr, lr * schedule.step_rate ** int(min(epoch, schedule.epochs) / schedule.step_epochs))

@@ -12,6 +12,7 @@ from .errors import TrainError
 from .policies import check_policy
 from .schema import limited, read
 
+STREAMS = ("wds", "hfids")
 Precision = Literal["fp32", "bf16", "fp16"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 
@@ -36,7 +37,8 @@ class ModelRecipe:
     in_chans: Literal[1, 3] = 3
     drop_path_rate: float | None = limited(None, at_least=0, below=1)
     pretrained: bool = False  # the weights that timm knows for the name
-    checkpoint: str | None = None  # a local file to start from: official layout or ours
+    # Weights to start from: a checkpoint of a run, a file in the official layout or ours, or a folder in hub layout.
+    checkpoint: str | None = None
     lora: LoraRecipe | None = None  # train adapters and the classifier only
     # Shell patterns of whole parameter names that do not train, in order; "!" takes names out again: ("*", "!head.*").
     freeze: tuple[str, ...] = ()
@@ -57,8 +59,15 @@ class ModelRecipe:
 class DataRecipe:
     """The data set, and the preprocessing without augmentation."""
 
-    source: str = "folder"  # "folder" (class folders or one tar per split), "mnist5k", or timm's torch/NAME, hfds/NAME
+    # "folder" (class folders, or one .tar or .tar.gz per split), "list" (one .csv or .txt per split), "mnist5k", or of
+    # timm torch/NAME, hfds/NAME, and the streams wds/ and hfids/NAME.
+    source: str = "folder"
     root: str | None = None
+    class_map: str | None = None  # text file with a class name a line, in the order of the indices; None: sorted names
+    image_key: str | None = None  # column of the images (list, hfds, hfids), or suffixes (wds); None: the reader's own
+    label_key: str | None = None  # column of the labels (list, hfds, hfids), or field of the JSON file (wds)
+    train_samples: int | None = limited(None, at_least=1)  # images of a stream, where it does not tell
+    val_samples: int | None = limited(None, at_least=1)
     train_split: str = "train"
     val_split: str = "validation"
     img_size: int | tuple[int, int] = limited(224, at_least=1, at_most=8192)  # px; (rows, columns) if not square
@@ -69,6 +78,25 @@ class DataRecipe:
     crop_pct: float = limited(0.875, at_least=0.1, at_most=1)  # share of the resized side that the center crop keeps
     workers: int = limited(4, at_least=0, at_most=1024)  # loader processes per training process
     max_unreadable: int = limited(100, at_least=0)  # files that may be unreadable, per split and process
+
+    @property
+    def kind(self) -> str:
+        """Return the source without the name of a data set: folder, list, mnist5k, torch, hfds, wds, hfids."""
+        return self.source.partition("/")[0]
+
+    @property
+    def streams(self) -> bool:
+        """Say whether images come in the order of the source: there is no access by index."""
+        return self.kind in STREAMS
+
+    def __post_init__(self) -> None:
+        columns = self.kind in ("list", "hfds", *STREAMS)
+        _needs("data.image_key", self.image_key, "a data.source with columns (list, hfds/, hfids/, wds/)", columns)
+        _needs("data.label_key", self.label_key, "a data.source with columns (list, hfds/, hfids/, wds/)", columns)
+        _needs("data.train_samples", self.train_samples, "a stream (hfids/, wds/) as data.source", self.streams)
+        _needs("data.val_samples", self.val_samples, "a stream (hfids/, wds/) as data.source", self.streams)
+        named = self.kind not in ("mnist5k", "torch")
+        _needs("data.class_map", self.class_map, "a data.source of files (not mnist5k, torch/)", named)
 
 
 @dataclass(frozen=True)
@@ -114,11 +142,16 @@ class AugmentRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """Arguments of timm.optim.create_optimizer_v2. Biases, norms and no_weight_decay() names have no weight decay."""
+    """Arguments of timm.optim.create_optimizer_v2.
+
+    Biases, norms and no_weight_decay() names have no weight decay, unless also_decay names them.
+    """
 
     lr: float = limited(above=0)  # for the global batch; it is not rescaled
     opt: str = "adamw"
     weight_decay: float = limited(0.0, at_least=0)
+    # Shell patterns of whole names of parameters that have weight decay too: ("*.rpb",), or ("*",) for all of them.
+    also_decay: tuple[str, ...] = ()
     betas: tuple[float, float] | None = limited(None, at_least=0, below=1)
     eps: float | None = limited(None, above=0)
     momentum: float | None = limited(None, at_least=0, below=1)
@@ -131,6 +164,7 @@ class OptimizerRecipe:
 
     def __post_init__(self) -> None:
         _needs("optimizer.clip_mode", self.clip_mode, "optimizer.clip_grad", self.clip_grad)
+        _needs("optimizer.also_decay", self.also_decay or None, "optimizer.weight_decay", self.weight_decay)
         for pattern, factor in self.lr_mult.items():
             if type(factor) not in (int, float) or not 0 < factor < math.inf or factor == 1:
                 raise TrainError(f"optimizer.lr_mult: wanted numbers > 0 other than 1, got {factor!r} for {pattern!r}")
@@ -138,10 +172,12 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
-    """Learning rate per iteration, as in timm: the decay starts at epoch 0, the warm-up replaces its first part."""
+    """Learning rate, as in timm: the decay starts at epoch 0, the warm-up replaces its first part."""
 
     epochs: int = limited(at_least=1)  # of the decay, warm-up included
-    kind: Literal["cosine", "linear", "step"] = "cosine"
+    kind: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    per: Literal["iteration", "epoch"] = "iteration"  # how often the rate changes; timm's t_in_epochs is "epoch"
+    delay_epochs: int = limited(0, at_least=0)  # the schedule starts so many epochs late, at its first rate
     step_epochs: int | None = limited(None, at_least=1)  # kind "step": epochs between two steps
     step_rate: float | None = limited(None, above=0, below=1)  # kind "step": factor of the rate at each step
     warmup_epochs: float = limited(0.0, at_least=0)
@@ -159,6 +195,7 @@ class ScheduleRecipe:
             _needs(key, value, 'schedule.kind "step"', self.kind == "step")
             if self.kind == "step" and value is None:
                 raise TrainError(f'missing key {key}: schedule.kind "step" wants it')
+        _needs("schedule.min_lr", self.min_lr or None, "a kind that decays", self.kind != "constant")
         if self.warmup_epochs >= self.epochs:
             raise TrainError(
                 f"schedule.warmup_epochs: wanted fewer than {self.epochs} epochs, got {self.warmup_epochs:g}"
@@ -227,6 +264,7 @@ class Recipe:
     schedule: ScheduleRecipe
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
     batch_size: int = limited(128, at_least=1)
+    global_batch: int | None = limited(None, at_least=1)  # for which optimizer.lr was chosen; None: not known
     accumulate: int = limited(1, at_least=1)
     precision: Precision = "fp32"
     ema: float | None = limited(None, above=0, below=1)  # decay of the weight averages per optimizer step

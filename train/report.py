@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .._files import atomic_path
+from .describe import duration
 from .errors import DivergedError
 from .parallel import compiled_graphs
 from .recipe import Recipe
 from .together import on_first
 from .unreadable import Unreadable
 
-__all__ = ["SCALARS", "DivergedError", "EpochLog", "ProgressBar", "read_scalars"]
+__all__ = ["SCALARS", "DivergedError", "EpochLog", "ProgressBar", "StepLog", "read_scalars"]
 
 SCALARS = "scalars.jsonl"
 
@@ -119,6 +120,36 @@ class EpochLog(Hook):
     def _append(self, record: dict[str, float]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+class StepLog(Hook):
+    """Print a line every few iterations of an epoch, if the output is no terminal, which has a bar."""
+
+    priority = "LOWEST"
+
+    def __init__(self, console: Console, interval: int) -> None:
+        self.console = console
+        self.interval = interval
+
+    def before_train(self, runner: Runner) -> None:
+        self.first, self.start = runner.iter, time.perf_counter()
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self.images, self.epoch_start = 0, time.perf_counter()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.images += len(data_batch[1]) * runner.world_size
+        batches, done = len(runner.train_dataloader), batch_idx + 1
+        if self.console.is_terminal or self.console.quiet or done % self.interval or done == batches:
+            return
+        now = time.perf_counter()
+        left = (runner.max_iters - runner.iter - 1) * (now - self.start) / (runner.iter + 1 - self.first)
+        lr = max(group["lr"] for group in runner.optim_wrapper.param_groups)
+        self.console.print(
+            f"epoch {runner.epoch + 1}/{runner.max_epochs}  {done}/{batches}  loss {outputs['loss'].item():.4f}  "
+            f"lr {lr:.2e}  {self.images / (now - self.epoch_start):,.0f} img/s  {duration(left)} left",
+            highlight=False,
+        )
 
 
 class ProgressBar(Hook):

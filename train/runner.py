@@ -26,23 +26,25 @@ from .checkpoints import (
     read_checkpoint,
     recipe_of,
 )
-from .data import build_loaders, build_val_loader
+from .data import build_val_loader
+from .describe import scale_rate
 from .engine import RecipeRunner
 from .errors import TrainError
-from .hooks import LearningRate, MixingEnds, Seeds, build_hooks, seed_everything
+from .hooks import LearningRate, MixingEnds, Seeds
 from .interrupt import Signals
 from .launch import Launcher, check_precision, processes, resolve
 from .lock import RunLock
 from .loop import BothLoop, EpochLoop
 from .losses import TopK, summarise
-from .model import Classifier, build_net, check_lora, check_runs
+from .model import Classifier, check_lora
 from .optim import build_optim_wrapper
-from .parallel import compile_net, prepare_net, shard
+from .parallel import compile_net, shard
+from .prepare import Parts, build_parts
 from .recipe import Recipe, recipe_data
 from .recipe_files import load_recipe, load_recipe_with_notes
-from .report import SCALARS, EpochLog, ProgressBar, read_scalars
+from .report import SCALARS, EpochLog, ProgressBar, StepLog, read_scalars
 from .saving import SaveCheckpoints
-from .teacher import Teacher
+from .streams import StreamEpoch
 from .together import Flags, on_first, storage_errors
 from .unreadable import Unreadable
 
@@ -50,6 +52,8 @@ _MAY_CHANGE = (
     *("data.root", "data.workers", "data.max_unreadable", "log.interval", "log.tensorboard", "val_interval"),
     *("checkpoint.interval", "checkpoint.keep", "checkpoint.every_minutes"),
 )
+# May change too: the new schedule holds for the rest of the run.
+_LENGTH = tuple(f"schedule.{key}" for key in ("epochs", "cooldown_epochs", "warmup_epochs", "step_epochs"))
 _WITH_PROCESSES = ("batch_size", "accumulate")  # may change together with the number of processes
 
 
@@ -89,6 +93,7 @@ def train(
     launcher: Launcher = "auto",
     device: str | None = None,
     change_processes: bool = False,
+    scale_lr: bool = False,
     keep_freed_memory: bool = True,
 ) -> TrainResult:
     """Train a recipe.
@@ -98,11 +103,13 @@ def train(
             and .yaml files are data and run nothing.
         work_dir: folder of checkpoints and logs; created if missing. A folder that holds a run needs `resume`.
         data: folder of the data set; replaces the recipe's data.root.
-        resume: continue from the newest complete checkpoint in work_dir; from scratch if there is none.
+        resume: continue from the newest complete checkpoint in work_dir; from scratch if there is none. Another number
+            of epochs extends or shortens the run.
         cfg_options: dotted keys to values; they override the recipe.
         launcher, device: see `launch.processes`.
         change_processes: a resumed run may have another number of processes than before (and other batch_size and
             accumulate).
+        scale_lr: multiply the learning rates by the run's global batch over that of the recipe.
         keep_freed_memory: let this process keep freed memory until it ends, see `foveate.keep_memory`; on a CPU a step
             is up to a quarter faster.
 
@@ -122,17 +129,53 @@ def train(
         keep_memory()
     with storage_errors(work_dir), processes(launcher, device) as place, RunLock(work_dir) as lock:
         check_precision(loaded.precision, place)
-        console = Console(quiet=get_dist_info()[0] != 0, soft_wrap=True)
+        loaded = scale_rate(loaded, get_dist_info()[1]) if scale_lr else loaded
+        console, say = _speaker()
         for note in notes:
-            console.print(note, highlight=False)
+            say(note)
 
         def decide() -> Path | None:
             lock.take()
             return _starting_point(work_dir, resume, change_processes, loaded, console.print)
 
-        _run(loaded, work_dir, on_first(decide), place, resolve(launcher), console)
+        checkpoint = on_first(decide)
+        _run(build_parts(loaded, checkpoint, place, say), work_dir, checkpoint, resolve(launcher), console)
         barrier()
         return _result(loaded, work_dir, time.perf_counter() - start)
+
+
+def dry_run(
+    recipe: str | Path | Mapping[str, Any] | Config | Recipe,
+    *,
+    work_dir: str | Path,
+    data: str | Path | None = None,
+    resume: bool = False,
+    cfg_options: Mapping[str, Any] | None = None,
+    launcher: Launcher = "auto",
+    device: str | None = None,
+    change_processes: bool = False,
+    scale_lr: bool = False,
+) -> None:
+    """Build and check everything that `train` would, read one batch of each split, print the lines, and train nothing.
+
+    Nothing is written. The arguments and errors are those of `train`.
+    """
+    loaded, notes = load_recipe_with_notes(recipe, cfg_options)
+    loaded = _with_data(loaded, data)
+    check_lora(loaded)
+    work_dir = Path(work_dir).absolute()
+    with processes(launcher, device) as place:
+        check_precision(loaded.precision, place)
+        loaded = scale_rate(loaded, get_dist_info()[1]) if scale_lr else loaded
+        console, say = _speaker()
+        for note in notes:
+            say(note)
+        checkpoint = on_first(lambda: _starting_point(work_dir, resume, change_processes, loaded, console.print))
+        parts = build_parts(loaded, checkpoint, place, say)
+        build_optim_wrapper(parts.model.net, loaded)
+        parts.model.data_preprocessor(next(iter(parts.train_loader)), training=True)
+        parts.model.data_preprocessor(next(iter(parts.val_loader)))
+        say("dry run: everything was built and one batch of each split was read; no step was taken")
 
 
 @torch.inference_mode()
@@ -183,14 +226,15 @@ def _check_read(error: str, skipped: list[tuple[str, str]], most: int) -> None:
         )
 
 
-def _run(
-    recipe: Recipe, work_dir: Path, checkpoint: Path | None, place: torch.device, launcher: str, console: Console
-) -> None:
-    seed_everything(recipe.seed)
-    named_hooks = build_hooks(recipe)
-    flags = Flags()
-    model = _build_model(recipe, place)
-    train_loader, val_loader, classes = build_loaders(recipe, pin_memory=place.type == "cuda")
+def _speaker() -> tuple[Console, Callable[[str], None]]:
+    """Return the console of process 0 (quiet in the others), and a function that prints a line as it is."""
+    console = Console(quiet=get_dist_info()[0] != 0, soft_wrap=True)
+    return console, partial(console.print, highlight=False, markup=False)
+
+
+def _run(parts: Parts, work_dir: Path, checkpoint: Path | None, launcher: str, console: Console) -> None:
+    recipe, model, flags = parts.recipe, parts.model, Flags()
+    place = next(model.parameters()).device
     ema = [Ema(model, recipe.ema, recipe.ema_warmup is not False, _sharded(recipe))] if recipe.ema else []
     for part in (model, *(hook.average.module for hook in ema)) if _sharded(recipe) else ():
         shard(part.net, place)
@@ -198,22 +242,23 @@ def _run(
     say = partial(console.print, highlight=False)
     unreadable = Unreadable(recipe.data.max_unreadable, work_dir, flags, say)
     ours = [Seeds(recipe.seed), LearningRate(recipe), unreadable, *ema, *_optional_hooks(recipe, launcher)]
-    ours += [EpochLog(recipe, work_dir, console, unreadable), SaveCheckpoints(recipe, work_dir, classes, flags)]
+    ours += [EpochLog(recipe, work_dir, console, unreadable), SaveCheckpoints(recipe, work_dir, parts.classes, flags)]
+    steps = StepLog(console, recipe.log.interval)
     with Signals(flags) as signals, ProgressBar(console) as bar:
         runner = RecipeRunner(
             recipe=recipe,
             device=place,
-            named_hooks=named_hooks,
+            named_hooks=parts.named_hooks,
             model=model,
             work_dir=str(work_dir),
-            train_dataloader=train_loader,
-            val_dataloader=val_loader,
+            train_dataloader=parts.train_loader,
+            val_dataloader=parts.val_loader,
             train_cfg=_loop(recipe),
             val_cfg={"type": BothLoop},
             val_evaluator={"type": TopK},  # built by the runner, so that MMEngine's messages go to its log
             optim_wrapper=build_optim_wrapper(model.net, recipe, flags),
             default_hooks={"checkpoint": None, "param_scheduler": None, "logger": _iteration_log(recipe)},
-            custom_hooks=[*ours[:-2], *named_hooks, *ours[-2:], bar, signals],
+            custom_hooks=[*ours[:-2], *parts.named_hooks, *ours[-2:], steps, bar, signals],
             load_from=None if checkpoint is None else str(checkpoint),
             resume=checkpoint is not None,
             launcher=launcher,
@@ -225,16 +270,9 @@ def _run(
             runner.train()
 
 
-def _build_model(recipe: Recipe, place: torch.device) -> Classifier:
-    net = prepare_net(build_net(recipe), recipe, place)
-    teacher = None if recipe.distill is None else Teacher(recipe, recipe.distill, place)
-    model = Classifier(recipe, net, teacher).to(place)
-    check_runs(model, recipe)
-    return model
-
-
 def _optional_hooks(recipe: Recipe, launcher: str) -> list[Hook]:
     hooks: list[Hook] = [] if recipe.augment.mixup_off_epoch is None else [MixingEnds(recipe.augment.mixup_off_epoch)]
+    hooks += [StreamEpoch()] if recipe.data.streams else []
     return hooks + ([Buffers()] if launcher != "none" else [])
 
 
@@ -272,13 +310,14 @@ def _starting_point(
         raise TrainError(f"checkpoint {path} cannot be resumed: it holds no optimizer state")
     meta = meta_of(loaded, "epoch", "iter", "recipe", "processes", "best")
     _check_same_run(meta, recipe, path, change_processes)
+    _say_length(meta, recipe, path, say)
     say(f"resuming from {path}" + _said_of_processes(meta, recipe))
     return path
 
 
 def _check_same_run(meta: dict[str, Any], recipe: Recipe, path: Path, change_processes: bool) -> None:
     then, now = _flat(recipe_data(load_recipe(meta["recipe"]))), _flat(recipe_data(recipe))
-    may_change = {*_MAY_CHANGE, *(_WITH_PROCESSES if change_processes else ())}
+    may_change = {*_MAY_CHANGE, *_LENGTH, *(_WITH_PROCESSES if change_processes else ())}
     for key in sorted((then.keys() | now.keys()) - may_change):
         if then.get(key) != now.get(key):
             raise TrainError(
@@ -290,6 +329,20 @@ def _check_same_run(meta: dict[str, Any], recipe: Recipe, path: Path, change_pro
             f"{path} was trained by {meta['processes']} processes, now there are {get_dist_info()[1]}; "
             "--change-processes allows it"
         )
+
+
+def _say_length(meta: dict[str, Any], recipe: Recipe, path: Path, say: Callable[[str], None]) -> None:
+    """Say that the run has another length than before.
+
+    Raises:
+        TrainError: it has more epochs than it should.
+    """
+    if meta["epoch"] > recipe.schedule.total_epochs:
+        raise TrainError(f"{path} has {meta['epoch']} epochs, the recipe asks for {recipe.schedule.total_epochs}")
+    then, now = _flat(recipe_data(load_recipe(meta["recipe"]))), _flat(recipe_data(recipe))
+    for key in _LENGTH:
+        if then[key] != now[key]:
+            say(f"{key} was {then[key]} and is {now[key]}: from epoch {meta['epoch'] + 1} on the new schedule holds")
 
 
 def _said_of_processes(meta: dict[str, Any], recipe: Recipe) -> str:

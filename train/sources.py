@@ -4,18 +4,27 @@ timm.data.create_dataset finds the images. For a missing split it loads the whol
 it numbers the classes of each split separately; both cases are refused here.
 """
 
+import gzip
+import hashlib
+import os
+import shutil
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from .._errors import did_you_mean, first_line
+from .._files import atomic_path
 from .errors import MissingPackageError, TrainError
+from .lists import SUFFIXES as LISTS
+from .lists import open_list, read_class_map
 from .mnist5k import load_digits
 from .recipe import DataRecipe
 
@@ -23,7 +32,7 @@ Transform = Callable[[Image.Image], Tensor]  # a PIL image -> (C, H, W) uint8
 
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 _FOLDERS = ("folder", "torch/image_folder", "torch/folder")
-_STREAMS = ("wds", "hfids", "tfds")
+_TARS = (".tar", ".tar.gz", ".tgz")
 
 
 class Digits(Dataset):
@@ -66,17 +75,62 @@ def open_split(
         return _open_digits(data, split, transform, fixed)
     if data.root is None:
         raise TrainError("data.root is not set: name the folder of the data set (--data DIR)")
-    if data.source.partition("/")[0] in _STREAMS:
-        raise TrainError(
-            f"data.source {data.source}: streams have no fixed order and length, which resuming needs; "
-            "use folder (class folders or tar), torch/ or hfds/"
-        )
-    if data.source in _FOLDERS:
-        dataset = _open_folder(data, data.root, split, classes)
+    if data.streams:
+        raise TrainError(f"data.source {data.source}: a stream has no access by index; use folder, list or hfds/ here")
+    if data.source == "list":
+        dataset = open_images(data, _split_root(Path(data.root), split, LISTS), classes)
+    elif data.source in _FOLDERS:
+        dataset = open_images(data, _split_root(Path(data.root), split, ("", *_TARS)), classes)
     else:
         dataset = _open_scheme(data, data.root, split)
     dataset.transform = transform  # type: ignore[attr-defined]  # of timm's and torchvision's data sets
     return dataset
+
+
+def open_images(data: DataRecipe, path: Path, classes: Sequence[str] | None = None) -> Dataset:
+    """Open class folders, a tar of them (.tar, .tar.gz, .tgz), a folder of one tar per class, or a list (.csv, .txt).
+
+    Args:
+        data: the recipe's data section.
+        path: of one split.
+        classes: class names in the order of their indices, if another split has fixed them.
+
+    Raises:
+        TrainError: no images, or classes that the other split does not have.
+    """
+    numbers = None if data.class_map is None else read_class_map(Path(data.class_map))
+    dataset: Dataset
+    if path.suffix in LISTS:
+        known = numbers or (None if classes is None else {name: index for index, name in enumerate(classes)})
+        dataset = open_list(path, path.parent, data.image_key, data.label_key, known)
+    else:
+        dataset = _open_folder(data, path, classes, numbers)
+    if numbers is not None and classes is None:
+        _check_map(path, dataset, numbers)
+    return dataset
+
+
+def find_split(root: Path, split: str | None) -> Path:
+    """Return the folder, tar or list of a split for evaluation; None: a validation split in `root`, or `root` itself.
+
+    Raises:
+        TrainError: `root` does not exist, lacks the split, or holds other splits only.
+    """
+    suffixes = ("", *_TARS, *LISTS)
+    if split is not None:
+        return _split_root(root, split, suffixes)
+    if root.is_file():
+        if not root.name.endswith(suffixes[1:]):
+            raise TrainError(f"{root}: wanted a folder, or a file that ends in {', '.join(suffixes[1:])}")
+        return root
+    there = {entry.name for entry in root.iterdir()} if root.is_dir() else set()
+    if any(f"{name}{suffix}" in there for name in _SYNONYMS[1] for suffix in suffixes):
+        return _split_root(root, _SYNONYMS[1][0], suffixes)
+    if others := sorted(there & {f"{name}{suffix}" for name in (*_SYNONYMS[0], "test") for suffix in suffixes}):
+        raise TrainError(f"{root} has no validation split, but {', '.join(others)}: name one with --split")
+    if not root.is_dir():
+        raise TrainError(f"{root} does not exist")
+    return root
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
@@ -93,33 +147,78 @@ def _open_digits(data: DataRecipe, split: str, transform: Transform, fixed: bool
     return Digits(split, transform, fixed=fixed)  # type: ignore[arg-type]  # mypy does not narrow a str
 
 
-def _open_folder(data: DataRecipe, folder: str, split: str, classes: Sequence[str] | None) -> Dataset:
-    root = _split_root(Path(folder), split)
+def _open_folder(
+    data: DataRecipe, root: Path, classes: Sequence[str] | None, numbers: Mapping[str, int] | None
+) -> Dataset:
+    name = "" if data.source in ("folder", "list") else data.source
     if root.is_dir() and not any(entry.is_dir() for entry in root.iterdir()):
-        raise TrainError(f"{root}: wanted one sub-folder per class (CLASS/IMAGE.jpg), found no sub-folder")
-    name = "" if data.source == "folder" else data.source
-    dataset = _create(data, name, str(root), search_split=False)
-    if classes is None or (found := class_names(dataset) or []) == list(classes):
+        if not any(root.glob("*.tar")):
+            raise TrainError(f"{root}: wanted one sub-folder per class (CLASS/IMAGE.jpg), found no sub-folder")
+        name = "tars"
+    if root.name.endswith(_TARS[1:]):
+        root = _decompressed(root)
+    dataset = _create_folder(data, name, root, numbers)
+    if classes is None or numbers is not None or (found := class_names(dataset) or []) == list(classes):
         return dataset
     if strangers := set(found) - set(classes):
         raise TrainError(f"{root}: {_some(strangers)} not among the {len(classes)} classes of the training split")
-    if name:
+    if name.startswith("torch/"):
         raise TrainError(
             f"{root}: lacks {_some(set(classes) - set(found))}; {name} then gives wrong class indices, "
             "use data.source 'folder'"
         )
-    return _create(data, name, str(root), search_split=False, class_map={c: i for i, c in enumerate(classes)})
+    return _create_folder(data, name, root, {c: i for i, c in enumerate(classes)})
 
 
-def _split_root(root: Path, split: str) -> Path:
-    """Return root/split as a folder or a tar; if missing, with timm's synonyms for the split."""
+def _create_folder(data: DataRecipe, name: str, root: Path, numbers: Mapping[str, int] | None) -> Dataset:
+    given = {} if numbers is None else {"class_map": dict(numbers)}
+    if name != "tars":
+        return _create(data, name, str(root), search_split=False, **given)
+    try:
+        return ImageDataset(str(root), reader=ReaderImageInTar(str(root), **given))
+    except Exception as error:  # readers raise many types
+        raise TrainError(f"data.source {data.source} cannot open {root}: {first_line(error)}") from error
+
+
+def _decompressed(path: Path) -> Path:
+    """Return a copy of a compressed tar without compression, in torch's cache folder (TORCH_HOME).
+
+    Images are read in any order, and a compressed file would be read from its start for each of them.
+    """
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    out = Path(torch.hub.get_dir()) / "foveate" / f"{path.name.partition('.')[0]}-{key}.tar"
+    if out.exists():
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with atomic_path(out) as part, gzip.open(path) as file, part.open("wb") as copy:
+            shutil.copyfileobj(file, copy, 2**22)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise TrainError(f"{path} is truncated or damaged: {first_line(error)}") from error
+    return out
+
+
+def _check_map(path: Path, dataset: Dataset, numbers: Mapping[str, int]) -> None:
+    """Refuse a class map that names classes without images: a typo would leave out a class."""
+    reader: Any = getattr(dataset, "reader", None)
+    targets = getattr(reader, "targets", None)
+    used = set(map(int, targets if targets is not None else (target for _, target in reader.samples)))
+    if missing := sorted(name for name, index in numbers.items() if index not in used):
+        raise TrainError(f"class map: {path} has no images of {_some(missing)}")
+
+
+def _split_root(root: Path, split: str, suffixes: Sequence[str]) -> Path:
+    """Return root/split with one of the suffixes; if missing, with timm's synonyms for the split."""
     if not root.is_dir():
         raise TrainError(f"data.root {root} is not a folder" if root.exists() else f"data.root {root} does not exist")
     names = [split, *next((words for words in _SYNONYMS if split in words), ())]
-    for path in (path for name in names for path in (root / name, root / f"{name}.tar")):
-        if path.is_dir() or path.is_file():
+    for path in (root / f"{name}{suffix}" for name in names for suffix in suffixes):
+        if path.is_dir() if path.name in names else path.is_file():
             return path
-    there = [p.name for p in root.iterdir() if p.is_dir() or p.suffix == ".tar"]
+    if os.path.isfile(root / split) and split.endswith(tuple(filter(None, suffixes))):
+        return root / split
+    there = [p.name for p in root.iterdir() if p.is_dir() or p.name.endswith(tuple(filter(None, suffixes)))]
     raise TrainError(f"data.root {root} has no split {split!r}" + did_you_mean(split, there))
 
 
@@ -128,9 +227,19 @@ def _open_scheme(data: DataRecipe, root: str, split: str) -> Dataset:
     if data.source.startswith("torch/") and split not in known:
         raise TrainError(f"data: {data.source} has no split {split!r}" + did_you_mean(split, known))
     if not data.source.startswith(("torch/", "hfds/")):
-        sources = ("folder", "mnist5k", "torch/NAME", "hfds/NAME")
+        sources = ("folder", "list", "mnist5k", "torch/NAME", "hfds/NAME", "wds/", "hfids/NAME")
         raise TrainError(f"data.source: unknown source {data.source!r}" + did_you_mean(data.source, sources))
-    return _create(data, data.source, root, split=split)
+    if data.kind == "torch":
+        return _create(data, data.source, root, split=split)
+    columns = {"input_key": data.image_key, "target_key": data.label_key}
+    numbers = None if data.class_map is None else read_class_map(Path(data.class_map))
+    dataset = _create(data, data.source, root, split=split, class_map=numbers, **columns)
+    first = dataset.reader.dataset[0]  # type: ignore[attr-defined]  # timm's reader adds a missing image column
+    there = [name for name, value in first.items() if value is not None]
+    for option, key in (("image_key", data.image_key or "image"), ("label_key", data.label_key or "label")):
+        if key not in there:
+            raise TrainError(f"data.{option}: {data.source} has no column {key!r}" + did_you_mean(key, there))
+    return dataset
 
 
 def _create(data: DataRecipe, name: str, root: str, **kwargs: Any) -> Dataset:

@@ -14,4 +14,5 @@ with read_base():
 data.update(crop_pct=0.9)
 optimizer = dict(opt="adamw", lr=2e-5, weight_decay=1e-8, clip_grad=5.0)
 schedule = dict(kind="cosine", epochs=30, warmup_epochs=15, warmup_lr=2e-8, min_lr=2e-7)
+global_batch = 1024
 hooks = [dict(type=KeepMasks, plan="pruned/plan.json")]

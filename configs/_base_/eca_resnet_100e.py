@@ -1,7 +1,7 @@
 """ECA-Net on ResNets: 100 epochs of SGD, rate times 0.1 every 30, global batch 256, float32, crop and flip.
 
-Differs from the official script, which applies weight decay to every parameter: here biases and norms have none. The
-number of devices, which determines the batch of BatchNorm's statistics, is not published.
+As in the official script (main.py), weight decay applies to every parameter. The README's example runs on 4 devices,
+64 images each, which is the batch of BatchNorm's statistics.
 """
 
 from mmengine.config import read_base
@@ -11,6 +11,7 @@ with read_base():
 
 data.update(interpolation="bilinear", train_interpolation="bilinear")
 augment = dict(hflip=0.5, scale=(0.08, 1.0))
-optimizer = dict(opt="momentum", lr=0.1, weight_decay=1e-4, momentum=0.9)
+optimizer = dict(opt="momentum", lr=0.1, weight_decay=1e-4, momentum=0.9, also_decay=("*",))
 schedule = dict(kind="step", epochs=100, step_epochs=30, step_rate=0.1)
-batch_size = 32
+batch_size = 64
+global_batch = 256

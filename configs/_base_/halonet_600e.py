@@ -5,7 +5,7 @@ warm-up, and with stronger dropout, stochastic depth and RandAugment, whose valu
 are those of A1, checked against OpenMMLab's implementation of A1: rate, decay, warm-up, RandAugment 7 with deviation
 0.5, mixup, cutmix, smoothing, repeated augmentation of 3, stochastic depth 0.05. The initial rate of the warm-up is
 assumed. The paper's H0 to H7 were trained differently and have no recipe here.
-Differs from A1: cross-entropy instead of binary cross-entropy, which recipes do not have; 256 pixels.
+As in A1, the loss is binary cross-entropy. Differs from A1: 256 pixels.
 """
 
 from mmengine.config import read_base
@@ -23,7 +23,9 @@ augment = dict(
     smoothing=0.1,
     repeats=3,
 )
+loss = dict(kind="bce")
 optimizer = dict(opt="lamb", lr=5e-3, weight_decay=0.01)
 schedule = dict(kind="cosine", epochs=600, warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-6)
 batch_size = 256
+global_batch = 2048
 precision = "fp16"

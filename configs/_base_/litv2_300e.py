@@ -13,4 +13,5 @@ data.update(train_interpolation="bicubic")
 optimizer = dict(opt="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, clip_grad=5.0)
 optimizer.update(lr_mult={"*.conv_offset.weight": 0.01})
 schedule = dict(kind="cosine", epochs=300, warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-5)
+global_batch = 1024
 precision = "fp16"

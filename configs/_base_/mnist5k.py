@@ -5,3 +5,4 @@ augment = dict(rotate=7.0, shift=0.06, zoom=0.07, smoothing=0.1)  # no flips: a 
 optimizer = dict(opt="adamw", lr=3e-3, weight_decay=0.05, clip_grad=1.0)
 schedule = dict(kind="cosine", epochs=36, warmup_epochs=2, warmup_lr=1e-5, min_lr=1e-5)
 batch_size = 64
+global_batch = 64

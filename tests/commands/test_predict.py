@@ -76,8 +76,7 @@ def test_files_answer_as_their_model_does(file_format, net):
         assert [entry["index"] for entry in one["classes"]] == [entry["index"] for entry in other["classes"]]
         for entry, twin in zip(one["classes"], other["classes"], strict=True):
             assert entry["probability"] == pytest.approx(twin["probability"], rel=1e-3)
-    if file_format is not Format.HUB:  # whose config.json has no class names
-        assert of_file[0]["classes"][0]["name"] == NAMES[of_file[0]["classes"][0]["index"]]
+    assert of_file[0]["classes"][0]["name"] == NAMES[of_file[0]["classes"][0]["index"]]
 
 
 def test_a_fixed_batch_is_filled_up(net):

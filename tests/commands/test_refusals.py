@@ -184,7 +184,8 @@ def test_a_mistake_before_any_command_runs_is_one_line(words):
 
 @pytest.mark.parametrize("command", ["export", "prune"])
 def test_ctrl_c_ends_every_command_in_one_line(command, monkeypatch):
-    monkeypatch.setattr(f"foveate.commands.{command}.load_model", fail(KeyboardInterrupt()))
+    load = {"export": "open_model", "prune": "load_model"}[command]
+    monkeypatch.setattr(f"foveate.commands.{command}.{load}", fail(KeyboardInterrupt()))
     out = "net.onnx" if command == "export" else "out"
     done = CliRunner().invoke(app, [command, "test_resnet", "-o", out])
     assert (done.exit_code, done.stderr) == (130, f"foveate {command}: interrupted\n")

@@ -26,7 +26,8 @@ def command(make_recipe, tmp_path, monkeypatch):
 def test_a_run_prints_a_line_an_epoch_and_the_result(command, tmp_path, kept):
     result = command("--cfg-options", "schedule.epochs=1", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    first, last = result.stdout.splitlines()
+    *before, first, last = result.stdout.splitlines()
+    assert before[0].startswith("model    test_resnet: ")
     assert first.startswith("epoch 1/1") and re.match(r"best top-1 \d+\.\d\d %, \d+ s; weights: .*best.pth", last)
     assert (tmp_path / "work_dirs" / "tiny" / "best.pth").is_file()
     assert kept == ["train.runner"]

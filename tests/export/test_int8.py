@@ -124,7 +124,6 @@ def test_the_command_prints_both(pictures, tmp_path, monkeypatch):
             ["-o", "net.pt2", "--format", "aoti", "--int8", "--calibrate", ".", "--dynamic", "batch,size"],
             "got --dynamic",
         ),
-        (["-o", "hub", "--format", "hub", "--labels", "names.txt"], "--labels: a hub folder holds no class names"),
     ],
 )
 def test_a_mistake_prints_one_line_and_writes_nothing(arguments, message, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def test_fine_tuning_starts_from_a_file_whose_names_carry_a_prefix(make_recipe, 
 
 def test_a_start_that_does_not_fit_is_refused(make_recipe, tmp_path):
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(TrainError, match=r"timm cannot build test_resnet: Error.* in loading state_dict"):
+    with pytest.raises(TrainError, match=r"vit.pth does not fit test_resnet: it lacks conv1.0.weight"):
         build(make_recipe(), **{"model.checkpoint": str(tmp_path / "vit.pth")})
     with pytest.raises(TrainError, match=r"nowhere.pth does not exist"):
         build(make_recipe(), **{"model.checkpoint": "nowhere.pth"})

@@ -23,6 +23,28 @@ def test_cosine_with_warm_up_and_cool_down_is_timms():
         assert lr_at(update / steps, COSINE, 1e-3) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
 
 
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_rate_per_epoch_is_that_of_timms_scripts(delay):
+    """VAN's script steps with the number of the next epoch, BiFormer's with that of the finished one."""
+    schedule = ScheduleRecipe(
+        epochs=10, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-5, cooldown_epochs=2, per="epoch", delay_epochs=delay
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    theirs = CosineLRScheduler(optimizer, t_initial=10, lr_min=1e-5, warmup_t=3, warmup_lr_init=1e-6)
+    for epoch in range(12):
+        rate = optimizer.param_groups[0]["lr"]
+        for batch in range(7):
+            assert lr_at(epoch + batch / 7, schedule, 1e-3) == pytest.approx(rate, rel=1e-9)
+        theirs.step(epoch + 1 - delay)
+    if delay:
+        assert lr_at(0, schedule, 1e-3) == lr_at(1.9, schedule, 1e-3) == 1e-6  # two epochs at the first rate
+
+
+def test_a_constant_rate_does_not_decay():
+    constant = ScheduleRecipe(epochs=10, kind="constant", warmup_epochs=2)
+    assert [lr_at(epoch, constant, 1e-3) for epoch in (1, 2, 9.9, 12)] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+
+
 def test_linear_goes_straight_from_the_first_rate_to_the_last():
     linear = ScheduleRecipe(epochs=10, kind="linear", min_lr=1e-4)
     rates = [lr_at(epoch, linear, 1e-3) for epoch in (0, 5, 10, 12)]
@@ -74,6 +96,37 @@ def test_patterns_that_match_nothing_or_a_parameter_twice_are_refused():
         build_optimizer(net, OptimizerRecipe(lr=1e-3, lr_mult={"conv1": 0.1}))
     with pytest.raises(TrainError, match=r"optimizer.lr_mult: '\*bias' matches fc.bias, as another pattern does"):
         build_optimizer(net, OptimizerRecipe(lr=1e-3, lr_mult={"fc.*": 0.1, "*bias": 0.1}))
+
+
+def test_named_parameters_are_decayed_too():
+    net = timm.create_model("nat_mini", depths=(1, 1, 1, 1), dims=(32, 64, 96, 128))
+    plain, tables, every = (
+        build_optimizer(net, OptimizerRecipe(lr=1e-3, weight_decay=0.05, also_decay=patterns, lr_mult={"*.rpb": 0.5}))
+        for patterns in ((), ("*.rpb",), ("*",))
+    )
+    for optimizer, decayed in (
+        (plain, lambda n: False),
+        (tables, lambda n: n.endswith(".rpb")),
+        (every, lambda n: True),
+    ):
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        assert groups.keys() == set(net.parameters())
+        for name, p in net.named_parameters():
+            usual = 0.0 if p.ndim <= 1 or name.endswith((".bias", ".rpb")) else 0.05
+            assert groups[p]["weight_decay"] == (0.05 if decayed(name) else usual), name
+            assert groups[p]["lr_mult"] == (0.5 if name.endswith(".rpb") else 1.0)
+
+
+def test_decay_that_changes_nothing_is_refused():
+    net = timm.create_model("test_resnet")
+    for patterns, message in (
+        (("conv1",), "optimizer.also_decay: 'conv1' matches no parameter"),
+        (("fc.weight",), "optimizer.also_decay: 'fc.weight' matches parameters that have weight decay anyway"),
+    ):
+        with pytest.raises(TrainError, match=message):
+            build_optimizer(net, OptimizerRecipe(lr=1e-3, weight_decay=0.05, also_decay=patterns))
+    with pytest.raises(TrainError, match=r"optimizer.also_decay: has no effect without optimizer.weight_decay"):
+        OptimizerRecipe(lr=1e-3, also_decay=("*",))
 
 
 def test_every_optimizer_argument_reaches_the_optimizer():

