@@ -48,7 +48,8 @@ class TiledAttention(EagerBody):
         self.plan, self.mask, self.scale, self.additive = plan, mask, scale, additive
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Any:
-        mask = self.additive_mask(bias, q.dtype)
+        # detached: SDPA's fast kernel refuses a mask that requires a gradient, even where none is recorded
+        mask = self.additive_mask(None if bias is None else bias.detach(), q.dtype)
         chunks = self._chunks(q)
         if len(chunks) == 1:
             return self._attend_checked(q, k, v, bias, mask).contiguous()

@@ -119,7 +119,7 @@ class SwinAgentAttention(AgentAttention):
         super().__init__(dim, heads, map_size=(side, side), **keywords)
         self.side, self.shift, self.own, self.cuts = side, shift, own, cuts
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # (B, H, W, C) -> (B, H, W, C)
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)  # type: ignore[override]
         height, width = x.shape[1], x.shape[2]
         if not self.is_cut(height, width):
             return self.mix(x.flatten(1, 2), (height, width)).unflatten(1, [height, width])

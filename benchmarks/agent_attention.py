@@ -123,7 +123,7 @@ def layers(shape: tuple[Pair, int, int, int, int], batch: int) -> tuple[dict[str
     x = torch.randn(batch, prefix + size[0] * size[1], heads * dim)
     forms: dict[str, nn.Module] = {"ours": OnMap(ours, size)}
     forms |= {name: OnMap(AuthorsForm(ours, name == "SDPA"), size) for name in ("authors", "SDPA")}
-    return forms, x
+    return {name: form.eval() for name, form in forms.items()}, x
 
 
 def op_calls(shape: tuple[Pair, int, int, int, int], batch: int) -> dict[str, Callable[[], Tensor]]:

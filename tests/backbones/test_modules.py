@@ -235,9 +235,11 @@ def takes(attach: Callable, module: nn.Module) -> bool:
 
 
 def never_called(model: nn.Module) -> set[str]:
-    """The stochastic depth of timm's MobileNet blocks that have no shortcut; lists, whose modules are called."""
+    """The stochastic depth of timm's MobileNet blocks that have no shortcut, its dropout of probabilities that SDPA
+    makes; lists, whose modules are called."""
     modules = dict(model.named_modules())
     idle = {f"{path}.drop_path" for path, module in modules.items() if getattr(module, "has_skip", True) is False}
+    idle |= {f"{path}.attn_drop" for path, module in modules.items() if getattr(module, "fused_attn", False)}
     return idle | {path for path, module in modules.items() if isinstance(module, nn.ModuleList)}
 
 
@@ -308,7 +310,7 @@ def called_twice(model: nn.Module) -> set[str]:
             shared |= {f"{path}.conv", f"{path}.norm"}
         if isinstance(module, VanMlp | DepthwiseMlp):  # one dropout behind both layers
             shared.add(f"{path}.drop")
-        if hasattr(module, "attn") and hasattr(module, "mlp"):  # one stochastic depth for both branches of a block
+        if hasattr(module, "mlp") and (hasattr(module, "attn") or hasattr(module, "attns")):  # one stochastic depth for both branches of a block
             shared.add(f"{path}.drop_path")
     return shared
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import foveate
 from foveate.attention_ops import NeighborhoodAttention2d, neighborhood_cpu
+from foveate.attention_ops.agent_layer import AgentBiases
 
 
 @pytest.mark.parametrize("most", [None, 0])
@@ -159,3 +160,19 @@ def test_a_sum_is_not_written_over_what_is_still_read(kind):
         torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
     report = fused.prepare(x)
     assert (report.fused["sum"], report.fused["sum in place"]) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["agent_deit_tiny", "agent_pvt_tiny", "agent_swin_tiny"])
+def test_biases_of_agents_are_resized_once_for_each_size(name):
+    model = alive(small(name, num_classes=5))
+    x, other = images((2, 3, 64, 40)), images((1, 3, 48, 72))
+    fused = foveate.fuse(model, x)
+    assert not any("upsample" in what for what in fused.prepare(x).left)
+    assert fused.prepare(x).left["agent_attention"] == sum(isinstance(m, AgentBiases) for m in model.modules())
+    for size in (x, other):  # a plan of its own for each size
+        assert_same(fused, model, size)
+    before = fused(x)
+    with torch.no_grad():
+        next(p for key, p in model.named_parameters() if key.endswith("an_bias")).add_(1).mul_(3)
+    assert not torch.equal(fused(x), before)
+    assert_same(fused, model, x)

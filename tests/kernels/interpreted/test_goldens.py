@@ -44,6 +44,13 @@ def check(layer, case, out_of, expected, det, relative_error):
     assert relative_error(x.grad.contiguous(), gradient, gradient.size) < 1e-4
 
 
+AGENTS = ["deit_32_h2_a25_9", "pvt_32_h2_a9_16_sr2", "dense_32_h2_a16_trained14_20x9_agents5x3"]
+
+
+def test_agent_attention_equals_the_official_code(det, golden, relative_error):
+    assert op_tests("agent").check_the_official_layers(golden, det, relative_error, AGENTS)
+
+
 SLOW = ["bra_7", "bra_14_top16", "bra_pad_15x20", "bra_qkdim32", "bra_soft_diff", "bra_kv_avg2", "nchw_13x10"]
 CASES = ["bra_h4_nwin4_16x8", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
