@@ -3,8 +3,8 @@
 Papers     Shi 2024, arXiv:2311.17132 (TransNeXt); Jin et al. 2024, arXiv:2410.11842 (MoH, the gates).
 Semantics  queries and keys are normalised; a query sees the kernel_rows x kernel_cols tokens around it that lie on the
            map, and all pooled tokens, in one softmax. The local values get one more weight, linear in the normalised
-           query and not normalised. A gate multiplies each head of each token. The logarithm of the number of keys is
-           rounded to float32 in every dtype, as in the authors' code.
+           query and not normalised. A gate multiplies each head of each token. With local keys, the logarithm of the
+           number of keys is rounded to float32 in every dtype, as in the authors' code.
 We differ  a pair of a token and a head whose gate is 0 has the result 0, and gradients of 0, also of its gate: the
            tiled body leaves it out. The bias of pooled keys is a table and two lists of its cells, not one number for
            each pair, so that memory grows with the map and not with its square.

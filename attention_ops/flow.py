@@ -92,8 +92,8 @@ def flow_attention_tiled(q: Tensor, k: Tensor, v: Tensor, form: str) -> Tensor:
     records = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if form == "causal" or records or q.device.type != "cpu":
         return flow_attention_graph(q, k, v, form)
-    wide, outer, (batch, nq, heads, dim) = accumulator(q.dtype), EPS if form == "vision" else 0.0, q.shape
-    groups, nk = batch * heads, k.shape[1]
+    wide, outer, (batch, nq, heads, _) = accumulator(q.dtype), EPS if form == "vision" else 0.0, q.shape
+    nk = k.shape[1]
     queries, keys = (_by_head(x, wide).sigmoid_() for x in (q, k))  # (groups, N, d)
     incoming = _inflow(queries, keys.sum(1), outer).reciprocal_()  # (groups, 1, Nq)
     outgoing = _inflow(keys, queries.sum(1), outer).reciprocal_()
@@ -105,7 +105,7 @@ def flow_attention_tiled(q: Tensor, k: Tensor, v: Tensor, form: str) -> Tensor:
     mixed = torch.bmm(keys.mT, values.flatten(0, 1))  # (groups, d, dv)
     weights = sinks.mul_(nq / nk).sigmoid_().mul_(incoming).view(batch, heads, nq, 1)
     out = q.new_empty(batch, nq, heads, v.shape[3], dtype=wide)
-    torch.mul(torch.bmm(queries, mixed).view(batch, heads, nq, -1), weights, out=out.transpose(1, 2))
+    torch.mul(torch.bmm(queries, mixed).view(batch, heads, nq, v.shape[3]), weights, out=out.transpose(1, 2))
     return out.to(q.dtype)
 
 

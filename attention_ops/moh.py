@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .aggregated import aggregated_attention
 from .losses import Loss
 
-CLOSE = 1.1920929e-07  # float32's eps: the least sum of kept gates
-LEAST_LOG = 8.0  # distances are in eighths of the map's side
+LEAST_SUM = 1.1920929e-07  # float32's eps: the least sum of kept gates
+EIGHTHS = 8.0  # distances are in eighths of the map's side
 
 
 def axis_cells(length: int, pooled: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -74,6 +74,8 @@ class MohBase(nn.Module):
         dd = {"device": device, "dtype": dtype}
         head_dim = dim // heads
         self.heads, self.shared, self.routed = heads, shared, routed
+        # TorchScript reads attributes only.
+        self.least_sum, self.eighths, self.octaves = LEAST_SUM, EIGHTHS, math.log2(EIGHTHS)
         self.coordinate_size = None if coordinate_size is None else [int(side) for side in coordinate_size]
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(math.expm1(1 / 0.24)), **dd))
         self.query_embedding = nn.Parameter(torch.empty(heads, 1, head_dim, **dd))
@@ -106,7 +108,7 @@ class MohBase(nn.Module):
             chosen = chances.topk(self.routed, dim=-1)[1]
             mask = torch.zeros_like(chances).scatter(-1, chosen, 1.0)
             kept = chances * mask
-            parts.append(kept / kept.sum(-1, keepdim=True).clamp(min=CLOSE) * self.routed)
+            parts.append(kept / kept.sum(-1, keepdim=True).clamp(min=self.least_sum) * self.routed)
             if not torch.jit.is_scripting():
                 self.note_balance(chances, mask)
         if self.wg_0 is not None:
@@ -131,14 +133,14 @@ class MohBase(nn.Module):
         cols, of_cols = axis_cells(width, pooled[1], x.device)
         down = self.logarithm(of_rows, unit[0])[:, None].expand(-1, of_cols.shape[0])
         right = self.logarithm(of_cols, unit[1])[None].expand(of_rows.shape[0], -1)
-        places = torch.stack([down, right], -1).to(self.cpb_fc1.weight.dtype)
+        places = torch.stack([down, right], -1).to(self.temperature.dtype)
         table = self.cpb_fc2(self.cpb_act(self.cpb_fc1(places)))  # (R, C, heads)
         return table.permute(2, 0, 1), rows, cols
 
     def logarithm(self, distances: Tensor, unit: int) -> Tensor:
         """Distances in tokens, on the scale that the network of positions reads."""
-        x = distances / max(unit - 1, 1) * LEAST_LOG
-        return torch.sign(x) * torch.log2(x.abs() + 1.0) / math.log2(LEAST_LOG)
+        x = distances / max(unit - 1, 1) * self.eighths
+        return torch.sign(x) * torch.log2(x.abs() + 1.0) / self.octaves
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, shared={self.shared}, routed={self.routed}"

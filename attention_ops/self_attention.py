@@ -1,9 +1,23 @@
 """Plain self-attention as a token mixer: the baseline of the others."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ._attend import sdpa
+from ._op import is_traced, under_transform
 from .mixers import register_mixer
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Run SDPA on (B, heads, N, d); also under torch.func and for second derivatives, which its fast kernel has not."""
+    if under_transform((q, k, v)):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if is_traced((q, k, v)):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return sdpa(q, k, v, scale)
 
 
 @register_mixer("attention")
@@ -45,7 +59,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # (B, N, C) -> (B, N, C)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, head_dim)
         q, k, v = qkv.unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        if torch.jit.is_scripting():
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            out = attend(q, k, v, self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def extra_repr(self) -> str:

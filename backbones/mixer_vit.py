@@ -167,8 +167,9 @@ def _create(variant: str, config: MixerVitConfig, pretrained: bool, **kwargs) ->
     mixer = kwargs.pop("mixer", config.mixer)
     taken = {name: kwargs.pop(name) for name in sorted(mixer_keywords(mixer) & kwargs.keys())}
     config = replace(config, mixer=mixer, mixer_args=tuple(taken.items()))
+    shown = min(LAST_THREE, len(kwargs.get("dims") or config.dims))
     return build(
-        MixerVit, config, variant, pretrained, checkpoint_filter_fn, **{"out_indices": LAST_THREE, **kwargs}
+        MixerVit, config, variant, pretrained, checkpoint_filter_fn, **{"out_indices": shown, **kwargs}
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from ._launch import (
 )
 
 LOG2_E = math.log2(math.e)
+DKV_BLOCK = 32  # queries of a step of dkv: with 64, the registers do not hold the biases of their pairs
 SLAB = 4096  # queries whose bias gradients are in memory at once
 
 
@@ -258,7 +259,7 @@ def launch_backward(call: Call, q, k, v, out, lse, grad, grad_lse, dq, dk, dv) -
     )  # fmt: skip
     keys_dkv_kernel[(call.images * call.heads * triton.cdiv(call.keys, call.block_n),)](
         q, k, v, *call.pointers, grad, lse, delta, dk, dv, *_strides(q, k, v, grad, dk, dv), *call.numbers,
-        HAS_BIAS=has_bias, **call.constants,
+        HAS_BIAS=has_bias, **call.constants | {"BLOCK_M": DKV_BLOCK},
     )  # fmt: skip
     return delta
 

@@ -37,7 +37,7 @@ def mixture_forward_kernel(
     row, col, mine = n // width, n % width, n < height * width
     w_ptr += (image * height * width * heads + head) * (ROWS * COLS)
     acc = tl.zeros((BLOCK, PAD), tl.float32)
-    for i in tl.static_range(ROWS * COLS):
+    for i in range(ROWS * COLS):  # not unrolled: the loads of all places would not fit into registers
         y, x = row + (i // COLS - ROWS // 2), col + (i % COLS - COLS // 2)
         inside = mine & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         weight = tl.load(w_ptr + n * (heads * ROWS * COLS) + i, mask=inside, other=0.0).to(tl.float32)
@@ -61,7 +61,7 @@ def mixture_backward_kernel(
     step = heads * ROWS * COLS
     grad = _tile(grad_ptr, grad_strides, image, head, row, col, mine, DIM, PAD).to(tl.float32)
     dv = tl.zeros((BLOCK, PAD), tl.float32)
-    for i in tl.static_range(ROWS * COLS):
+    for i in range(ROWS * COLS):  # not unrolled: the loads of all places would not fit into registers
         down, right = i // COLS - ROWS // 2, i % COLS - COLS // 2
         y, x = row + down, col + right
         inside = mine & (y >= 0) & (y < height) & (x >= 0) & (x < width)

@@ -344,13 +344,19 @@ def aggregated(
                     values.append(local_v[:, ky, kx])
                     biases.append(local_bias[:, dy, dx])
                     weights.append((unit * tokens[:, :, place]).sum(-1) + token_bias[:, place])
-            scaled = (unit + embedding) * temperature[:, None] * torch.tensor(float(len(keys))).log().to(q.dtype)
+            scaled = (unit + embedding) * temperature[:, None] * _log(len(keys), bool(near))
             logits = torch.stack([(scaled * k).sum(-1) + b for k, b in zip(keys, biases, strict=True)], -1)
             probs = logits.softmax(-1)
             linear = [p if w is None else p + w for p, w in zip(probs.unbind(-1), weights, strict=True)]
             result = sum(w[..., None] * v for w, v in zip(linear, values, strict=True))
             out.append(result if gates is None else result * gates[:, y, x, :, None])
     return torch.stack(out, 1).unflatten(1, (height, width))
+
+
+def _log(count: int, rounds: bool) -> float:
+    """Of the number of keys; the authors round it to float32 where there are local keys."""
+    log = torch.tensor(float(count), dtype=torch.float64).log()
+    return float(log.float() if rounds else log)
 
 
 def _unit(x: Tensor) -> Tensor:

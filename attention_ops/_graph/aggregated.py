@@ -19,12 +19,13 @@ def offsets(kernel: tuple[int, int]) -> list[tuple[int, int]]:
 def log_keys_seen(
     size: tuple[int, int], kernel: tuple[int, int], pooled: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """(H, W): the logarithm of how many keys every token sees, rounded to float32 as in the authors' code."""
+    """(H, W): the logarithm of how many keys every token sees; with local keys it is rounded to float32, see the op."""
     counts = []
     for length, side in zip(size, kernel, strict=True):
         place = torch.arange(length, device=device)
         counts.append((place + side // 2).clamp(max=length - 1) - (place - side // 2).clamp(min=0) + min(side, 1))
-    return (counts[0][:, None] * counts[1] + pooled).float().log().to(dtype)
+    logs = (counts[0][:, None] * counts[1] + pooled).double().log()
+    return (logs.float() if kernel[0] > 0 else logs).to(dtype)
 
 
 def pair_bias(table: Tensor, rows: Tensor, cols: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ LAYERS = {
     "flow": lambda: mixed("flow"),
     "causal flow": lambda: mixed("flow", form="causal"),
     "circle mixer": lambda: mixed("circle", radius=3, qk_norm=True),
-    "routing": lambda: mixed("routing", clusters=3),
+    "routing": lambda: mixed("routing", clusters=3).eval(),  # in training every call moves the centroids
     "nprf": lambda: mixed("nprf", features=4),
     "mixture of heads": lambda: MohAttention(16, 4, shared=1, routed=2),
     "aggregated": lambda: MohAggregatedAttention(16, 4, sr_ratio=3, shared=1, routed=2),

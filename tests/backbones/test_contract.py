@@ -179,7 +179,7 @@ def test_unknown_keywords_are_a_type_error(name):
         ("moh_transnext_small_75", {"heads": (3, 4)}, "heads must divide dim 16, got 3"),
         ("mixer_vit_tiny", {"mixer": "flwo"}, r"mixer must be one of .*, got 'flwo'; did you mean flow\?"),
         ("mixer_vit_tiny", {"heads": 3}, "dims must be one multiple of heads 3"),
-        ("flowformer_cv", {"img_size": 44}, r"img_size must be multiples of 8 px, got \(40, 40\)"),
+        ("flowformer_cv", {"img_size": 44}, r"img_size must be multiples of 8 px, got \(44, 44\)"),
         ("flowformer_cv", {"heads": 3}, r"dims must be multiples of heads 3, got \[16, 32\]"),
         ("agent_pvt_tiny", {"agent_num": (9, 12)}, "agent_num must be square numbers .* got 12"),
         ("agent_pvt_tiny", {"agent_num": "9-16-49"}, "agent_num must have one number per stage, 2, got"),

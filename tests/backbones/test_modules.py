@@ -12,7 +12,12 @@ from small_models import KINDS, SMALL, alive, small
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from foveate.attention_ops import EfficientChannelAttention, EfficientLocalAttention, LargeKernelAttention
+from foveate.attention_ops import (
+    EfficientChannelAttention,
+    EfficientLocalAttention,
+    LargeKernelAttention,
+    MohAggregatedAttention,
+)
 from foveate.attention_ops.halo import RelativePosition
 from foveate.backbones._layers import DepthwiseMlp
 from foveate.backbones.van import VanMlp
@@ -20,7 +25,7 @@ from foveate.backbones.van import VanMlp
 BATCH = 3
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 LEAST_CHANGE = 1e-3  # of the output's standard deviation: what is equal because it is ignored does not count
-# Halo, routed and dense attention take another body where no gradient is wanted, which sums in another order.
+# Halo, routed, dense and flow attention take another body where no gradient is wanted, which sums in another order.
 ROUNDING = 2e-5  # of the same, between the modes; and of the change itself
 MOST_DIFFERENCE = 1e-3
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
@@ -310,7 +315,10 @@ def called_twice(model: nn.Module) -> set[str]:
             shared |= {f"{path}.conv", f"{path}.norm"}
         if isinstance(module, VanMlp | DepthwiseMlp):  # one dropout behind both layers
             shared.add(f"{path}.drop")
-        if hasattr(module, "mlp") and (hasattr(module, "attn") or hasattr(module, "attns")):  # one stochastic depth for both branches of a block
+        if isinstance(module, MohAggregatedAttention):  # tokens and pooled cells
+            shared.add(f"{path}.kv")
+        attends = hasattr(module, "attn") or hasattr(module, "attns")
+        if attends and hasattr(module, "mlp"):  # one stochastic depth for both branches of a block
             shared.add(f"{path}.drop_path")
     return shared
 
@@ -342,12 +350,12 @@ def test_a_hook_sees_the_whole_batch_of_large_images_once(name):
 
 @every_kind
 def test_the_modes_give_the_same_bits(name):
-    """Halo, routed and dense attention excepted, see above."""
+    """Halo, routed, dense and flow attention excepted, see above."""
     model, x, plain = built(name)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             out = model(x)
-        if "halo" in name or name.startswith(("biformer", "vitrpb")):
+        if "halo" in name or name.startswith(("biformer", "vitrpb")) or name.endswith("flow"):
             torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5 * plain.std().item())
         else:
             assert torch.equal(out, plain)
