@@ -25,6 +25,7 @@ from .moh import MohAggregatedAttention, MohAttention
 from .neighborhood import NeighborhoodAttention2d, neighborhood_attention, neighborhood_attention_lse
 from .reattend import reattend
 from .reversed import ReversedAttention, reversed_attention
+from .reversed import MessageAttention, ReversedAttention, reversed_attention
 from .routed import bi_level_routes, routed_attention
 from .routing import cluster_attention, cluster_members
 from .routing_layer import ClusterRouting, RoutingAttention
@@ -57,6 +58,7 @@ __all__ = [
     "MaskPredictor",
     "MohAggregatedAttention",
     "MohAttention",
+    "MessageAttention",
     "NeighborhoodAttention2d",
     "ReducedAgentAttention",
     "RegionPool",

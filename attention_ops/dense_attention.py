@@ -6,7 +6,8 @@ Semantics  the softmax is over the keys that the mask shows, then clipped, then 
 Tiled      plain attention is SDPA; with a mask or a clipped softmax the logits of a chunk are made, and made again in
            the backward pass.
 Fused      a clipped softmax walks over the keys twice: for the log-sum-exp of a row, then for its clipped sum. Masks
-           are read as bits. Gates are multiplied into what a program stores.
+           are read as bits; a value that is not finite reaches all queries of a tile, also those that do not see
+           it. Gates are multiplied into what a program stores.
 """
 
 from collections.abc import Sequence

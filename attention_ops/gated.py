@@ -19,11 +19,15 @@ from .mixers import register_mixer
 GATES = ("linear", "mlp", "mlp2", "all", "per_head", "unconditional")
 
 
-class HeadGates(nn.ModuleList):
+class HeadGates(nn.Sequential):
     """One small network per head, of the head's channels: (B, N, C) -> (B, N, heads)."""
 
+    def __init__(self, *gates: nn.Module) -> None:
+        super().__init__(*gates)
+        self.heads = len(gates)
+
     def forward(self, x: Tensor) -> Tensor:
-        of_heads = x.unflatten(-1, (len(self), -1))
+        of_heads = x.unflatten(-1, (self.heads, -1))
         logits = []
         for i, gate in enumerate(self):
             logits.append(gate(of_heads[:, :, i]))
@@ -157,5 +161,5 @@ def make_gate(gate: str | None, dim: int, heads: int, **dd) -> nn.Module | nn.Pa
         return nn.Linear(dim, heads, **dd)
     if gate in hidden:
         layers = [(nn.Linear(head_dim, hidden[gate], **dd), nn.Linear(hidden[gate], 1, **dd)) for _ in range(heads)]
-        return HeadGates(nn.Sequential(first, nn.ReLU(), last) for first, last in layers)
-    return HeadGates(nn.Linear(head_dim, 1, **dd) for _ in range(heads))
+        return HeadGates(*(nn.Sequential(first, nn.ReLU(), last) for first, last in layers))
+    return HeadGates(*(nn.Linear(head_dim, 1, **dd) for _ in range(heads)))

@@ -170,18 +170,16 @@ class MessageController(nn.Module):
         return self.fc2(self.act(self.fc1(x))).squeeze(-1).sigmoid()
 
 
-@register_mixer("reversed")
-class ReversedAttention(nn.Module):
+class MessageAttention(nn.Module):
     """Reversed attention with its projections, the selection of heads and the control of messages.
 
     A token spreads its message over heads by a softmax with temperature 0.1 of a linear layer, and scales it by m in
-    (0, 1) from a small MLP. m is multiplied over the layers of a model: `forward_messages` takes that of the layers
-    before and returns the product. As a mixer, the layer is on its own.
+    (0, 1) from a small MLP. m is multiplied over the layers of a model: the layer takes that of the layers before and
+    returns the product.
 
     Args:
         dim: channels; num_heads must divide it.
         num_heads: number of heads.
-        map_size, prefix_tokens: as every mixer takes them; nothing in the layer depends on them.
         qkv_bias: give the qkv projection a bias.
         hidden_ratio: hidden channels of the MLP of messages, as a share of dim.
         proj_drop: dropout after the output projection.
@@ -192,8 +190,6 @@ class ReversedAttention(nn.Module):
         dim: int,
         num_heads: int,
         *,
-        map_size: tuple[int, int] | None = None,
-        prefix_tokens: int = 0,
         qkv_bias: bool = False,
         hidden_ratio: float = 0.5,
         proj_drop: float = 0.0,
@@ -202,22 +198,17 @@ class ReversedAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"ReversedAttention: num_heads must divide dim {dim}, got {num_heads}")
+            raise ValueError(f"{type(self).__name__}: num_heads must divide dim {dim}, got {num_heads}")
         dd = {"device": device, "dtype": dtype}
-        del map_size, prefix_tokens
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
+        self.scale, self.temperature = (dim // num_heads) ** -0.5, TEMPERATURE
         self.head_selector = nn.Linear(dim, num_heads, bias=False, **dd)
         self.message_controller = MessageController(dim, int(dim * hidden_ratio), **dd)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:  # (B, N, C) -> (B, N, C)
-        """The mixer's call: no layers before. `size` is not read, since nothing depends on where tokens lie."""
-        return self.forward_messages(x, x.new_ones(x.shape[0], x.shape[1]))[0]
-
-    def forward_messages(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, C) and the product of m of the layers before, (B, N) -> the output, and m with this layer's."""
         weight, m = self.weigh(x, m)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, heads, head_dim)
@@ -226,7 +217,7 @@ class ReversedAttention(nn.Module):
 
     def weigh(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weight of every message, (B, N, heads), and the product of m up to this layer, (B, N)."""
-        selected = F.softmax(self.head_selector(x) / TEMPERATURE, dim=-1)
+        selected = F.softmax(self.head_selector(x) / self.temperature, dim=-1)
         m = m * self.message_controller(x)
         return selected * m[..., None], m
 
@@ -240,3 +231,30 @@ class ReversedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
+
+
+@register_mixer("reversed")
+class ReversedAttention(nn.Module):
+    """`MessageAttention` as a mixer: on its own, with no layers before it.
+
+    Args:
+        dim, num_heads, kwargs: see `MessageAttention`.
+        map_size, prefix_tokens: as every mixer takes them; nothing in the layer depends on them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        map_size: tuple[int, int] | None = None,
+        prefix_tokens: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        del map_size, prefix_tokens
+        self.messages = MessageAttention(dim, num_heads, **kwargs)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:  # (B, N, C) -> (B, N, C)
+        """`size` is not read, since nothing depends on where tokens lie."""
+        return self.messages(x, x.new_ones(x.shape[0], x.shape[1]))[0]

@@ -25,11 +25,17 @@ COEFFICIENT_FLOOR = 0.05  # the same for coefficients, where `top` is None
 
 def share_of(count: int, share: float) -> int:
     """Return the smallest integer that is not below share * count; also of a free size of a traced graph."""
-    if torch.jit.is_scripting() or known(count):
+    if torch.jit.is_scripting():
         return math.ceil(share * count)
     else:
-        part = Fraction(share).limit_denominator(10**6)
-        return (count * part.numerator + part.denominator - 1) // part.denominator
+        return _share_of_any(count, share)
+
+
+def _share_of_any(count: int, share: float) -> int:
+    if known(count):
+        return math.ceil(share * count)
+    part = Fraction(share).limit_denominator(10**6)
+    return (count * part.numerator + part.denominator - 1) // part.denominator
 
 
 class MaskPredictor(nn.Module):
@@ -44,11 +50,10 @@ class MaskPredictor(nn.Module):
         num_heads: number of heads; they share all weights.
         map_size: (rows, columns) of the map for which the tables are made.
         prefix_tokens: tokens before those of the map.
-        keep: share of the keys that a query sees, above 0 and at most 1.
         basis: basis vectors; (prefix_tokens + rows * columns) // 6 when None, at least 1.
         shares_tables: one table for both directions.
         top: coefficients that a query keeps; None: those above 0.05.
-        score_floor: keep the keys whose score is above it, in place of `keep`; for `scores` and `mask` only.
+        score_floor: keep the keys whose score is above it, in place of a budget; for `mask` only.
     """
 
     def __init__(
@@ -58,7 +63,6 @@ class MaskPredictor(nn.Module):
         *,
         map_size: tuple[int, int],
         prefix_tokens: int = 1,
-        keep: float = 0.25,
         basis: int | None = None,
         shares_tables: bool = False,
         top: int | None = TOP,
@@ -67,15 +71,14 @@ class MaskPredictor(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep must be above 0 and at most 1, got {keep!r}")
         dd = {"device": device, "dtype": dtype}
         tokens, head_dim = prefix_tokens + map_size[0] * map_size[1], dim // num_heads
         basis = max(tokens // 6, 1) if basis is None else basis
         self.map_size, self.prefix_tokens = (map_size[0], map_size[1]), prefix_tokens
-        self.keep, self.scale = keep, num_heads**-0.5
+        self.scale = num_heads**-0.5
         self.top = 0 if top is None else min(top, basis)
         self.score_floor = score_floor
+        self.basis_floor, self.coefficient_floor = BASIS_FLOOR, COEFFICIENT_FLOOR
         self.proj_n = nn.Parameter(torch.empty(tokens, basis, **dd))
         self.proj_back_n = self.proj_n if shares_tables else nn.Parameter(torch.empty(tokens, basis, **dd))
         self.proj_c_q = nn.Linear(head_dim, max(head_dim // 2, 1), **dd)
@@ -115,24 +118,27 @@ class MaskPredictor(nn.Module):
         into, back = self.tables(size)
         return torch.matmul(self.coefficients(q, k, into), back.transpose(-2, -1))
 
-    def scores(self, q: Tensor, k: Tensor, into: Tensor, back: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, size: tuple[int, int], numbers: Tensor | None = None) -> Tensor:
         """Return the score of every connection, (B, heads, N - prefix, N), by thresholded coefficients and basis.
 
         Args:
-            into, back: (N, basis), or (B, 1, N, basis) where images keep tokens of their own.
+            q, k: (B, heads, N, head_dim).
+            size: of the map.
+            numbers: (B, N - prefix), which of the map's tokens the images have left, one prefix token before them; all
+                when None.
         """
+        into, back = self.tables(size)
+        if numbers is not None:
+            rows = torch.cat([torch.zeros_like(numbers[:, :1]), numbers + 1], dim=1)
+            into, back = into[rows][:, None], back[rows][:, None]  # (B, 1, N, basis)
         coefficients, basis = self.coefficients(q, k, into), back.abs()
         if self.top > 0:
             best, where = coefficients.topk(self.top, sorted=False)
             coefficients = torch.zeros_like(coefficients).scatter(-1, where, best)
         else:
-            coefficients = torch.where(coefficients > COEFFICIENT_FLOOR, coefficients, 0.0)
-        basis = torch.where(basis > BASIS_FLOOR, basis, 0.0)
+            coefficients = torch.where(coefficients > self.coefficient_floor, coefficients, 0.0)
+        basis = torch.where(basis > self.basis_floor, basis, 0.0)
         return torch.matmul(coefficients, basis.transpose(-2, -1))
-
-    def columns(self, scores: Tensor, budget: int) -> Tensor:
-        """Return the keys of the largest scores, (B, heads, N - prefix, budget) int64, in no order."""
-        return scores.topk(budget, sorted=False)[1]
 
     @torch.jit.ignore
     def mask(self, scores: Tensor, budget: int) -> Tensor:
@@ -140,11 +146,11 @@ class MaskPredictor(nn.Module):
         if self.score_floor is not None:
             rows = scores > self.score_floor
         else:
-            rows = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, self.columns(scores, budget), True)
+            rows = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best_columns(scores, budget), True)
         return torch.cat([rows.new_ones(*rows.shape[:2], self.prefix_tokens, rows.shape[3]), rows], dim=2)
 
     def extra_repr(self) -> str:
-        return f"keep={self.keep}, top={self.top}, map_size={self.map_size}"
+        return f"top={self.top}, map_size={self.map_size}"
 
 
 @register_mixer("sparsified")
@@ -154,7 +160,8 @@ class SparsifiedAttention(nn.Module):
     Args:
         dim: channels; num_heads must divide it.
         num_heads: number of heads.
-        map_size, prefix_tokens, keep, basis, shares_tables, top: see `MaskPredictor`.
+        map_size, prefix_tokens, basis, shares_tables, top: see `MaskPredictor`.
+        keep: share of the keys that a query sees, above 0 and at most 1.
         qkv_bias: give the qkv projection a bias.
         proj_drop: dropout after the output projection.
     """
@@ -178,22 +185,22 @@ class SparsifiedAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"SparsifiedAttention: num_heads must divide dim {dim}, got {num_heads}")
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must be above 0 and at most 1, got {keep!r}")
         dd = {"device": device, "dtype": dtype}
-        self.num_heads, self.prefix_tokens = num_heads, prefix_tokens
+        self.num_heads, self.prefix_tokens, self.keep = num_heads, prefix_tokens, keep
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.mask_predictor = MaskPredictor(
-            dim, num_heads, map_size=map_size, prefix_tokens=prefix_tokens, keep=keep, basis=basis,
+            dim, num_heads, map_size=map_size, prefix_tokens=prefix_tokens, basis=basis,
             shares_tables=shares_tables, top=top, **dd,
         )  # fmt: skip
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # (B, N, C) -> (B, N, C)
         q, k, v = self.project(x)
-        into, back = self.mask_predictor.tables(size)
-        budget = share_of(x.shape[1], self.mask_predictor.keep)
-        return self.attend(q, k, v, into, back, budget)
+        return self.attend(q, k, v, share_of(x.shape[1], self.keep), size)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v, (B, N, heads, head_dim)."""
@@ -201,15 +208,23 @@ class SparsifiedAttention(nn.Module):
         return q, k, v
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, into: Tensor, back: Tensor, budget: int, dropped: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        budget: int,
+        size: tuple[int, int],
+        numbers: Tensor | None = None,
+        dropped: int = 0,
     ) -> Tensor:
         """Choose `budget` keys of every query that is no prefix token, attend, and project: (B, N, C).
 
         Args:
+            size, numbers: as in `MaskPredictor`.
             dropped: tokens that were dropped before. Prefix tokens see them as keys and values of zero.
         """
-        scores = self.mask_predictor.scores(q.transpose(1, 2), k.transpose(1, 2), into, back)
-        columns = self.mask_predictor.columns(scores.detach(), budget)
+        scores = self.mask_predictor(q.transpose(1, 2), k.transpose(1, 2), size=size, numbers=numbers)
+        columns = best_columns(scores.detach(), budget)
         out = sparse_attention(q[:, self.prefix_tokens :], k, v, columns, scale=self.scale)
         if self.prefix_tokens > 0:
             rows = q[:, : self.prefix_tokens]
@@ -226,11 +241,16 @@ class SparsifiedAttention(nn.Module):
     def masks(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Return what every query sees, (B, heads, N, N) bool."""
         q, k, _ = self.project(x)
-        scores = self.mask_predictor.scores(q.transpose(1, 2), k.transpose(1, 2), *self.mask_predictor.tables(size))
-        return self.mask_predictor.mask(scores, share_of(x.shape[1], self.mask_predictor.keep))
+        scores = self.mask_predictor(q.transpose(1, 2), k.transpose(1, 2), size=size)
+        return self.mask_predictor.mask(scores, share_of(x.shape[1], self.keep))
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}"
+        return f"num_heads={self.num_heads}, keep={self.keep}"
+
+
+def best_columns(scores: Tensor, budget: int) -> Tensor:
+    """Return the keys of the largest scores, (B, heads, queries, budget) int64, in no order."""
+    return scores.topk(budget, sorted=False)[1]
 
 
 def share_of_kept(q: Tensor, k: Tensor, scale: float, dropped: int) -> Tensor:

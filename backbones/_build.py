@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
+from timm.models import VisionTransformer, build_model_with_cfg
 from torch import Tensor, nn
 
 from .._timm import FeatureGetterNet, feature_info
@@ -57,7 +57,8 @@ def build_features(make: Callable[..., M], variant: str, pretrained: bool, **kwa
             names timm's wrapper: "getter", the default, gives (B, C, H, W), the others the model's own layout.
 
     Raises:
-        ValueError: `out_indices` chooses a map that the model does not have.
+        ValueError: `out_indices` chooses a map that the model does not have, or `feature_cls` takes maps from the
+            modules of a ViT.
     """
     out_indices = kwargs.pop("out_indices", None)
     if not kwargs.get("features_only"):
@@ -69,6 +70,10 @@ def build_features(make: Callable[..., M], variant: str, pretrained: bool, **kwa
         model = make(**arguments)
         maps = [info["module"] for info in feature_info(model)]
         check_indices("out_indices", out_indices, len(maps))
+        if wrapper != "getter" and isinstance(model, VisionTransformer):
+            raise ValueError(
+                f"feature_cls of {type(model).__name__} must be 'getter', got {wrapper!r}: blocks give tokens"
+            )
         feature_cfg["out_indices"] = tuple(range(len(maps))) if out_indices is None else out_indices
         feature_cfg["flatten_sequential"] = any("." in module for module in maps)  # stages.0: inside a child
         return model  # timm reads feature_cfg after this

@@ -148,7 +148,7 @@ class CheckedViT(VisionTransformer):
         device=None,
         dtype=None,
     ) -> None:
-        config.grid(img_size)  # refuses an image smaller than a patch
+        grid = config.grid(img_size)  # refuses an image smaller than a patch
 
         def block_fn(*, depth: int, proj_drop: float, drop_path: float, device, dtype, **_: Any) -> nn.Module:
             return make_block(depth, proj_drop=proj_drop, drop_path=drop_path, device=device, dtype=dtype)
@@ -163,7 +163,8 @@ class CheckedViT(VisionTransformer):
             block_fn=block_fn,  # type: ignore[arg-type]  # timm calls it, as it calls a class
             device=device, dtype=dtype,
         )  # fmt: skip
-        self.stride_px = config.patch_size
+        self.stride_px, self.table_size = config.patch_size, grid
+        self.blocks = nn.ModuleList(self.blocks)  # a Sequential cannot give them the map's size
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images (B, C, H, W) -> tokens (B, prefix + N, C), and (rows, columns) of the map."""
@@ -173,9 +174,8 @@ class CheckedViT(VisionTransformer):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.pos_embed is not None:
-            grid = (self.patch_embed.grid_size[0], self.patch_embed.grid_size[1])
-            x = x + resample_table(self.pos_embed[0], size, grid, self.num_prefix_tokens)
-        return self.pos_drop(x), size
+            x = x + resample_table(self.pos_embed[0], size, self.table_size, self.num_prefix_tokens)
+        return self.norm_pre(self.patch_drop(self.pos_drop(x))), size
 
     # What a family overrides
 
@@ -228,6 +228,12 @@ class CheckedViT(VisionTransformer):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """As timm's."""
+        super().set_input_size(img_size, patch_size)
+        self.table_size = (self.patch_embed.grid_size[0], self.patch_embed.grid_size[1])
 
     # timm's contract
 

@@ -20,7 +20,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 
 from .._weights import unwrap
-from ..attention_ops.reversed import ReversedAttention
+from ..attention_ops.reversed import MessageAttention
 from ..attention_ops.sparsified import keep_tokens, take_tokens
 from ._build import StateDict, build, cfg, check_fits
 from ._layers import to_nchw, to_nhwc
@@ -28,9 +28,8 @@ from ._pruning import AttentionLayout, Prunable
 from ._vit import CheckedViT, ViTBlock, ViTConfig, put_back
 from .quantizable_vit import at_the_models_size
 
-register_notrace_module(ReversedAttention)
+register_notrace_module(MessageAttention)
 LITE_BLOCKS = (1, 4, 7, 10)  # that drop tokens, counted from 0
-DROPPED_PERCENT = 16  # of all tokens, at each of them
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ class DependencyViTConfig(ViTConfig):
 
 def tokens_left(count: int, step: int) -> int:
     """Return how many of `count` tokens the pruning block number `step` (from 1) keeps: 16 % of all go at each."""
-    return max(count * (100 - DROPPED_PERCENT * step) // (100 - DROPPED_PERCENT * (step - 1)), 1)
+    percent = 16
+    return max(count * (100 - percent * step) // (100 - percent * (step - 1)), 1)
 
 
 @register_notrace_module
@@ -73,26 +73,25 @@ class PositionConv(nn.Module):
         return x + to_nhwc(self.proj(to_nchw(x.unflatten(1, [size[0], size[1]])))).flatten(1, 2)
 
 
-@register_notrace_module
 class DependencyBlock(ViTBlock):
     """A block of reversed attention. It takes and returns tokens, (B, N, C), and m, (B, N): what messages are worth."""
 
     drops: Final[bool]
     encodes: Final[bool]
 
-    def __init__(self, encodes: bool, attention: ReversedAttention, dim: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, encodes: bool, attention: MessageAttention, dim: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(attention, dim, *args, **kwargs)
         self.drops, self.encodes = False, encodes
         dd = {name: kwargs.get(name) for name in ("device", "dtype")}
         self.peg = PositionConv(dim, **dd) if encodes else None
 
     def forward(self, x: Tensor, m: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        out, m = self.attn.forward_messages(self.norm1(x), m)
-        x = x + self.drop_path1(self.ls1(out))
+        sent = self.attn(self.norm1(x), m)
+        x = x + self.drop_path1(self.ls1(sent[0]))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         if self.encodes:
             x = self.peg(x, size=size)
-        return x, m
+        return x, sent[1]
 
 
 @register_notrace_module
@@ -108,8 +107,9 @@ class DroppingBlock(ViTBlock):
         super().__init__(*args, **kwargs)
         self.drops, self.pruning_step = True, step
 
-    def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out, m = self.attn.forward_messages(self.norm1(x), m)
+    def forward(self, x: Tensor, m: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """`size` is not read: the other blocks' call."""
+        out, m = self.attn(self.norm1(x), m)
         x = x + self.drop_path1(self.ls1(out))
         chosen = keep_tokens(m.detach(), tokens_left(m.shape[1], self.pruning_step))
         x, m = take_tokens(x, chosen), m.gather(1, chosen)
@@ -117,7 +117,7 @@ class DroppingBlock(ViTBlock):
 
 
 def _make_block(index: int, *, config: DependencyViTConfig, proj_drop: float, drop_path: float, **dd) -> ViTBlock:
-    attention = ReversedAttention(
+    attention = MessageAttention(
         config.embed_dim, config.num_heads, qkv_bias=config.qkv_bias, proj_drop=proj_drop, **dd
     )
     options = {"init_values": config.layer_scale, "proj_drop": proj_drop, "drop_path": drop_path, **dd}
@@ -164,11 +164,10 @@ class DependencyViT(CheckedViT):
         return x, x.new_ones(x.shape[0], x.shape[1]), numbers.expand(x.shape[0], -1)
 
     def step(self, block: nn.Module, state: tuple[Tensor, ...], size: tuple[int, int]) -> tuple[Tensor, ...]:
-        x, m, numbers = state
-        if block.drops:
-            x, m, chosen = self.call(block, x, m)
-            return x, m, numbers.gather(1, chosen)
-        return (*self.call(block, x, m, size=size), numbers)
+        *tokens, numbers = state
+        out = self.call(block, *tokens, size=size)
+        dropped = isinstance(out, tuple) and len(out) == 3
+        return out[0], out[1], numbers.gather(1, out[2]) if dropped else numbers
 
     def tokens(self, state: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:
         return put_back(state[0], size, state[2], 0)
@@ -183,7 +182,7 @@ class DependencyViT(CheckedViT):
             m = torch.ones([x.shape[0], x.shape[1]], device=x.device, dtype=x.dtype)
             for block in self.blocks:
                 if block.drops:
-                    x, m, _ = block(x, m)
+                    x, m, _ = block(x, m, size)
                 else:
                     x, m = block(x, m, size)
             return self.norm(x) * m[..., None]
@@ -220,7 +219,7 @@ LAST_THREE = 3  # default features: all maps have one size
 
 
 def _create(variant: str, config: DependencyViTConfig, pretrained: bool, **kwargs) -> DependencyViT:
-    arguments = {"out_indices": LAST_THREE, **kwargs}
+    arguments = {"out_indices": min(LAST_THREE, kwargs.get("depth", config.depth)), **kwargs}
     return build(DependencyViT, config, variant, pretrained, checkpoint_filter_fn, **arguments)
 
 

@@ -134,7 +134,7 @@ LAST_THREE = 3  # default features: all maps have one size
 
 
 def _create(variant: str, config: QuantizableViTConfig, pretrained: bool, **kwargs) -> QuantizableViT:
-    arguments = {"out_indices": LAST_THREE, **kwargs}
+    arguments = {"out_indices": min(LAST_THREE, kwargs.get("depth", config.depth)), **kwargs}
     return build(QuantizableViT, config, variant, pretrained, checkpoint_filter_fn, **arguments)
 
 

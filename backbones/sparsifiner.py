@@ -59,7 +59,6 @@ class SparsifinerConfig(ViTConfig):
         return 1.0 if self.token_rate is None else self.token_rate**pruned
 
 
-@register_notrace_module
 class SparsifiedBlock(ViTBlock):
     """A block of sparsified attention, on all tokens of a map."""
 
@@ -88,11 +87,9 @@ class PruningBlock(ViTBlock):
         """(B, 1 + count, C) and its tokens' numbers on the map, (B, count) -> both, of the tokens that are left."""
         q, k, v = self.attn.project(self.norm1(x))
         count, dropped = numbers.shape[1], size[0] * size[1] - numbers.shape[1]
-        into, back = self.attn.mask_predictor.tables(size)
-        rows = torch.cat([torch.zeros_like(numbers[:, :1]), numbers + 1], dim=1)  # the class token is row 0
-        budget = share_of(1 + size[0] * size[1], self.attn.mask_predictor.keep)
+        budget = share_of(1 + size[0] * size[1], self.attn.keep)
         budget = min(budget, count) if dropped > 0 else budget
-        out = self.attn.attend(q, k, v, into[rows][:, None], back[rows][:, None], budget, dropped)
+        out = self.attn.attend(q, k, v, budget, size, numbers, dropped)
         x = x + self.drop_path1(self.ls1(out))
         if self.drops:
             scores = class_scores(q[:, :1], k, self.attn.scale, dropped)
@@ -202,9 +199,8 @@ class Sparsifiner(CheckedViT):
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """As timm's; the predictors' tables are resampled too, and keep their number of basis vectors."""
         super().set_input_size(img_size, patch_size)
-        grid = (self.patch_embed.grid_size[0], self.patch_embed.grid_size[1])
         for predictor in (m for m in self.modules() if isinstance(m, MaskPredictor)):
-            predictor.resize(grid)
+            predictor.resize(self.table_size)
 
     # Training
 
@@ -267,7 +263,7 @@ LAST_THREE = 3  # default features: all maps have one size
 
 
 def _create(variant: str, config: SparsifinerConfig, pretrained: bool, **kwargs) -> Sparsifiner:
-    arguments = {"out_indices": LAST_THREE, **kwargs}
+    arguments = {"out_indices": min(LAST_THREE, kwargs.get("depth", config.depth)), **kwargs}
     return build(Sparsifiner, config, variant, pretrained, checkpoint_filter_fn, **arguments)
 
 

@@ -8,6 +8,7 @@ from .local import launch
 from .routed import backward, forward, routes
 
 __all__ = [
+    "agent",
     "backward",
     "channel",
     "channel_gate",
@@ -20,4 +21,3 @@ __all__ = [
     "routes",
     "strip_gate",
 ]
-__all__ = ["agent", "backward", "channel", "channel_gate", "forward", "large_kernel", "launch", "routes", "strip_gate"]

@@ -16,10 +16,11 @@ AGENT_DEIT = {"dim": 16, "depth": 3, "heads": 2, "patch_size": 8, "agent_num": (
 HALO = {"block_size": 4, "halo": 1}
 MOH = {"dims": (16, 32), "depths": (1, 1), "heads": (2, 4), "shared": (2, 1), "routed": (0, 2), "mlp_ratios": (2, 2)}
 MOH |= {"sr_ratios": (4, 1)}
-VIT = {"dims": (16,) * 3, "depths": (1,) * 3, "heads": 2, "patch_size": 8, "mlp_ratio": 2.0}
+MIXER = {"dims": (16,) * 3, "depths": (1,) * 3, "heads": 2, "patch_size": 8, "mlp_ratio": 2.0}
 FOUR_BLOCKS = {"depths": (1, 1, 1, 1)}
 MOBILENET = {"depths": (1, 1, 1, 1, 2, 2, 1)}
 GQA = {"embed_dim": 24, "depth": 2, "num_heads": 6, "kv_heads": 3, "patch_size": 8, "img_size": 32}
+VIT = {"patch_size": 8, "img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 SMALL = {  # one of every family; the key is a model's name, "name:kind" where a name stands for several models
     "nat_mini": NAT,
@@ -39,14 +40,17 @@ SMALL = {  # one of every family; the key is a model's name, "name:kind" where a
     "gqa_vit_tiny": GQA,
     "ulsam_mobilenetv2": {"depths": (1, 3, 1, 1, 1, 1, 1), "insert": (6,), "replace": (4,)},
     "moh_transnext_small_75": MOH,
-    "mixer_vit_tiny": VIT,
-}
-FIXED = {  # models that take images of one size; they have tests of their own, tests/backbones/test_fixed_sizes.py
-    "flowformer_cv": {"dims": (16, 32), "depths": (1, 1), "heads": 2, "mlp_ratio": 2.0, "img_size": (32, 40)},
+    "mixer_vit_tiny": MIXER,
     "agent_deit_tiny": {**AGENT_DEIT, "global_pool": "avg"},  # else nothing reads the last block's convolution
     "agent_pvt_tiny": AGENT_PVT,
     "agent_swin_tiny": {**AGENT, "attn_type": "AB"},
     "agent_cswin_tiny": {**AGENT, "attn_type": "AB", "split_size": "21"},
+    "quantizable_vit_tiny": {**VIT, "softmax_clip": (-0.01, 1.0), "gate": "linear"},
+    "sparsifiner_deit_tiny": {**VIT, "global_pool": "avg"},  # the class token alone would not see the last choice
+    "dependencyvit_tiny": VIT,
+}
+FIXED = {  # models that take images of one size; they have tests of their own, tests/backbones/test_fixed_sizes.py
+    "flowformer_cv": {"dims": (16, 32), "depths": (1, 1), "heads": 2, "mlp_ratio": 2.0, "img_size": (32, 40)},
 }
 KINDS = {  # and the other kinds of blocks
     **SMALL,
@@ -71,20 +75,23 @@ KINDS = {  # and the other kinds of blocks
     "gqa_vit_tiny:key_norm": {**GQA, "allocation": "key_norm"},
     "ulsam_mobilenetv1": {"depths": (1, 2, 1, 2, 1), "insert": (3, 5), "replace": (4,)},
     "moh_transnext_small_75:aggregated": {**MOH, "sr_ratios": (4, 2), "fixed_pool_size": 2, "pretrain_size": 64},
-    "mixer_vit_tiny:flow": {**VIT, "mixer": "flow"},
-    "mixer_vit_tiny:circle": {**VIT, "mixer": "circle", "radius": 2, "qk_norm": True},
-    "mixer_vit_tiny:routing": {**VIT, "mixer": "routing", "clusters": 2},
-    "mixer_vit_tiny:nprf": {**VIT, "mixer": "nprf", "features": 8, "img_size": 256},
+    "mixer_vit_tiny:flow": {**MIXER, "mixer": "flow"},
+    "mixer_vit_tiny:circle": {**MIXER, "mixer": "circle", "radius": 2, "qk_norm": True},
+    "mixer_vit_tiny:routing": {**MIXER, "mixer": "routing", "clusters": 2},
+    "mixer_vit_tiny:nprf": {**MIXER, "mixer": "nprf", "features": 8, "img_size": 256},
+    "quantizable_vit_tiny:mlp": {**VIT, "gate": "mlp", "patch_norm": True},
+    "quantizable_vit_tiny:per head": {**VIT, "gate": "per_head", "clip_alpha": 2},
+    "dependencyvit_tiny:positions": {**VIT, "cpe_depth": 0, "learned_pos": True},
 }
 ONE_SIZE = {  # models of one image size, which most tests of SMALL change: those of their own test files
     "ninformer": {"dims": (16, 16), "depths": (1, 1), "hidden_dim": 24},
 }
 GATED = ("fv_halo", "fv_se", "fv_eca", "eca", "ela", "ulsam")
 OF_TIMMS_CLASSES = tuple(name for name in KINDS if name.startswith(GATED))
-TOKENS = tuple(name for name in KINDS if name.startswith("gqa"))  # ViTs: a class token, positions added outside blocks
+VITS = tuple(name for name in KINDS if name.startswith(("quantizable", "sparsifiner", "dependencyvit")))
+TOKENS = (*VITS, *(name for name in KINDS if name.startswith("gqa")))  # ViTs: positions are added outside blocks
 WITH_CLASS_TOKEN = ("agent_deit_tiny",)  # their tokens are no map, and their children no chain
-OF_TIMMS_CLASSES = tuple(name for name in KINDS if name.startswith(("fv_halo", "fv_se", "fv_eca", "eca", "ela")))
-SCALED = ("nat_mini", "dinat_s_tiny", "vitrpb_small")  # whose layer scale starts near zero, or can
+SCALED = ("nat_mini", "dinat_s_tiny", "vitrpb_small", "dependencyvit_tiny")  # whose layer scale starts near zero, or can
 
 
 def small(name: str, **kwargs) -> nn.Module:

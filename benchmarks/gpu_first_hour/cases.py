@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ... import attention_ops as ops
 from . import definitions as exact
+from . import token_cases
 from .inputs import BF16, FP16, FP32, Case, Made, Pair, normal, qkv
 
 
@@ -305,12 +306,14 @@ def small_cases() -> list[Case]:
         gate("strip_gate", (2, 16, 6, 5), norm_groups=4, **low),
         gate("strip_gate", (1, 8, 6, 1), layout="crop", norm_groups=4, **low),
         gate("large_kernel", (1, 16, 7, 6), **low),
+        *token_cases.small_cases(),
     ]
 
 
 def full_cases() -> list[Case]:
     """Layers of published models in 16 bits, wide heads, float32, odd maps, and every memory layout."""
-    return [*_neighborhoods(), *_windows_and_circles(), *_halos(), *_routed(), *_agents(), *_channels_and_gates()]
+    of_maps = [*_neighborhoods(), *_windows_and_circles(), *_halos(), *_routed(), *_agents(), *_channels_and_gates()]
+    return [*of_maps, *token_cases.full_cases()]
 
 
 def _neighborhoods() -> list[Case]:

@@ -223,3 +223,27 @@ def large_kernel(
     padding = dilation * (dilated.shape[-1] // 2)
     y = F.conv2d(y, dilated, dilated_bias, padding=padding, dilation=dilation, groups=channels)
     return x * F.conv2d(y, point, point_bias)
+
+
+def clipped(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, clip: tuple[float, float] | None) -> Tensor:
+    """Attention of tokens, (B, N, heads, d), where `seen`, (N, M) bool, with probabilities stretched and clipped."""
+    logits = torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5
+    probs = (logits if seen is None else logits.masked_fill(~seen, -math.inf)).softmax(-1)
+    if clip is not None:
+        probs = ((clip[1] - clip[0]) * probs + clip[0]).clip(0, 1)
+    probs = probs if seen is None else probs.masked_fill(~seen, 0)
+    return torch.einsum("bhnm,bmhd->bnhd", probs, v)
+
+
+def reversed_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+    """What every token gives to the tokens that it attends to, summed by receiver."""
+    probs = (torch.einsum("bshd,brhd->bhsr", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+    return torch.einsum("bhsr,bshd->brhd", probs, v * weight[..., None])
+
+
+def same_window(size: Pair, window: Pair, shift: Pair, device: str | torch.device) -> Tensor:
+    """(H * W, H * W) bool: two tokens are in one window, of a map that is cut where windows begin."""
+    sides = zip(size, window, shift, strict=True)
+    rows, cols = (torch.arange(n, device=device).sub(s).div(w, rounding_mode="floor") for n, w, s in sides)
+    number = (rows[:, None] * (2 * size[1]) + cols).flatten()
+    return number[:, None] == number

@@ -100,6 +100,7 @@ def compile_only(capability: int) -> None:
 def run_backward_after_forward() -> None:
     """Replace the kernels' ops by their own Python, forward and then backward: meta tensors record no graph."""
     from ...kernels import channel
+    from ...kernels.clipped import launch as clipped
     from ...kernels.gates import channel_gate, large_kernel, strip_gate
     from ...kernels.local import launch as local
     from ...kernels.routed import backward as routed_backward
@@ -148,4 +149,16 @@ def run_backward_after_forward() -> None:
         "call_forward",
         large_kernel.large_kernel_attention_forward,
         lambda i, out, kept, grad: body_of(large_kernel.large_kernel_attention_backward)(*i[:7], *kept, grad, i[7]),
+    )
+    replace(
+        clipped,
+        "call_forward",
+        clipped._forward,
+        lambda i, out, kept, grad: body_of(clipped._backward)(*i[:5], *kept, grad, *i[5:]),
+    )
+    replace(
+        clipped,
+        "call_reversed",
+        clipped._reversed,
+        lambda i, out, kept, grad: body_of(clipped._reversed_backward)(*i[:4], *kept, grad, i[4]),
     )

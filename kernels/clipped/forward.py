@@ -52,7 +52,9 @@ def clipped_forward_kernel(
             v_offs, _, _ = find(n, window_y, window_x, keys, v_strides)
             v = load(v_ptr, v_offs, k_inside, DIM_V, PAD_V)  # [N, DV]
             acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    lse = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))  # inf: sees nothing
+    blind = total == 0.0  # sees no key
+    total = tl.where(blind, 1.0, total)
+    lse = tl.where(blind, float("inf"), top + tl.log2(total))
     lse_ptr += (image * heads + head) * (queries[4] * queries[5])
     tl.store(lse_ptr + q_at, lse, mask=q_inside)
 
@@ -70,7 +72,7 @@ def clipped_forward_kernel(
                 probs = tl.where(seen, probs, 0.0)
                 acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=PRECISION)
         else:
-            acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+            acc = acc / total[:, None]
         if HAS_GATE:
             gate_offs, _, _ = find(m, window_y, window_x, queries, gate_strides)
             gate_ptr += image * gate_strides[0] + head * gate_strides[3]

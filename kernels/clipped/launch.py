@@ -33,14 +33,15 @@ LOG2_E = math.log2(math.e)
 NO_STRIDES = (0, 0, 0, 0)
 
 
-def tile_shape(queries: int, keys: int, head_dim: int, itemsize: int) -> tuple[int, int]:
-    """Return the queries and the keys of a tile: what 4 warps hold without spills.
+def tile_shape(queries: int, keys: int, head_dim: int, itemsize: int, masked: bool) -> tuple[int, int]:
+    """Return the queries and the keys of a tile: what 4 warps hold without spills, 8 where both are 64.
 
     Args:
         queries, keys: tokens of a window.
         head_dim: the larger one, padded.
+        masked: with a mask of bits, whose words take registers.
     """
-    most = 64 if itemsize == 2 and head_dim <= 64 else 32 if itemsize == 2 or head_dim <= 64 else 16
+    most = 64 if itemsize == 2 and head_dim <= 64 and not masked else 32 if itemsize == 2 or head_dim <= 64 else 16
     return min(most, power_of_2(queries, LEAST_DOT)), min(most, power_of_2(keys, LEAST_DOT))
 
 
@@ -63,14 +64,15 @@ class Launch:
         sides = zip(size, window or size, shift, strict=True)
         self.windows = tuple(length // side + (step > 0) for length, side, step in sides)
         widest = max(padded(dim), padded(v.shape[-1]))
-        tile = tile_shape(math.prod(self.queries[:2]), math.prod(self.keys[:2]), widest, q.element_size())
+        tokens = math.prod(self.queries[:2]), math.prod(self.keys[:2])
+        tile = tile_shape(*tokens, widest, q.element_size(), bits is not None)
         gamma, zeta = clip or (0.0, 1.0)
         self.scale, self.clip = scale, (gamma, zeta - gamma)
         self.constants: dict[str, Any] = {
             "DIM": dim, "DIM_V": v.shape[-1], "PAD": padded(dim), "PAD_V": padded(v.shape[-1]),
             "M": tile[0], "N": tile[1], "CLIP": (gamma, zeta) != (0.0, 1.0), "HAS_GATE": gate is not None,
             "HAS_BITS": bits is not None, "PRECISION": dot_precision(q.dtype),
-            "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True,
+            "num_warps": 8 if tile == (64, 64) else 4, "num_stages": 2, "enable_fp_fusion": True,
         }  # fmt: skip
 
     def grid(self, tokens: int, tile: int) -> tuple[int]:

@@ -57,7 +57,8 @@ def pairs(q_inside, k_inside, m, n, bits_ptr, bits_row, HAS_BITS: tl.constexpr):
 def clip(probs, gamma, stretch, CLIP: tl.constexpr):
     """Clipped probabilities; the probabilities themselves where nothing is clipped."""
     if CLIP:
-        probs = tl.minimum(tl.maximum(probs * stretch + gamma, 0.0), 1.0)
+        probs = probs * stretch + gamma
+        probs = tl.where(probs < 0.0, 0.0, tl.where(probs > 1.0, 1.0, probs))  # NaN stays, unlike in min and max
     return probs
 
 
@@ -66,5 +67,5 @@ def clip_grad(probs, grad, gamma, stretch, CLIP: tl.constexpr):
     """The gradient of probabilities, from that of clipped ones."""
     if CLIP:
         stretched = probs * stretch + gamma
-        grad = tl.where((stretched >= 0.0) & (stretched <= 1.0), grad * stretch, 0.0)
+        grad = tl.where((stretched < 0.0) | (stretched > 1.0), 0.0, grad * stretch)
     return grad

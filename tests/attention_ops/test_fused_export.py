@@ -19,6 +19,8 @@ from foveate.attention_ops import (
     LargeKernelAttention,
     MohAggregatedAttention,
     ReducedAgentAttention,
+    ReversedAttention,
+    WindowAttention2d,
 )
 from foveate.attention_ops._op import OPS
 
@@ -29,6 +31,15 @@ def _undrawn(layer, *args, **kwargs) -> nn.Module:
     """A layer without truncated normal numbers: fake tensors cannot draw them."""
     with mock.patch.object(nn.init, "trunc_normal_"):
         return layer(*args, **kwargs)
+class OnMap(nn.Module):
+    """A layer of tokens on maps (B, H, W, C)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.flatten(1, 2), size=x.shape[1:3]).view(x.shape)
 
 
 LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch body
@@ -41,6 +52,8 @@ LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch
         "softmax",
     ),
     "hilo": (lambda: HiLoAttention(32, 4, 2, 0.5), "local_attention_forward", "_softmax"),
+    "clipped": (lambda: WindowAttention2d(32, 2, (3, 6), clip=(-0.1, 1.0)), "clipped_attention_forward", "_softmax"),
+    "reversed": (lambda: OnMap(ReversedAttention(32, 2)), "reversed_attention_forward", "baddbmm"),
     "channel": (lambda: ChannelAttention(32, 2), "channel_attention_forward", "softmax"),
     "large kernel": (lambda: by_op(LargeKernelAttention(32)), "large_kernel_attention_forward", "convolution"),
     "channel gate": (lambda: by_op(EfficientChannelAttention(32)), "channel_gate_forward", "sigmoid"),

@@ -20,6 +20,7 @@ SMALL_PVT = {**SMALL_AGENT, "mlp_ratios": (2, 2), "agent_sr_ratios": "21", "sr_r
 SMALL_HALONET = {"depths": (1, 1, 1, 1), "block_size": 4, "halo": 1}
 SMALL_MOH = {"dims": (16, 32), "depths": (1, 1), "heads": (2, 4), "shared": (2, 1), "routed": (0, 2)}
 SMALL_MOH |= {"mlp_ratios": (2, 2), "sr_ratios": (4, 1)}
+SMALL_VIT = {"patch_size": 8, "img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 FAMILIES = {
     "nat_mini": (SMALL_NAT, "stages.1.downsample.reduction.weight", "levels.0.downsample.reduction.weight"),
     "van_b0": (SMALL_VAN, "stages.1.downsample.proj.weight", "patch_embed2.proj.weight"),
@@ -37,6 +38,9 @@ FAMILIES = {
     "ela_resnet18_b": ({"depths": (1,) * 4}, "layer2.0.se.conv.weight", "layer2.0.se.conv.weight"),
     "moh_transnext_small_75": (SMALL_MOH, "stages.1.blocks.0.attn.wg.weight", "block2.0.attn.wg.weight"),
     "ela_mobilenet_v2_l": ({"depths": (1,) * 7}, "blocks.2.0.se.norm.weight", "blocks.2.0.se.norm.weight"),
+    "quantizable_vit_tiny": ({**SMALL_VIT, "gate": "linear"}, "blocks.1.norm1.bias", "blocks.1.norm1.bias"),
+    "sparsifiner_deit_tiny": (SMALL_VIT, "blocks.1.norm1.bias", "blocks.1.norm1.bias"),
+    "dependencyvit_tiny": (SMALL_VIT, "blocks.1.norm1.bias", "blocks.1.norm1.bias"),
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -153,6 +157,9 @@ RENAMES = {  # ours to the authors', in order, once each: the filters' inverse, 
     ],
     "ela_resnet18_b": [],
     "ela_mobilenet_v2_l": [],
+    "quantizable_vit_tiny": [],
+    "sparsifiner_deit_tiny": [],
+    "dependencyvit_tiny": [],
 }
 
 

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from small_models import KINDS, OF_TIMMS_CLASSES, SMALL, TOKENS, WITH_CLASS_TOKEN, alive, small
+from small_models import KINDS, OF_TIMMS_CLASSES, SMALL, TOKENS, VITS, WITH_CLASS_TOKEN, alive, small
 from torch import nn
 
 every_small = pytest.mark.parametrize("name", SMALL)
@@ -57,14 +57,11 @@ def test_the_classifier_can_be_an_identity(name):
         if hasattr(model, head):
             setattr(model, head, nn.Identity())
     out = model(X)
-    of_maps = hasattr(model, "head") and name not in TOKENS
-    torch.testing.assert_close(out, maps if of_maps else model.forward_head(maps, pre_logits=True))
+    pooled = name in TOKENS or not hasattr(model, "head")
+    torch.testing.assert_close(out, model.forward_head(maps, pre_logits=True) if pooled else maps)
 
 
-every_chain = pytest.mark.parametrize("name", [name for name in SMALL if name not in (*TOKENS, *WITH_CLASS_TOKEN)])
-
-
-@every_chain
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in (*TOKENS, *WITH_CLASS_TOKEN)])
 def test_the_children_without_the_head_make_a_sequence(name):
     model = alive(small(name))
     expected = model.forward_features(X)
@@ -83,11 +80,19 @@ def copy_weights(features, model):
         tensor.copy_(weights[bare.replace(".", "_")])
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name not in WITH_CLASS_TOKEN])
-@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
+OF_MAPS = [name for name in SMALL if name not in (*TOKENS, *WITH_CLASS_TOKEN)]
+WRAPPERS = [(name, wrapper) for name in OF_MAPS for wrapper in ("list", "dict", "hook", "getter", "fx")]
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name in VITS])
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "fx"])
+def test_wrappers_that_would_take_tokens_for_maps_are_refused(name, feature_cls):
+    with pytest.raises(ValueError, match=f"feature_cls of .* must be 'getter', got '{feature_cls}'"):
+        small(name, features_only=True, feature_cls=feature_cls)
+
+
+@pytest.mark.parametrize(("name", "feature_cls"), [*WRAPPERS, *((name, "getter") for name in TOKENS if name in SMALL)])
 def test_every_feature_wrapper_of_timm_gives_the_same_maps(name, feature_cls):
-    if name in TOKENS and feature_cls != "getter":
-        pytest.skip("timm's ViTs give maps through their own forward_intermediates only")
     model = alive(small(name))
     expected = model.forward_intermediates(X, intermediates_only=True)
     features = small(name, features_only=True, out_indices=len(expected), feature_cls=feature_cls).eval()

@@ -10,7 +10,7 @@ from torch import nn
 
 from foveate.attention_ops._clip import clipped, read_clip
 from foveate.attention_ops.gated import GatedAttention
-from foveate.attention_ops.reversed import ReversedAttention
+from foveate.attention_ops.reversed import MessageAttention
 from foveate.attention_ops.sparsified import MaskPredictor, SparsifiedAttention, keep_tokens, share_of, take_tokens
 from foveate.backbones.dependencyvit import DependencyBlock, tokens_left
 from foveate.backbones.sparsifiner import class_scores
@@ -206,7 +206,7 @@ PREDICTORS = {
 
 
 def predictor(name, case, det, **options):
-    layer = MaskPredictor(48, 3, map_size=(9, 9), keep=case["ctor"]["attn_keep_rate"], **options)
+    layer = MaskPredictor(48, 3, map_size=(9, 9), **options)
     return load(layer, case, det)
 
 
@@ -215,11 +215,11 @@ def test_predicted_scores_and_masks(name, det, golden):
     facts, arrays = golden("module__sparsifiner")
     case = facts["cases"][name]
     layer, (q, k) = predictor(name, case, det, **PREDICTORS[name]), given(case, det)
-    out = layer.scores(q, k, *layer.tables((9, 9)))
+    out = layer(q, k, size=(9, 9))
     if name == "predictor_train_recon":
         out = layer.approximate(q, k, (9, 9))
     assert close(out, arrays[f"{name}__out__samples4096"])
-    mask = layer.mask(out, share_of(82, layer.keep))
+    mask = layer.mask(out, share_of(82, case["ctor"]["attn_keep_rate"]))
     assert np.array_equal(mask.numpy(), arrays[f"{name}__mask"].astype(bool))
     backward(out, det)
     names = {"proj_n": "proj_back_n"} if "share" in name else {}
@@ -235,7 +235,7 @@ def test_predicted_scores_of_the_tokens_that_are_left(det, golden):
     layer, (q, k) = predictor(name, case, det), given(case, det)
     left = torch.from_numpy(arrays[f"{name}__token_mask"].astype(bool))[0].nonzero()[:, 0]
     rows = torch.cat([torch.zeros(1, dtype=torch.int64), left + 1])
-    out = layer.scores(q[:, :, rows], k[:, :, rows], *(table[rows] for table in layer.tables((9, 9))))
+    out = layer(q[:, :, rows], k[:, :, rows], size=(9, 9), numbers=left[None])
     whole = torch.zeros(1, 3, 81, 82)
     whole[:, :, left[:, None], rows] = out
     theirs = arrays[f"{name}__out__samples4096"]
@@ -324,10 +324,10 @@ def test_phases_train_predictors_and_then_all_else(student_and_teacher):
 def test_reversed_attention(name, det, golden):
     facts, arrays = golden("module__dependencyvit")
     case = facts["cases"][name]
-    layer = load(ReversedAttention(48, case["ctor"]["num_heads"]), case, det)
+    layer = load(MessageAttention(48, case["ctor"]["num_heads"]), case, det)
     x, *before = given(case, det)
     before = before[0].sigmoid() if before else torch.ones(x.shape[:2])
-    out, m = layer.forward_messages(x, before)
+    out, m = layer(x, before)
     assert close(out, arrays[f"{name}__out"]) and close(m, arrays[f"{name}__m"])
     assert close(m, arrays[f"{name}__prune_score"])
     assert close(layer.dependency_mask(x, before), arrays[f"{name}__dependency_mask"])
@@ -351,7 +351,7 @@ def test_tokens_that_are_left(name, step, det, golden):
 def test_dependency_blocks(name, det, golden):
     facts, arrays = golden("module__dependencyvit")
     case, encodes = facts["cases"][name], name != "block_plain"
-    block = DependencyBlock(encodes, ReversedAttention(48, 3), 48, 4.0, init_values=1e-6)
+    block = DependencyBlock(encodes, MessageAttention(48, 3), 48, 4.0, init_values=1e-6)
     load(block, case, det, prefix="b.")
     [x] = given(case, det)
     tokens = x.flatten(2).transpose(1, 2) if encodes else x

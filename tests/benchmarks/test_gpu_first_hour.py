@@ -12,7 +12,7 @@ import torch
 
 from foveate import attention_ops
 from foveate.attention_ops._op import OPS, Impl
-from foveate.benchmarks.gpu_first_hour import cases
+from foveate.benchmarks.gpu_first_hour import cases, token_cases
 from foveate.benchmarks.gpu_first_hour.__main__ import MODULE, main
 
 
@@ -23,7 +23,8 @@ def reference_of(call):
 @pytest.mark.parametrize("case", cases.small_cases(), ids=lambda case: case.name)
 def test_the_definitions_are_those_of_the_ops(monkeypatch, case):
     ops = {name: reference_of(getattr(attention_ops, name)) for name in OPS}
-    monkeypatch.setattr(cases, "ops", SimpleNamespace(**ops))
+    for module in (cases, token_cases):
+        monkeypatch.setattr(module, "ops", SimpleNamespace(**ops))
     torch.manual_seed(0)
     leaves, ours, exact = case.make("cpu")
     doubles = [x.double() for x in leaves]

@@ -8,6 +8,7 @@ from torch import nn
 NAT = {"dims": (32, 64), "depths": (1, 2), "kernel_size": 3, "head_dim": 8}
 BIFORMER = {"dims": (16, 32), "depths": (1, 1), "topks": (2, None), "head_dim": 8, "dense_heads": 4, "regions": 3}
 AGENT = {"dims": (16, 32), "depths": (1, 2), "heads": (2, 4), "agent_num": (4, 4), "img_size": 40}
+VIT = {"patch_size": 8, "img_size": 40, "embed_dim": 32, "depth": 2, "num_heads": 4}
 SMALL = {
     "nat_mini": NAT,
     "nat_small": NAT,  # layer scales
@@ -46,6 +47,9 @@ SMALL = {
     "agent_pvt_tiny": AGENT | {"attn_type": "AB", "mlp_ratios": (2, 2), "agent_sr_ratios": "21", "sr_ratios": "21"},
     "agent_swin_tiny": AGENT | {"attn_type": "AB"},
     "agent_cswin_tiny": AGENT | {"attn_type": "AB", "split_size": "21"},
+    "quantizable_vit_tiny": VIT | {"softmax_clip": (-0.01, 1.0)},
+    "sparsifiner_deit_tiny": VIT | {"keep": 1.0},  # so that cut channels choose no other keys
+    "dependencyvit_tiny": VIT,
     "test_vit": {"img_size": 48},
     "test_resnet": {},
     "test_convnext": {},
@@ -89,6 +93,9 @@ KINDS = {  # what each can lose; the rest is refused
     "agent_pvt_tiny": "heads mlp",
     "agent_swin_tiny": "heads channels mlp",
     "agent_cswin_tiny": "mlp",
+    "quantizable_vit_tiny": "heads channels mlp",
+    "sparsifiner_deit_tiny": "heads channels mlp",
+    "dependencyvit_tiny": "channels mlp",
     "test_vit": "heads mlp",
     "test_resnet": "conv width",
     "test_convnext": "mlp",

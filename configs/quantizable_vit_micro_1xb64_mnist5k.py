@@ -1,0 +1,24 @@
+"""A quantizable ViT of two blocks on mnist5k: 7x7 tokens.
+
+Command    foveate train quantizable_vit_micro_1xb64_mnist5k
+Published  -
+Ours       -
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.mnist5k import *
+
+model = dict(
+    name="quantizable_vit_tiny",
+    num_classes=10,
+    in_chans=1,
+    img_size=28,
+    patch_size=4,
+    embed_dim=64,
+    depth=2,
+    num_heads=4,
+    softmax_clip=(-0.003, 1.0),
+    gate="linear",
+)

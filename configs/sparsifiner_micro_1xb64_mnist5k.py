@@ -1,0 +1,22 @@
+"""A Sparsifiner, without its first phase, of two blocks on mnist5k: 7x7 tokens.
+
+Command    foveate train sparsifiner_micro_1xb64_mnist5k
+Published  -
+Ours       -
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.mnist5k import *
+
+model = dict(
+    name="sparsifiner_deit_tiny",
+    num_classes=10,
+    in_chans=1,
+    img_size=28,
+    patch_size=4,
+    embed_dim=64,
+    depth=2,
+    num_heads=4,
+)
