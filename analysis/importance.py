@@ -110,6 +110,6 @@ def _compare(full: Tensor, without: Tensor, classes: Tensor) -> Tensor:
     own = classes[:, None]
     kept, lost = full.gather(1, own)[:, 0], without.gather(1, own)[:, 0]
     middle = torch.logaddexp(full, without) - math.log(2)
-    divergence = 0.5 * sum((logs.exp() * (logs - middle)).sum(1) for logs in (full, without))
+    apart = torch.stack([(logs.exp() * (logs - middle)).sum(1) for logs in (full, without)])
     hits = (full.argmax(1) == classes).double() - (without.argmax(1) == classes).double()
-    return torch.stack([kept.exp() - lost.exp(), divergence, kept - lost, hits], 1)
+    return torch.stack([kept.exp() - lost.exp(), apart.mean(0), kept - lost, hits], 1)

@@ -6,6 +6,7 @@ exact normalizations were not available; those here are defined below.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ def _chosen(one: AttentionMap, most: int | None) -> Tensor:
 
 def _over_windows(of_windows: Profile, images: int) -> Profile:
     values = {f.name: getattr(of_windows, f.name) for f in fields(of_windows)}
-    means = {n: None if v is None else v.unflatten(0, (images, -1)).mean(1) for n, v in values.items()}
+    means: dict[str, Any] = {n: None if v is None else v.unflatten(0, (images, -1)).mean(1) for n, v in values.items()}
     return Profile(**means)
 
 
@@ -161,7 +162,7 @@ def _sums(probs: Tensor, rows: Tensor, size: Size | None, key_size: Size | None,
 
 def _finished(sums: dict[str, Tensor], size: Size | None, key_size: Size | None, prefix: int, queries: int) -> Profile:
     mapped = size is not None and key_size is not None
-    of_map = sums["queries"] if mapped else None
+    of_map: Any = sums["queries"] if mapped else None
     return Profile(
         strength_sum=sums["strength"] / of_map if mapped else None,
         strength_mean=sums["mean"] / sums["having"].clamp(min=1) if mapped else None,

@@ -24,7 +24,6 @@ from .merge import merge_attention
 from .moh import MohAggregatedAttention, MohAttention
 from .neighborhood import NeighborhoodAttention2d, neighborhood_attention, neighborhood_attention_lse
 from .reattend import reattend
-from .reversed import ReversedAttention, reversed_attention
 from .reversed import MessageAttention, ReversedAttention, reversed_attention
 from .routed import bi_level_routes, routed_attention
 from .routing import cluster_attention, cluster_members
@@ -56,9 +55,9 @@ __all__ = [
     "KernelizedAttention",
     "LargeKernelAttention",
     "MaskPredictor",
+    "MessageAttention",
     "MohAggregatedAttention",
     "MohAttention",
-    "MessageAttention",
     "NeighborhoodAttention2d",
     "ReducedAgentAttention",
     "RegionPool",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ._attend import accumulator
 
 MASKED = -1e9  # score of a token that does not exist
+UNITS = 1e4  # the variance is scaled: ONNX's optimizer takes a summand of 1e-8 for 0 and removes it
 LEAST_SUM = 1e-8  # of the Gaussians' weights, and what is added to the variance
 
 
@@ -101,12 +102,12 @@ def gaussian_weights(
     known = x if padding is None else x.masked_fill(x == padding, 0)
     unbiased = min(1, known.shape[dim] - 1)  # one entry alone: variance 0
     mean, variance = known.mean(dim, keepdim=True), known.var(dim, correction=unbiased, keepdim=True)
-    away, spread = x - mean, variance + eps
+    away, spread = x - mean, UNITS * variance + UNITS * eps
     precision = 0.5 / widths.square()
     square, linear = precision.sum(-1), 2 * (precision * offsets).sum(-1)
     constant = (precision * offsets.square()).sum(-1)
     scale = (0.5 * (2 * math.pi * widths.square()).log()).sum(-1)
-    logs = -(square * away.square() - linear * away + constant) / spread - scale
+    logs = -UNITS * (square * away.square() - linear * away + constant) / spread - scale
     least = math.log(eps)
     return (logs - logs.logsumexp(dim, keepdim=True).clamp(min=least)).exp()
 

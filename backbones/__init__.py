@@ -30,10 +30,15 @@ from . import (
     ulsam_net,
     van,
 )
+from .pooled import pool_with as pool_with
 
 FAMILIES = (nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2)
 FAMILIES += (agent_deit, agent_pvt, agent_swin, agent_cswin, flowformer, moh_transnext, mixer_vit)
 FAMILIES += (quantizable_vit, sparsifiner, dependencyvit, gqa_vit, ulsam_net, ninformer)
+FAMILIES = (
+    *(nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2),
+    *(gqa_vit, ulsam_net, ninformer),
+)
 BUILDERS = (narrowed, dcal, pooled)  # registered names that are no models of their own
 
 

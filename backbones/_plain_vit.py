@@ -77,10 +77,10 @@ class PlainViT(_Checked, VisionTransformer):
     def _pos_embed(self, x: Tensor) -> Tensor:  # (B, rows, columns, embed_dim) -> (B, 1 + rows * columns, embed_dim)
         size = [x.shape[1], x.shape[2]]
         table = resample_abs_pos_embed(self.pos_embed, size, self.table_size, num_prefix_tokens=1)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)  # type: ignore[union-attr]
         return self.pos_drop(x + table)
 
-    def forward_features(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, embed_dim)
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
         x = self.patch_embed(take_image(x))
         x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -89,5 +89,5 @@ class PlainViT(_Checked, VisionTransformer):
             x = self.blocks(x)
         return self.norm(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return self.forward_head(self.forward_features(x))

@@ -78,8 +78,8 @@ class Dcal(nn.Module):
         self.net = net
         self.num_classes, self.in_chans, self.num_features = net.num_classes, net.in_chans, net.num_features
         self.head_hidden_size, self.feature_info = net.head_hidden_size, net.feature_info
-        heads = net.blocks[0].attn.num_heads
-        self.local = LocalBlock(net.embed_dim, heads, local_share, net.num_prefix_tokens, **dd)
+        first: Any = net.blocks[0]
+        self.local = LocalBlock(net.embed_dim, first.attn.num_heads, local_share, net.num_prefix_tokens, **dd)
         self.local_norm = nn.LayerNorm(net.embed_dim, eps=1e-6, **dd)
         self.head = nn.Linear(net.embed_dim, net.num_classes, **dd) if net.num_classes > 0 else nn.Identity()
         self.loss_weights = nn.Parameter(torch.zeros(len(BRANCHES), **dd))  # of `DcalLosses`
@@ -103,8 +103,8 @@ class Dcal(nn.Module):
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens after the last block (B, N, C), and how much each matters to the class token (B, N)."""
-        tokens, pairs = self._embed(x), []
-        for block in self.net.blocks:
+        tokens, pairs, blocks = self._embed(x), [], self.blocks()
+        for block in blocks:
             tokens, q, k = run_block(block, tokens, None)
             pairs.append((q.detach(), k.detach(), block.attn.scale))
         return tokens, rollout_row(attention_probabilities(*pair) for pair in reversed(pairs))
@@ -112,9 +112,13 @@ class Dcal(nn.Module):
     def paired_logits(self, x: Tensor, partner: Tensor) -> Tensor:
         """Return the logits of the ViT where every image attends to itself and to image partner[i]: (B, classes)."""
         tokens = self._embed(x)
-        for block in self.net.blocks:
+        for block in self.blocks():
             tokens, _, _ = run_block(block, tokens, partner)
         return self.net.forward_head(self.net.norm(tokens))
+
+    def blocks(self) -> Any:
+        """Return the blocks of the ViT."""
+        return self.net.blocks
 
     def _embed(self, x: Tensor) -> Tensor:
         net = self.net
@@ -231,6 +235,7 @@ def dcal(pretrained: bool = False, of: str = "", local_share: float = 0.1, **kwa
     from_file = pretrained and names_weights(kwargs)
 
     def make(**arguments: Any) -> Dcal:
-        return Dcal(timm.create_model(of, pretrained and not from_file, **arguments), local_share)
+        vit: Any = timm.create_model(of, pretrained and not from_file, **arguments)
+        return Dcal(vit, local_share)
 
     return build_features(make, "dcal", from_file, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)

@@ -83,7 +83,7 @@ class GqaViT(PlainViT):
         super().__init__(partial(GqaBlock, config=config), config.embed_dim, config.depth, **kwargs)
 
 
-def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: Any) -> StateDict:
     """Convert weights of a multi-head ViT (timm's keys), or of the authors' models; ours pass through.
 
     The position table is resampled to the model's number of patches (bicubic).

@@ -1,7 +1,7 @@
 """Any classifier of timm or of ours with attention pooling in place of its global pooling.
 
     model = pool_with(timm.create_model("resnet50"), "lama", heads=8)                 # in place
-    timm.create_model("pooled", of="nat_mini", pool="gaussian", heads=8)              # by name: recipes, hub folders
+    timm.create_model("pooled", of="nat_mini", pool="gaam", heads=8)              # by name: recipes, hub folders
 
 Where the pooling is: `attn_pool` of timm's ViTs, which then ignores the class token; `head.global_pool` of ConvNeXts,
 Swins and our staged models; `global_pool` of ResNets and EfficientNets.
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..attention_ops.attention_pool import GaussianPool, LamaPool
 from ._build import M, build_features, cfg, names_weights
 
-POOLS: dict[str, type[nn.Module]] = {"lama": LamaPool, "gaussian": GaussianPool}
-Pool = Literal["lama", "gaussian"]
+POOLS: dict[str, type[nn.Module]] = {"lama": LamaPool, "gaam": GaussianPool}
+Pool = Literal["lama", "gaam"]
 register_notrace_module(LamaPool)
 register_notrace_module(GaussianPool)
 
@@ -59,7 +59,7 @@ def pool_with(model: M, pool: Pool, **kwargs: Any) -> M:
 
     Args:
         model: a ViT of timm (or ours, plain), or a model with `head.global_pool` or `global_pool` on maps.
-        pool: "lama" or "gaussian".
+        pool: "lama" or "gaam".
         kwargs: of `LamaPool` or `GaussianPool`: `heads`; `gaussians`.
 
     Returns:
@@ -73,7 +73,8 @@ def pool_with(model: M, pool: Pool, **kwargs: Any) -> M:
     like = next(model.parameters())
     made = POOLS[pool](_channels(model), **kwargs, device=like.device, dtype=like.dtype).train(model.training)
     if isinstance(model, VisionTransformer):
-        model.attn_pool, model.pool_include_prefix = made, False
+        vit: Any = model
+        vit.attn_pool, vit.pool_include_prefix = made, False
         return model
     owner = _owner(model)
     before = owner.global_pool
@@ -116,7 +117,7 @@ def pooled(pretrained: bool = False, of: str = "", pool: Pool = "lama", **kwargs
         pretrained: load the weights of `of`, or, with pretrained_cfg_overlay={"file": path}, a file saved from such a
             model.
         of: the name of the model; other keywords go to it.
-        pool: "lama" or "gaussian"; `heads` and `gaussians` are options of the pooling.
+        pool: "lama" or "gaam"; `heads` and `gaussians` are options of the pooling.
 
     Raises:
         ValueError: `of` is no registered name, or the pooling does not fit the model.

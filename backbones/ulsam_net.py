@@ -43,7 +43,7 @@ class GatedSeparable(DepthwiseSeparableConv):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
         shortcut = x
-        x = self.se(self.aa(self.bn1(self.conv_dw(x))))
+        x = self.se(self.aa(self.bn1(self.conv_dw(x))))  # type: ignore[misc]
         x = self.bn2(self.conv_pw(x))
         if self.has_skip:
             x = self.drop_path(x) + shortcut
@@ -56,7 +56,7 @@ class GatedResidual(InvertedResidual):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
         shortcut = x
         x = self.bn2(self.conv_dw(self.bn1(self.conv_pw(x))))
-        x = self.bn3(self.conv_pwl(self.se(self.aa(x))))
+        x = self.bn3(self.conv_pwl(self.se(self.aa(x))))  # type: ignore[misc]
         if self.has_skip:
             x = self.drop_path(x) + shortcut
         return self.ulsam(x)  # type: ignore[operator]
@@ -84,7 +84,9 @@ def place_gates(blocks: nn.Sequential, config: UlsamConfig, **dd) -> None:
     Raises:
         ValueError: a layer is not there, is named twice, cannot be replaced, or its channels have no such groups.
     """
-    places = [(stage, int(name)) for stage in blocks.children() for name, _ in stage.named_children()]
+    places: list[tuple[Any, int]] = [
+        (stage, int(name)) for stage in blocks.children() for name, _ in stage.named_children()
+    ]
     last = FIRST_BLOCK + len(places) - 1
     named = (*(config.insert or ()), *(config.replace or ()))
     if wrong := [layer for layer in named if not FIRST_BLOCK <= layer <= last]:
@@ -100,11 +102,11 @@ def place_gates(blocks: nn.Sequential, config: UlsamConfig, **dd) -> None:
             stage[i].__class__ = GATED[type(stage[i])]
 
 
-def _channels(block: nn.Module) -> int:
+def _channels(block: Any) -> int:
     return block.conv_pw.out_channels if isinstance(block, DepthwiseSeparableConv) else block.conv_pwl.out_channels
 
 
-def _in_place_of(block: nn.Module, layer: int, groups: int, **dd) -> GateInPlace:
+def _in_place_of(block: Any, layer: int, groups: int, **dd) -> GateInPlace:
     of_input = block.conv_dw.in_channels if isinstance(block, DepthwiseSeparableConv) else block.conv_pw.in_channels
     channels, stride = _channels(block), block.conv_dw.stride[0]
     if stride != 1 or of_input != channels:

@@ -1,4 +1,4 @@
-"""A grouped-query ViT of four blocks on mnist5k: 49 tokens, 4 query heads, 2 key heads, grouped by the keys.
+"""A grouped-query ViT of four blocks on mnist5k: 16 tokens, 4 query heads, 2 key heads.
 
 Command    foveate train gqa_vit_micro_1xb64_mnist5k
 Published  -
@@ -15,11 +15,11 @@ model = dict(
     num_classes=10,
     in_chans=1,
     img_size=28,
-    patch_size=4,
+    patch_size=7,
     embed_dim=64,
     depth=4,
     num_heads=4,
     kv_heads=2,
-    allocation="key_norm",
+    global_pool="avg",
 )
-optimizer.update(lr=1e-3)
+optimizer.update(lr=2e-3)

@@ -91,7 +91,12 @@ OF_TIMMS_CLASSES = tuple(name for name in KINDS if name.startswith(GATED))
 VITS = tuple(name for name in KINDS if name.startswith(("quantizable", "sparsifiner", "dependencyvit")))
 TOKENS = (*VITS, *(name for name in KINDS if name.startswith("gqa")))  # ViTs: positions are added outside blocks
 WITH_CLASS_TOKEN = ("agent_deit_tiny",)  # their tokens are no map, and their children no chain
-SCALED = ("nat_mini", "dinat_s_tiny", "vitrpb_small", "dependencyvit_tiny")  # whose layer scale starts near zero, or can
+SCALED = (
+    "nat_mini",
+    "dinat_s_tiny",
+    "vitrpb_small",
+    "dependencyvit_tiny",
+)  # whose layer scale starts near zero, or can
 
 
 def small(name: str, **kwargs) -> nn.Module:

@@ -117,6 +117,19 @@ def test_pooling_takes_one_token_and_many():
     torch.testing.assert_close(GaussianPool(8, 4)(x := torch.randn(2, 1, 8)), x[:, 0])
 
 
+def test_a_constant_channel_survives_onnx(tmp_path):
+    """Its variance is 0, and all that is left of the divisor is eps."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    pool, x = GaussianPool(4, 2).eval(), torch.randn(2, 5, 4)
+    x[..., 1] = 0
+    torch.onnx.export(pool, (x,), dynamo=True, verbose=False).save(str(tmp_path / "pool.onnx"))
+    session = runtime.InferenceSession(str(tmp_path / "pool.onnx"), providers=["CPUExecutionProvider"])
+    [out] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), pool(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

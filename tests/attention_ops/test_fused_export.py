@@ -31,6 +31,8 @@ def _undrawn(layer, *args, **kwargs) -> nn.Module:
     """A layer without truncated normal numbers: fake tensors cannot draw them."""
     with mock.patch.object(nn.init, "trunc_normal_"):
         return layer(*args, **kwargs)
+
+
 class OnMap(nn.Module):
     """A layer of tokens on maps (B, H, W, C)."""
 

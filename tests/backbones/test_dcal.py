@@ -1,5 +1,7 @@
 """Dual cross-attention around ViTs of timm."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -8,13 +10,13 @@ from foveate.attention_ops.local_queries import local_queries, rollout_row
 from foveate.backbones.dcal import Dcal, run_block
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-SMALL = {"of": "vit_tiny_patch16_224", **VIT, "num_classes": 5, "local_share": 0.25}
+SMALL: dict[str, Any] = {"of": "vit_tiny_patch16_224", **VIT, "num_classes": 5, "local_share": 0.25}
 X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def small(**kwargs) -> Dcal:
     torch.manual_seed(0)
-    model = timm.create_model("dcal", **{**SMALL, **kwargs})
+    model: Any = timm.create_model("dcal", **{**SMALL, **kwargs})
     torch.nn.init.normal_(model.head.weight)
     return model
 

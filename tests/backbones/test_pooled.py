@@ -1,5 +1,7 @@
 """Attention pooling in place of the global pooling of any classifier."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -9,9 +11,10 @@ import foveate
 from foveate.backbones.pooled import pool_with
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-KWARGS = {"lama": {"heads": 2}, "gaussian": {"heads": 4, "gaussians": 2}}
+KWARGS = {"lama": {"heads": 2}, "gaam": {"heads": 4, "gaussians": 2}}
 THEIRS = ("resnet18", "test_efficientnet", "test_convnext", "test_vit", "swin_tiny_patch4_window7_224", "regnetx_002")
 OPTIONS = {"swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 1, 1, 1)}}
+NO_POOL: Any = "mean"
 OPTIONS |= {"test_vit": {"img_size": 64}}
 
 
@@ -47,7 +50,7 @@ def test_models_of_timm_too(name, pool):
 
 def test_the_pool_is_used_on_the_last_map():
     model = alive(small("nat_mini", num_classes=5))
-    pool_with(model, "gaussian", heads=4)
+    pool_with(model, "gaam", heads=4)
     maps = model.forward_features(X)
     pooled = model.head.global_pool.pool(maps.flatten(1, 2))
     torch.testing.assert_close(model(X), model.head.fc(pooled))
@@ -87,7 +90,10 @@ def test_another_classifier_keeps_the_pool_or_raises():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: pool_with(small("nat_mini"), "mean"), r"pool must be one of \['lama', 'gaussian'\], got 'mean'"),
+        (
+            lambda: pool_with(small("nat_mini"), NO_POOL),
+            r"pool must be one of \['lama', 'gaam'\], got 'mean'",
+        ),
         (lambda: pool_with(small("nat_mini", global_pool=""), "lama"), "Nat does not pool"),
         (
             lambda: pool_with(timm.create_model("resnet18", global_pool="catavgmax"), "lama"),
