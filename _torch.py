@@ -23,6 +23,7 @@ __all__ = [
     "assumptions",
     "body_of",
     "compile_package",
+    "compiled_graphs",
     "compiles",
     "dispatch_modes_are_on",
     "forward_ad_is_on",
@@ -135,3 +136,10 @@ def compile_package(program: torch.export.ExportedProgram, path: str, options: d
 def load_package(path: str) -> Any:
     """Load an AOTInductor package: it is called with the inputs, and `get_metadata()` is a dict of texts."""
     return torch._inductor.aoti_load_package(path)
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs torch.compile has captured in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]

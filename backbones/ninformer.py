@@ -177,5 +177,5 @@ default_cfgs = generate_default_cfgs({"ninformer.untrained": cfg(**NINFORMER)})
 
 @register_model
 def ninformer(pretrained: bool = False, **kwargs) -> Ninformer:
-    """NiNformer for CIFAR-10: four blocks on 8x8 patches of 4x4 px; 2.7 M parameters."""
+    """NiNformer for CIFAR-10: four blocks on 8x8 patches of 4x4 px; 2.7 M parameters, 0.2 GMACs."""
     return build(Ninformer, NinformerConfig(), "ninformer", pretrained, checkpoint_filter_fn, **kwargs)

@@ -1,6 +1,7 @@
 """Key-driven grouped-query ViT-Base from a multi-head ViT (your own file of timm's vit_base_patch16_224), on CIFAR-10.
 
 Command    foveate train gqa_vit_base_1xb32_cifar10-uptrain --data CIFAR --cfg-options model.checkpoint=WEIGHTS
+Model      78.7 M parameters, 16.2 GMACs
 Published  - (Khan et al. 2024, arXiv:2408.08454; settings of the official script)
 Ours       -
 Differs    images are grouped one by one; `model.per_batch=True` groups a batch by its sum, as the authors do. The final

@@ -1,6 +1,7 @@
 """A NiNformer of three blocks on mnist5k: 49 patches of 4x4 px.
 
 Command    foveate train ninformer_micro_1xb64_mnist5k
+Model      0.15 M parameters, 0.008 GMACs
 Published  -
 Ours       -
 """

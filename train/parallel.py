@@ -8,7 +8,6 @@ import torch
 from mmengine.dist import get_dist_info
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from .._errors import did_you_mean, first_line
@@ -54,7 +53,7 @@ def freeze(net: nn.Module, patterns: Sequence[str]) -> None:
 
 def frozen_norms(net: nn.Module) -> list[nn.Module]:
     """Return the BatchNorms whose weights do not train: their statistics must not move either."""
-    norms = (module for module in net.modules() if isinstance(module, _BatchNorm))
+    norms = (module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     return [norm for norm in norms if norm.weight is not None and not norm.weight.requires_grad]
 
 
@@ -86,19 +85,10 @@ def compile_net(net: nn.Module, engine: EngineRecipe) -> None:
     """
     if engine.compile is None:
         return
-    from torch._dynamo import list_backends
-
-    known = list_backends(exclude_tags=())
+    known = torch.compiler.list_backends(exclude_tags=())
     if engine.compile not in known:
         raise TrainError(f"engine.compile: unknown backend {engine.compile!r}{did_you_mean(engine.compile, known)}")
     net.compile(backend=engine.compile)
-
-
-def compiled_graphs() -> int:
-    """Return how many graphs torch.compile has captured in this process."""
-    from torch._dynamo.utils import counters
-
-    return counters["stats"]["unique_graphs"]
 
 
 def model_state(model: nn.Module, sharded: bool) -> dict[str, Tensor]:
@@ -145,7 +135,7 @@ def _recompute(net: nn.Module, name: str) -> None:
 def _synchronize_norms(net: nn.Module, name: str, device: torch.device) -> nn.Module:
     if device.type == "cpu":
         raise TrainError("engine.sync_bn: torch's SyncBatchNorm needs GPUs, got cpu")
-    if not any(isinstance(module, _BatchNorm) for module in net.modules()):
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
         raise TrainError(f"engine.sync_bn: {name} has no BatchNorm")
     return convert_sync_batchnorm(net)
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .._files import atomic_path
 from .describe import duration
 from .errors import DivergedError
-from .parallel import compiled_graphs
+from .._torch import compiled_graphs
 from .recipe import Recipe
 from .together import on_first
 from .unreadable import Unreadable
