@@ -18,3 +18,4 @@ optimizer.update(lr=0.0005, clip_grad=None, weight_decay=0.1)
 schedule.update(cooldown_epochs=10, warmup_lr=5e-7, min_lr=5e-6)
 batch_size = 64
 ema = 0.99992
+global_batch = 512

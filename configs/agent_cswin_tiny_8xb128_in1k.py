@@ -17,3 +17,4 @@ model = dict(name="agent_cswin_tiny", drop_path_rate=0.2)
 optimizer.update(clip_grad=None)
 schedule.update(cooldown_epochs=10)
 ema = 0.99984
+global_batch = 1024

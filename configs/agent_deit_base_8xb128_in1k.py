@@ -14,3 +14,4 @@ with read_base():
     from ._base_.agent_300e import *
 
 model = dict(name="agent_deit_base", drop_path_rate=0.3)
+global_batch = 1024

@@ -17,3 +17,4 @@ model = dict(name="agent_deit_tiny", drop_path_rate=0.0)
 optimizer.update(lr=0.004)
 schedule.update(warmup_lr=4e-6, min_lr=4e-5)
 batch_size = 512
+global_batch = 4096

@@ -17,3 +17,4 @@ model = dict(name="agent_pvt_large", drop_path_rate=0.3)
 optimizer.update(lr=0.0005, clip_grad=1.0)
 schedule.update(warmup_epochs=5, cooldown_epochs=10, warmup_lr=5e-7, min_lr=5e-6)
 batch_size = 64
+global_batch = 512

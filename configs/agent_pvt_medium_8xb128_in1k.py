@@ -16,3 +16,4 @@ with read_base():
 model = dict(name="agent_pvt_medium", drop_path_rate=0.3)
 optimizer.update(clip_grad=1.0)
 schedule.update(warmup_epochs=5, cooldown_epochs=10)
+global_batch = 1024

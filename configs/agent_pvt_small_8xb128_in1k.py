@@ -16,3 +16,4 @@ with read_base():
 model = dict(name="agent_pvt_small", drop_path_rate=0.1)
 optimizer.update(clip_grad=None)
 schedule.update(warmup_epochs=5, cooldown_epochs=10)
+global_batch = 1024

@@ -17,3 +17,4 @@ model = dict(name="agent_swin_base", drop_path_rate=0.5)
 optimizer.update(lr=0.0005)
 schedule.update(warmup_lr=5e-7, min_lr=5e-6)
 batch_size = 64
+global_batch = 512

@@ -14,3 +14,4 @@ with read_base():
     from ._base_.agent_300e import *
 
 model = dict(name="agent_swin_tiny", drop_path_rate=0.2)
+global_batch = 1024

@@ -24,3 +24,4 @@ optimizer = dict(opt="adam", lr=1.5625e-5, weight_decay=0.05)  # 5e-4 / 512 * 16
 schedule = dict(kind="cosine", epochs=100)
 batch_size = 16
 hooks = [dict(type=DcalLosses)]
+global_batch = 16

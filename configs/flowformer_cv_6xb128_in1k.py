@@ -14,3 +14,4 @@ with read_base():
     from ._base_.flowformer_300e import *
 
 model = dict(name="flowformer_cv", drop_path_rate=0.1)
+global_batch = 768

@@ -25,3 +25,4 @@ model = dict(
 optimizer = dict(opt="adamw", lr=1e-5)
 schedule = dict(kind="step", epochs=5, step_epochs=5, step_rate=0.5)  # no step inside the run
 batch_size = 32
+global_batch = 32

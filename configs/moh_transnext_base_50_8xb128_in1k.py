@@ -14,3 +14,4 @@ with read_base():
     from ._base_.moh_transnext_310e import *
 
 model = dict(name="moh_transnext_base_50", drop_path_rate=0.6)
+global_batch = 1024

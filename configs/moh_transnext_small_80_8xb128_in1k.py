@@ -14,3 +14,4 @@ with read_base():
     from ._base_.moh_transnext_310e import *
 
 model = dict(name="moh_transnext_small_80", drop_path_rate=0.45)
+global_batch = 1024

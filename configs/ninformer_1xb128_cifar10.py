@@ -19,3 +19,4 @@ augment = dict(hflip=0.5, shift=0.125)
 optimizer = dict(opt="adam", lr=1e-3)
 schedule = dict(kind="step", epochs=100, step_epochs=100, step_rate=0.5)  # no step inside the run
 batch_size = 128
+global_batch = 128

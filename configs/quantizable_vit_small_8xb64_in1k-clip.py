@@ -13,3 +13,4 @@ with read_base():
     from ._base_.quantizable_vit_300e import *
 
 model = dict(name="quantizable_vit_small", softmax_clip=(-0.003, 1.0))
+global_batch = 512

@@ -13,3 +13,4 @@ with read_base():
     from ._base_.quantizable_vit_300e import *
 
 model = dict(name="quantizable_vit_small", gate="linear", patch_norm=True)
+global_batch = 512

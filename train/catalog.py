@@ -9,7 +9,7 @@ from .._errors import did_you_mean
 from .errors import TrainError
 from .recipe_files import find_recipe, list_recipes, load_recipe
 
-TRAIN_IMAGES = {"in1k": 1_281_167, "mnist5k": 4000}
+TRAIN_IMAGES = {"in1k": 1_281_167, "mnist5k": 4000, "cifar10": 50_000, "cub200": 5_994}
 PASSES = 3  # multiply-adds of a training step, in forward passes: forward, and backward to inputs and to weights
 _NAME = re.compile(r".+_(?P<devices>\d+)xb(?P<batch>\d+)_(?P<data>\w+?)(-.+)?")
 _MODEL = re.compile(r"(?P<params>[\d.]+) M parameters, (?P<gmacs>[\d.]+) GMACs")
