@@ -25,6 +25,12 @@ def resize_map(x: Tensor, height: int, width: int, cubic: bool = False) -> Tenso
         return F.interpolate(x, size=(height, width), mode=mode, align_corners=False)
 
 
+def resize_positions(table: Tensor, own: tuple[int, int], height: int, width: int, cubic: bool = False) -> Tensor:
+    """Resize position embeddings (1, rows * columns, C) of a map `own` to (1, height * width, C), contiguous."""
+    on_map = table.transpose(1, 2).unflatten(2, [own[0], own[1]])
+    return resize_map(on_map, height, width, cubic).flatten(2).transpose(1, 2).contiguous()
+
+
 def pool_map(x: Tensor, rows: int, cols: int) -> Tensor:
     """Average (B, C, H, W) over rows x cols cells that cover it, as F.adaptive_avg_pool2d does."""
     if torch.jit.is_scripting():

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from ..attention_ops import AgentAttention
 from ..attention_ops._graph.sizes import covering
 from ..attention_ops.agent_layer import init_linear
-from ..attention_ops.resizing import resize_map
+from ..attention_ops.resizing import resize_positions
 from ._agent import AGENT, Pair, Shapes, at, check_squares, image_pair, load_agent, numbers, on_drive, sized
 from ._build import StateDict, build, cfg
 from ._layers import pad_to_multiples
@@ -106,10 +106,9 @@ class DeitStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 1 + patches, D)
         x = self.patch_embed(pad_to_multiples(x, self.patch_size))
-        table = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, [self.map_size[0], self.map_size[1]])
-        x = x + resize_map(table, x.shape[1], x.shape[2], cubic=True).permute(0, 2, 3, 1)
+        positions = resize_positions(self.pos_embed[:, 1:], self.map_size, x.shape[1], x.shape[2], cubic=True)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        return torch.cat([first, x.flatten(1, 2)], 1)
+        return torch.cat([first, x.flatten(1, 2) + positions], 1)
 
 
 class DeitBlock(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..attention_ops import ReducedAgentAttention
 from ..attention_ops.agent_layer import check_heads, init_linear
-from ..attention_ops.resizing import resize_map
+from ..attention_ops.resizing import resize_positions
 from ._agent import (
     AGENT,
     AgentBlock,
@@ -77,8 +77,9 @@ class PvtEmbed(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, H / patch, W / patch, D)
         x = self.patch_embed(x)
-        positions = self.pos_embed.transpose(1, 2).unflatten(2, [self.map_size[0], self.map_size[1]])
-        return x + resize_map(positions, x.shape[1], x.shape[2]).permute(0, 2, 3, 1)
+        height, width = x.shape[1], x.shape[2]
+        positions = resize_positions(self.pos_embed, self.map_size, height, width)
+        return (x.flatten(1, 2) + positions).unflatten(1, [height, width])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.embed(to_channels_last(x))

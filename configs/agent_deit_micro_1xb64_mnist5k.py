@@ -22,4 +22,3 @@ model = dict(
     heads=2,
     agent_num=(9, 9, 9, 9),
 )
-schedule.update(dict(epochs=20))

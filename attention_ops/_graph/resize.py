@@ -6,7 +6,7 @@ product with a matrix of weights is in all of them; the matrix is a constant whe
 
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from .sizes import as_tensor, integers, sides
@@ -26,7 +26,12 @@ def pool_by_products(x: Tensor, rows: int, cols: int) -> Tensor:
 
 def _both(x: Tensor, of_rows: Any, of_cols: Any) -> Tensor:
     of_rows, of_cols = (as_tensor(weights, x.device).to(x.dtype) for weights in (of_rows, of_cols))
-    return F.linear(F.linear(x, of_cols).transpose(2, 3), of_rows).transpose(2, 3)
+    return _times(_times(x, of_cols).transpose(2, 3), of_rows).transpose(2, 3)
+
+
+def _times(x: Tensor, weights: Tensor) -> Tensor:
+    """(..., K), (N, K) -> (..., N): F.linear without a bias asks whether a free size is 1."""
+    return torch.mm(x.flatten(0, -2), weights.t()).unflatten(0, tuple(x.shape[:-1]))
 
 
 def _pooling(length: int, cells: int) -> Any:
