@@ -1,4 +1,4 @@
-"""A ViT of four blocks and 7x7 tokens on mnist5k; `--set model.mixer=...` takes another token mixer.
+"""A ViT of four blocks and 7x7 tokens on mnist5k; `mixer` in a copy takes another token mixer.
 
 Command    foveate train mixer_vit_micro_1xb64_mnist5k
 Model      0.14 M parameters, 0.007 GMACs

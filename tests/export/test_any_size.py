@@ -15,6 +15,7 @@ FREE = ("batch", "size")
 # odd, rectangular, tiny: smaller than a kernel, a window, a region; multiples of all strides and of none
 SIZES = [(8, 8), (9, 30), (16, 16), (17, 23), (32, 32), (33, 47), (35, 35), (40, 96), (48, 100), (64, 64), (65, 64)]
 SIZES += [(97, 33), (130, 70)]
+OF_ONE_SIZE = ("moh", "mixer_vit")  # their files are written for a size
 FEW = [(8, 9), (33, 47), (64, 64), (97, 40)]
 
 
@@ -66,7 +67,7 @@ def test_an_onnx_file_holds_for_every_size(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith(OF_ONE_SIZE)])
 def test_onnx_files_of_all_families_hold_for_every_size(name, tmp_path):
     model = net(name)
     path = export_onnx(model, tmp_path / "net.onnx", example=images(2, (64, 64)), dynamic=FREE)
