@@ -67,9 +67,9 @@ def check_tokens(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """
     if q.dim() != 4:
         raise ValueError(f"{op}: q must be (B, N, heads, head_dim), got shape {tuple(q.shape)}")
-    wanted = (q.shape[0], k.shape[1] if k.dim() == 4 else "M", q.shape[2], q.shape[3])
-    if k.dim() != 4 or differs(k.shape, wanted):
-        raise ValueError(f"{op}: k must be {wanted} as q, got {tuple(k.shape)}")
+    keys = k.shape[1] if k.dim() == 4 else "M"
+    if k.dim() != 4 or differs((k.shape[0], *k.shape[2:]), (q.shape[0], *q.shape[2:])):
+        raise ValueError(f"{op}: k must be {(q.shape[0], keys, *q.shape[2:])} as q, got {tuple(k.shape)}")
     if v.dim() != 4 or differs(v.shape[:3], k.shape[:3]):
         raise ValueError(f"{op}: v must be {(*k.shape[:3], 'value_dim')} as k, got {tuple(v.shape)}")
     check_alike(op, q=q, k=k, v=v)
@@ -170,10 +170,10 @@ def _fused(
 ) -> Tensor:
     from ..kernels.clipped.launch import clipped_attention, pack_bits  # here, so that CPU users need no Triton
 
-    maps = (x[:, None] for x in (q, k, v))  # (B, 1, tokens, heads, d): one window
+    q, k, v = q[:, None], k[:, None], v[:, None]  # (B, 1, tokens, heads, d): one window
     bits = None if mask is None else pack_bits(mask)
     gate = None if gate is None else gate[:, None]
-    return clipped_attention(*maps, bits=bits, clip=clip, gate=gate, scale=scale)[:, 0]
+    return clipped_attention(q, k, v, bits=bits, clip=clip, gate=gate, scale=scale)[:, 0]
 
 
 def _macs(q: Tensor, k: Tensor, v: Tensor) -> int:

@@ -135,7 +135,7 @@ def reversed_attention_tiled(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, sc
 def _fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, scale: float) -> Tensor:
     from ..kernels.clipped.launch import reversed_attention as kernels  # here, so that CPU users need no Triton
 
-    return kernels(*(x[:, None] for x in (q, k, v, weight)), scale)[:, 0]
+    return kernels(q[:, None], k[:, None], v[:, None], weight[:, None], scale)[:, 0]
 
 
 def _macs(q: Tensor, v: Tensor) -> int:

@@ -17,7 +17,7 @@ from ._op import Impl, declare, run
 from .dense_attention import check_tokens, dense_attention_tiled
 
 OP = "sparse_attention"
-LEAST_KEYS, MOST_SHARE = 1024, 1 / 48  # from benchmarks/results/sparse_attention_cpu.txt
+LEAST_KEYS, MOST_SHARE = 2048, 1 / 96  # from benchmarks/results/sparse_attention_cpu.txt
 
 
 def sparse_attention(
@@ -114,7 +114,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, scale: float) -> Te
     from ..kernels.clipped.launch import clipped_attention, pack_columns  # here, so that CPU users need no Triton
 
     bits = pack_columns(columns, k.shape[1])
-    return clipped_attention(*(x[:, None] for x in (q, k, v)), bits=bits, scale=scale)[:, 0]
+    return clipped_attention(q[:, None], k[:, None], v[:, None], bits=bits, scale=scale)[:, 0]
 
 
 def _macs(q: Tensor, v: Tensor, columns: Tensor) -> int:

@@ -40,6 +40,22 @@ FAMILIES = (
     *(gqa_vit, ulsam_net, ninformer),
 )
 BUILDERS = (narrowed, dcal, pooled)  # registered names that are no models of their own
+FAMILIES = (
+    nat,
+    dinat,
+    nat_isotropic,
+    van,
+    fv_davit,
+    fv_halonet,
+    eca_net,
+    ela_net,
+    biformer,
+    litv2,
+    quantizable_vit,
+    sparsifiner,
+    dependencyvit,
+)
+BUILDERS = (narrowed,)  # registered names that are no models of their own
 
 
 def list_models(pattern: str | list[str] = "") -> list[str]:

@@ -160,7 +160,9 @@ def feature_channels(model: nn.Module, image: Tensor) -> list[int]:
 
     def watch(name: str) -> torch.utils.hooks.RemovableHandle:
         return model.get_submodule(name).register_forward_hook(
-            lambda _, __, out: seen.__setitem__(name, out.shape[1]) if out.dim() == 4 else None
+            lambda _, __, out: (
+                seen.__setitem__(name, out.shape[1]) if isinstance(out, Tensor) and out.dim() == 4 else None
+            )
         )
 
     handles = [watch(info["module"]) for info in feature_info(model)]

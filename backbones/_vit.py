@@ -57,7 +57,7 @@ class ViTConfig:
 class PaddedPatchEmbed(PatchEmbed):
     """timm's PatchEmbed; zeros on the right and at the bottom complete the last patches."""
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, h, w, C)
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, h, w, C)  # type: ignore[override]
         return self.norm(to_nhwc(self.proj(pad_to_multiples(x, self.patch_size[0]))))
 
 
@@ -86,14 +86,13 @@ class ViTBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        scales = init_values is not None
         self.norm1 = LayerNorm(dim, **dd)
         self.attn = attention
-        self.ls1 = LayerScale(dim, init_values=init_values, **dd) if scales else nn.Identity()
+        self.ls1 = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
-        self.ls2 = LayerScale(dim, init_values=init_values, **dd) if scales else nn.Identity()
+        self.ls2 = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, C)
@@ -159,12 +158,13 @@ class CheckedViT(VisionTransformer):
             class_token=class_token, pos_embed="learn" if positions else "none", fc_norm=fc_norm, dynamic_img_size=True,
             drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate, embed_layer=PaddedPatchEmbed,
-            embed_norm_layer=LayerNorm if patch_norm else None,  # type: ignore[arg-type]  # timm calls the class
+            embed_norm_layer=LayerNorm if patch_norm else None,
             block_fn=block_fn,  # type: ignore[arg-type]  # timm calls it, as it calls a class
             device=device, dtype=dtype,
         )  # fmt: skip
         self.stride_px, self.table_size = config.patch_size, grid
-        self.blocks = nn.ModuleList(self.blocks)  # a Sequential cannot give them the map's size
+        # a Sequential cannot give them the map's size
+        self.blocks = nn.ModuleList(self.blocks)  # type: ignore[assignment]
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images (B, C, H, W) -> tokens (B, prefix + N, C), and (rows, columns) of the map."""
@@ -195,7 +195,7 @@ class CheckedViT(VisionTransformer):
         """Return the features after the last block."""
         return self.norm(state[0])
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Return the tokens after the norm, unpooled."""
         x, size = self.embed(x)
         if torch.jit.is_scripting():
@@ -226,7 +226,7 @@ class CheckedViT(VisionTransformer):
             state = self.step(block, state, size)
         return state
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore

@@ -85,12 +85,12 @@ class DependencyBlock(ViTBlock):
         dd = {name: kwargs.get(name) for name in ("device", "dtype")}
         self.peg = PositionConv(dim, **dd) if encodes else None
 
-    def forward(self, x: Tensor, m: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, m: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         sent = self.attn(self.norm1(x), m)
         x = x + self.drop_path1(self.ls1(sent[0]))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         if self.encodes:
-            x = self.peg(x, size=size)
+            x = self.peg(x, size=size)  # type: ignore[misc]
         return x, sent[1]
 
 
@@ -107,7 +107,7 @@ class DroppingBlock(ViTBlock):
         super().__init__(*args, **kwargs)
         self.drops, self.pruning_step = True, step
 
-    def forward(self, x: Tensor, m: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, m: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """`size` is not read: the other blocks' call."""
         out, m = self.attn(self.norm1(x), m)
         x = x + self.drop_path1(self.ls1(out))
@@ -175,7 +175,7 @@ class DependencyViT(CheckedViT):
     def finish(self, state: tuple[Tensor, ...]) -> Tensor:
         return self.norm(state[0]) * state[1][..., None]
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Return the tokens that are left, after the norm, times their worth; unpooled."""
         x, size = self.embed(x)
         if torch.jit.is_scripting():

@@ -62,7 +62,7 @@ class SparsifinerConfig(ViTConfig):
 class SparsifiedBlock(ViTBlock):
     """A block of sparsified attention, on all tokens of a map."""
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # (B, 1 + N, C)
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]  # (B, 1 + N, C)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), size=size)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -83,16 +83,16 @@ class PruningBlock(ViTBlock):
         super().__init__(*args, **kwargs)
         self.kept, self.drops = kept, drops
 
-    def forward(self, x: Tensor, numbers: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, numbers: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, 1 + count, C) and its tokens' numbers on the map, (B, count) -> both, of the tokens that are left."""
-        q, k, v = self.attn.project(self.norm1(x))
+        q, k, v = self.attn.project(self.norm1(x))  # type: ignore[operator]
         count, dropped = numbers.shape[1], size[0] * size[1] - numbers.shape[1]
-        budget = share_of(1 + size[0] * size[1], self.attn.keep)
+        budget = share_of(1 + size[0] * size[1], self.attn.keep)  # type: ignore[arg-type]
         budget = min(budget, count) if dropped > 0 else budget
-        out = self.attn.attend(q, k, v, budget, size, numbers, dropped)
+        out = self.attn.attend(q, k, v, budget, size, numbers, dropped)  # type: ignore[operator]
         x = x + self.drop_path1(self.ls1(out))
         if self.drops:
-            scores = class_scores(q[:, :1], k, self.attn.scale, dropped)
+            scores = class_scores(q[:, :1], k, self.attn.scale, dropped)  # type: ignore[arg-type]
             chosen = keep_tokens(scores, share_of(size[0] * size[1], self.kept))
             numbers = numbers.gather(1, chosen)
             x = torch.cat([x[:, :1], take_tokens(x[:, 1:], chosen)], dim=1)
@@ -162,7 +162,8 @@ class Sparsifiner(CheckedViT):
         make = partial(_make_block, config=config, grid=config.grid(img_size))
         super().__init__(config, make, img_size=img_size, **kwargs)
         self.prunes = config.token_rate is not None
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             block.attn.averages_heads = True if self.prunes else None
 
     # States between blocks: tokens; with token_rate also their numbers on the map
@@ -180,7 +181,7 @@ class Sparsifiner(CheckedViT):
     def tokens(self, state: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:
         return put_back(state[0], size, state[1], 1) if self.prunes else state[0]
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Return the tokens that are left, after the norm, unpooled."""
         x, size = self.embed(x)
         if torch.jit.is_scripting():
@@ -212,8 +213,8 @@ class Sparsifiner(CheckedViT):
             The tokens after the norm, and one tensor (B, heads, N, 1 + N) per block: rows of all but the class token.
         """
         x, size = self.embed(x)
-        approximations = []
-        for block in self.blocks:
+        approximations, blocks = [], list[Any](self.blocks)
+        for block in blocks:
             out, approximation = dense_attention_of(block.attn, block.norm1(x), size)
             x = x + block.drop_path1(block.ls1(out))
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

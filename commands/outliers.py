@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..export import load_model, real_images
+from ..export.inputs import image_files
 from ..export.outliers import by_role, measure_outliers
 from ._options import MAX_BATCH, Checkpoint, ImgSize, ModelArgs, ModelName, Pretrained, name_weights, parse_model_args
 
@@ -27,7 +28,8 @@ def outliers_command(
 ) -> None:
     """Measure outliers of activations, which int8 quantization suffers from: one line per role of layer."""
     loaded = load_model(model, checkpoint, pretrained=pretrained, **parse_model_args(model_arg))
-    inputs = real_images(loaded, data, count=images, img_size=img_size)
+    count = min(images, len(list(image_files(data))))
+    inputs = real_images(loaded, data, count=count, img_size=img_size)
     found = by_role(measure_outliers(loaded, inputs.split(batch)))
     title = f"foveate outliers: {type(loaded).__name__}, {len(inputs)} images, weights: "
     table = Table(title=Text(title + name_weights(model, checkpoint, pretrained)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import definitions
-import token_calls
+import token_calls  # type: ignore[import-not-found]
 import torch
 from torch import Tensor
 

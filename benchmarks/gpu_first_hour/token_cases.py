@@ -1,5 +1,7 @@
 """Calls of the ops on tokens, (B, N, heads, head_dim), and of clipped and gated windows; see cases.py."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,8 +83,10 @@ def clipped_window(
         leaves += [normal(batch, height, width, heads, device=device, dtype=dtype)] if gate else []
 
         def ours(t: list[Tensor]) -> Tensor:
-            maps = (x.unflatten(1, (height, width)) for x in _qkv(t, dim))
-            return ops.window_attention(*maps, size, shift=shift, clip=clip, gate=t[2] if gate else None, impl="fused")
+            q, k, v = (x.unflatten(1, (height, width)) for x in _qkv(t, dim))
+            return ops.window_attention(
+                q, k, v, size, shift=shift, clip=clip, gate=t[2] if gate else None, impl="fused"
+            )
 
         def definition(t: list[Tensor]) -> Tensor:
             seen = exact.same_window((height, width), size, shift, t[0].device)
@@ -107,7 +111,7 @@ def _qkv(t: list[Tensor], dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def small_cases() -> list[Case]:
     """One small call of every op, for the interpreter."""
-    low = {"batch": 1, "dtype": FP16}
+    low: dict[str, Any] = {"batch": 1, "dtype": FP16}
     return [
         dense(9, 20, 1, 16, 24, clip=(-0.05, 1.0), mask=True, gate=True, **low),
         sparse(9, 40, 1, 16, 5, **low),

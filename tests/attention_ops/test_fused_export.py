@@ -15,12 +15,12 @@ from foveate.attention_ops import (
     ChannelAttention,
     EfficientChannelAttention,
     EfficientLocalAttention,
+    GatedAttention,
     HiLoAttention,
     LargeKernelAttention,
     MohAggregatedAttention,
     ReducedAgentAttention,
     ReversedAttention,
-    WindowAttention2d,
 )
 from foveate.attention_ops._op import OPS
 
@@ -54,7 +54,7 @@ LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch
         "softmax",
     ),
     "hilo": (lambda: HiLoAttention(32, 4, 2, 0.5), "local_attention_forward", "_softmax"),
-    "clipped": (lambda: WindowAttention2d(32, 2, (3, 6), clip=(-0.1, 1.0)), "clipped_attention_forward", "_softmax"),
+    "clipped": (lambda: OnMap(GatedAttention(32, 2, clip_alpha=2)), "clipped_attention_forward", "_softmax"),
     "reversed": (lambda: OnMap(ReversedAttention(32, 2)), "reversed_attention_forward", "baddbmm"),
     "channel": (lambda: ChannelAttention(32, 2), "channel_attention_forward", "softmax"),
     "large kernel": (lambda: by_op(LargeKernelAttention(32)), "large_kernel_attention_forward", "convolution"),

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -74,24 +75,22 @@ def test_nothing_to_measure_is_refused():
         measure_outliers(nn.Linear(4, 4), [torch.randn(2, 4)])
 
 
-def test_a_whole_model_is_simulated_in_int8_and_outliers_cost_accuracy():
-    import timm
-
+def test_a_whole_model_is_simulated_in_int8_and_an_outlier_takes_the_range():
     torch.manual_seed(0)
     model = timm.create_model("quantizable_vit_tiny", patch_size=8, img_size=32, embed_dim=32, depth=2, num_heads=2)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
     batches = torch.randn(6, 4, 3, 32, 32).unbind(0)
     assert PRESETS["outlier-free"] is OUTLIER_FREE
-
-    def error(net):
-        with torch.no_grad():
-            wanted, out = net.eval()(batches[0]), simulate_int8(net, batches)(batches[0])
-        return float((out - wanted).norm() / (wanted - wanted.mean()).norm())
-
-    before = error(model)
-    assert 1e-4 < before < 0.2
+    simulated = simulate_int8(model, batches)
+    with torch.no_grad():
+        wanted, out = model.eval()(batches[0]), simulated(batches[0])
+    assert 1e-3 < (out - wanted).norm() / (wanted - wanted.mean()).norm() < 0.2
     with torch.no_grad():
         model.blocks[0].mlp.fc2.bias[3] = 500.0  # one channel of the residual stream
-    assert error(model) > 3 * before
+    steps = [net.blocks[0].second.grid.scale for net in (simulated, simulate_int8(model, batches))]
+    assert steps[1] > 20 * steps[0]
     with pytest.raises(ExportError, match="wanted batches of images to observe, got none"):
         simulate_int8(model, [])
 
