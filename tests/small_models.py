@@ -96,7 +96,7 @@ SCALED = (
     "dinat_s_tiny",
     "vitrpb_small",
     "dependencyvit_tiny",
-)  # whose layer scale starts near zero, or can
+)  # layer scale may start near zero
 
 
 def small(name: str, **kwargs) -> nn.Module:

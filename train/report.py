@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .._files import atomic_path
+from .._torch import compiled_graphs
 from .describe import duration
 from .errors import DivergedError
-from .._torch import compiled_graphs
 from .recipe import Recipe
 from .together import on_first
 from .unreadable import Unreadable
