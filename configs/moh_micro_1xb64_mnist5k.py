@@ -23,3 +23,4 @@ model = dict(
     mlp_ratios=(3, 3),
     sr_ratios=(2, 1),
 )
+loss = dict(load_balance=0.01)

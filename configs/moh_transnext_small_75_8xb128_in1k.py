@@ -5,7 +5,7 @@ Command    torchrun --no-python --nproc-per-node 8 foveate train moh_transnext_s
 Model      49.9 M parameters, 10.3 GMACs
 Published  84.6 top-1 (Jin et al. 2024, arXiv:2410.11842)
 Ours       -
-Differs    the load-balance loss, see the base.
+Differs    nothing that is known
 """
 
 from mmengine.config import read_base

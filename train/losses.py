@@ -8,8 +8,9 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attention_ops.losses import commitment_loss, load_balance_loss
 from .errors import TrainError
-from .recipe import Recipe
+from .recipe import LossRecipe, Recipe
 
 _COLUMNS = 3  # top-1 hit, top-5 hit, loss; then, with multi_label, scores and targets of all classes
 
@@ -23,6 +24,22 @@ def choose_loss(recipe: Recipe) -> nn.Module:
     if mixes:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+
+
+def loss_of_layers(net: nn.Module, loss: LossRecipe) -> Tensor | float:
+    """Return what layers add to the loss of a training batch, after the forward pass; 0.0 without such keys.
+
+    Raises:
+        TrainError: no layer of the model has the loss that a key asks for.
+    """
+    total: Tensor | float = 0.0
+    for key, find in (("load_balance", load_balance_loss), ("commitment", commitment_loss)):
+        if factor := getattr(loss, key):
+            value = find(net)
+            if value is None:
+                raise TrainError(f"loss.{key}: no layer of {type(net).__name__} has this loss")
+            total = total + factor * value
+    return total
 
 
 class TopK(BaseMetric):

@@ -24,7 +24,7 @@ from ..export.errors import ExportError
 from .augment import BatchTransform
 from .errors import TrainError
 from .loading import Say, start_net
-from .losses import choose_loss, judge, unread_row
+from .losses import choose_loss, judge, loss_of_layers, unread_row
 from .parallel import frozen_norms
 from .recipe import LoraRecipe, ModelRecipe, Precision, Recipe
 
@@ -39,7 +39,7 @@ class Classifier(BaseModel):
         """
         super().__init__(data_preprocessor=BatchTransform(recipe))
         self.net = net
-        self.loss = choose_loss(recipe)
+        self.loss, self.loss_recipe = choose_loss(recipe), recipe.loss
         self.teacher = teacher
         self.autocast_dtype = DTYPES[recipe.precision]
         self.channels_last = recipe.engine.channels_last
@@ -49,7 +49,7 @@ class Classifier(BaseModel):
         """Return logits, {"loss": scalar}, or `judge`'s row per image."""
         logits = self.logits(images)
         if mode == "loss":
-            loss = self.loss(logits, targets)
+            loss = self.loss(logits, targets) + loss_of_layers(self.net, self.loss_recipe)
             if self.teacher is not None:
                 with self._autocast(images):
                     teachers = self.teacher.logits(images)

@@ -222,6 +222,8 @@ class LossRecipe:
     kind: Literal["cross_entropy", "bce"] = "cross_entropy"
     threshold: float | None = limited(None, at_least=0, below=1)  # bce: soft targets above it count as 1, others as 0
     multi_label: bool = False  # bce: an image has any number of classes; its target is a number per class
+    load_balance: float = limited(0.0, at_least=0)  # factor of the loss of uneven heads, for mixtures of heads (MoH)
+    commitment: float = limited(0.0, at_least=0)  # factor of the distance from centroids, for routing attention
 
     def __post_init__(self) -> None:
         _needs("loss.threshold", self.threshold, 'loss.kind "bce"', self.kind == "bce")

@@ -46,6 +46,19 @@ def test_each_loss_key_changes_the_loss_of_the_run(run):
     assert len(set(losses)) == 4
 
 
+MOH = {"name": "moh_transnext_small_75", "dims": (16,), "depths": (1,), "heads": (4,), "shared": (1,), "routed": (2,)}
+MOH |= {"mlp_ratios": (2,), "sr_ratios": (1,)}
+ROUTING = {"name": "mixer_vit_tiny", "mixer": "routing", "clusters": 2, "dims": (16,), "depths": (1,), "heads": 2}
+
+
+@pytest.mark.parametrize(("key", "net"), [("load_balance", MOH), ("commitment", {**ROUTING, "patch_size": 4})])
+def test_losses_of_layers_join_the_loss_and_want_such_layers(run, key, net):
+    first = [run(f"{factor}", model=net, loss={key: factor})[1]["train_loss"] for factor in (0.0, 10.0)]
+    assert first[1] > first[0]
+    with pytest.raises(TrainError, match=f"loss.{key}: no layer of VisionTransformer has this loss"):
+        run("none", model=VIT, loss={key: 0.1})
+
+
 def test_bce_is_timms(make_recipe):
     logits, targets = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     recipe = load_recipe(make_recipe(loss={"kind": "bce", "threshold": 0.1}, augment={"smoothing": 0.2}))
