@@ -73,15 +73,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, agents: Tensor, bias_to: Tensor | No
         if is_known(size < 1):
             shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in (("q", q), ("k", k), ("agents", agents)))
             raise ValueError(f"{OP}: tokens, agents, heads and head_dim must be at least 1, got {shapes}")
-    for name, t, shape, words in (
+    for name, bias, shape, words in (
         ("bias_to", bias_to, (heads, count, keys), "(heads, agents, keys)"),
         ("bias_from", bias_from, (heads, queries, count), "(heads, queries, agents)"),
     ):
-        if t is not None and differs(t.shape, shape):
-            raise ValueError(f"{OP}: {name} must be {words} = {shape}, got {tuple(t.shape)}")
-        if t is not None and not t.dtype.is_floating_point:
-            raise ValueError(f"{OP}: {name} must be floating point, got {t.dtype}")
-        check_device(OP, name, t, "q", q)
+        if bias is not None and differs(bias.shape, shape):
+            raise ValueError(f"{OP}: {name} must be {words} = {shape}, got {tuple(bias.shape)}")
+        if bias is not None and not bias.dtype.is_floating_point:
+            raise ValueError(f"{OP}: {name} must be floating point, got {bias.dtype}")
+        check_device(OP, name, bias, "q", q)
 
 
 def agent_attention_reference(

@@ -54,7 +54,7 @@ class AgentBody(EagerBody):
         for start in range(0, q.shape[0], step):
             part = slice(start, start + step)
             few = (x[part].transpose(1, 2).to(wide) for x in (q, k, v, agents, out, grad))
-            *parts, of_to, of_from = self._gradients(*few, bias_to, bias_from)
+            *parts, of_to, of_from = self._gradients(*few, bias_to, bias_from)  # type: ignore[call-arg]
             for whole, value in zip(grads, parts, strict=True):
                 whole[part] = value.transpose(1, 2)
             for total, dlogits in zip(sums, (of_to, of_from), strict=True):

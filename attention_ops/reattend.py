@@ -71,6 +71,7 @@ def reattend(model: nn.Module, mixer: str, *, blocks: Sequence[int] | None = Non
     chosen = found if blocks is None else [found[i] for i in blocks]
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     made = [_mixer_for(model, block, mixer, prefix, keywords) for block in chosen]  # before any block changes
+    block: Any
     for block, new in zip(chosen, made, strict=True):
         block.attn = new
         if hasattr(block, "window_size"):

@@ -34,7 +34,7 @@ def resize_positions(table: Tensor, own: tuple[int, int], height: int, width: in
 def pool_map(x: Tensor, rows: int, cols: int) -> Tensor:
     """Average (B, C, H, W) over rows x cols cells that cover it, as F.adaptive_avg_pool2d does."""
     if torch.jit.is_scripting():
-        return F.adaptive_avg_pool2d(x, [rows, cols])
+        return F.adaptive_avg_pool2d(x, [rows, cols])  # type: ignore[arg-type]
     else:
         if is_exported() or not known(*sides(x, 2)):
             return pool_by_products(x, rows, cols)

@@ -55,6 +55,8 @@ FAMILIES = (
     sparsifiner,
     dependencyvit,
 )
+OURS = (nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2)
+FAMILIES = (*OURS, agent_deit, agent_pvt, agent_swin, agent_cswin)
 BUILDERS = (narrowed,)  # registered names that are no models of their own
 
 

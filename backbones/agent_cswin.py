@@ -258,7 +258,7 @@ class AgentCSwin(StagedBackbone):
                 place = (dim // branches, heads // branches, stripe, branch == 0)
                 if is_agent:
                     given = {"map_size": config.maps[index], **config.agents(index)}
-                    attns.append(StripeAgentAttention(*place, **given, **dd))
+                    attns.append(StripeAgentAttention(*place, **given, **dd))  # type: ignore[misc]
                 else:
                     attns.append(StripeAttention(*place, **dd))
             blocks.append(CSwinBlock(dim, attns, stripe, config.mlp_ratio, drop, rate, **dd))

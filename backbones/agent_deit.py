@@ -132,7 +132,7 @@ class DeitBlock(nn.Module):
             init_linear(self.attn.qkv, self.attn.proj)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), drop=drop, **dd)
-        init_linear(self.mlp.fc1, self.mlp.fc2)
+        init_linear(self.mlp.fc1, self.mlp.fc2)  # type: ignore[arg-type]
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # (B, 1 + H W, C), (H, W)
@@ -306,7 +306,7 @@ class AgentDeit(nn.Module):
         take, max_index = take_maps(len(self.blocks), indices)
         self.blocks = self.blocks[: max_index + 1]
         if prune_norm:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity()  # type: ignore[assignment]
         if prune_head:
             self.reset_classifier(0, "")
         return take

@@ -119,7 +119,7 @@ class SwinAgentAttention(AgentAttention):
         super().__init__(dim, heads, map_size=(side, side), **keywords)
         self.side, self.shift, self.own, self.cuts = side, shift, own, cuts
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         height, width = x.shape[1], x.shape[2]
         if not self.is_cut(height, width):
             return self.mix(x.flatten(1, 2), (height, width)).unflatten(1, [height, width])
@@ -166,13 +166,13 @@ class SwinWindowAttention(nn.Module):
     def init_non_persistent_buffers(self) -> None:
         """Compute the index again, as timm does after construction on the meta device."""
         own = self.relative_position_index
-        own.copy_(gen_relative_position_index((self.window, self.window), device=own.device))
+        own.copy_(gen_relative_position_index((self.window, self.window), device=own.device))  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         height, width = x.shape[1], x.shape[2]
         x = pad_to_windows(x, [self.window, self.window])
         q, k, v = self.qkv(x).unflatten(-1, [3, self.heads, -1]).unbind(3)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # type: ignore[index]
         out = window_attention(
             q, k, v, [self.window, self.window], shift=[self.shift, self.shift], bias=bias, scale=self.scale
         )

@@ -62,7 +62,7 @@ class AuthorsForm(nn.Module):
         side = ours.agent_shape
         few = F.adaptive_avg_pool2d(q[:, first:].transpose(1, 2).unflatten(2, size), side).flatten(2).transpose(1, 2)
         heads = [t.unflatten(-1, (ours.heads, -1)).transpose(1, 2) for t in (few, k, v, q)]
-        out = self.attend(*heads, *self.biases(len(x), size)).transpose(1, 2).flatten(2)
+        out = self.attend(*heads, *self.biases(len(x), size)).transpose(1, 2).flatten(2)  # type: ignore[call-arg]
         local = ours.dwc(v[:, first:].transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)  # type: ignore[operator]
         out = torch.cat([out[:, :first], out[:, first:] + local], 1) if first else out + local
         out = ours.proj(out)  # type: ignore[operator]
@@ -137,8 +137,8 @@ def op_calls(shape: tuple[Pair, int, int, int, int], batch: int) -> dict[str, Ca
     views = [t.transpose(1, 2) for t in (few, k, v, q)]
     return {
         "ours": lambda: agent_attention(q, k, v, few, bias_to=to, bias_from=of),
-        "authors": lambda: in_memory(*views, to, of).transpose(1, 2),
-        "SDPA": lambda: with_sdpa(*views, to[None], of[None]).transpose(1, 2),
+        "authors": lambda: in_memory(*views, to, of).transpose(1, 2),  # type: ignore[call-arg]
+        "SDPA": lambda: with_sdpa(*views, to[None], of[None]).transpose(1, 2),  # type: ignore[call-arg]
     }
 
 
@@ -166,7 +166,7 @@ def _cells(shape: tuple[Pair, int, int, int, int], batch: int, rounds: int) -> l
         check_equal({name: call() for name, call in calls.items()})
         check_equal({name: form(x) for name, form in forms.items()})
         op = interleaved_seconds(calls, rounds=rounds)
-        layer = interleaved_seconds({name: lambda f=f: f(x) for name, f in forms.items()}, rounds=rounds)
+        layer = interleaved_seconds({name: lambda f=f: f(x) for name, f in forms.items()}, rounds=rounds)  # type: ignore[misc]
     steps = {name: lambda f=forms[name]: f(x).square().sum().backward() for name in ("ours", "authors")}
     train = interleaved_seconds(steps, rounds=rounds)
     times = [*(op[n] for n in ("ours", "authors", "SDPA")), *(layer[n] for n in ("ours", "fused", "authors", "SDPA"))]
@@ -196,7 +196,7 @@ def measure_models(batch: int, rounds: int) -> Table:
         nets = {"ours": ours, "fused": fuse(ours, x), "authors": authors_model(name)}
         with torch.no_grad():
             check_equal({key: net(x) for key, net in nets.items()})
-            seconds = interleaved_seconds({key: lambda n=n: n(x) for key, n in nets.items()}, rounds=rounds)
+            seconds = interleaved_seconds({key: lambda n=n: n(x) for key, n in nets.items()}, rounds=rounds)  # type: ignore[misc]
         ratios = [seconds["authors"] / seconds[key] for key in ("ours", "fused")]
         table.add_row(name, *(f"{batch / seconds[key]:.1f}" for key in nets), *(f"{ratio:.2f}" for ratio in ratios))
     return table

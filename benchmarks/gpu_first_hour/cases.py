@@ -297,7 +297,7 @@ def small_cases() -> list[Case]:
         halo((1, 9, 8, 1, 16), 24, (4, 4), (1, 2), dtype=FP16),
         halo((1, 7, 6, 1, 16), 16, (4, 4), (1, 1), 2, lse=True, dtype=FP16),
         routed(2, (2, 3), (3, 2), 1, 16, 8, 3, key_region=(2, 2), **low),
-        agent(2, 20, 33, 9, 1, 16, **low),
+        agent(2, 20, 33, 9, 1, 16, dtype=FP16),
         agent(1, 17, 9, 4, 2, 24, biases=False, dtype=FP32),
         channel((1, 6, 5, 2, 16), **low),
         channel((2, 7, 1, 1, 16), layout="crop", **low),

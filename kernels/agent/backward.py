@@ -197,7 +197,8 @@ def agent_attention_backward(
     """Return gradients of q, k, v, agents, bias_to, bias_from; an empty tensor for a bias not given or not needed."""
     if not q.numel():
         found = _empty_gradients(q, k, v, agents, bias_to if to_grad else None, bias_from if from_grad else None)
-        return tuple(t.zero_() for t in found)
+        dq, dk, dv, dagents, dto, dfrom = (t.zero_() for t in found)
+        return dq, dk, dv, dagents, dto, dfrom
     plan, wide = make_plan(q, k, agents), torch.float32
     dq, dk, dv = (x.new_empty(x.shape, dtype=x.dtype if plan.back_blocks == 1 else wide) for x in (q, k, v))
     parts = [q.new_empty(plan.splits(plan.queries)[0], *agents.shape, dtype=wide) for _ in range(2)]

@@ -1,5 +1,7 @@
 """Other token mixers in timm's ViTs, DeiTs and Swins."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -10,7 +12,7 @@ from foveate.attention_ops import AgentAttention, insert_attention
 from foveate.attention_ops.mixers import MIXERS, register_mixer
 from foveate.attention_ops.reattend import MapMixer
 
-VIT = {"img_size": 64, "depth": 3, "num_classes": 5}
+VIT: dict[str, Any] = {"img_size": 64, "depth": 3, "num_classes": 5}
 SWIN = {"img_size": 112, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "num_classes": 5}
 MODELS = {
     "vit_tiny_patch16_224": VIT,
