@@ -32,32 +32,13 @@ from . import (
 )
 from .pooled import pool_with as pool_with
 
-FAMILIES = (nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2)
-FAMILIES += (agent_deit, agent_pvt, agent_swin, agent_cswin, flowformer, moh_transnext, mixer_vit)
-FAMILIES += (quantizable_vit, sparsifiner, dependencyvit, gqa_vit, ulsam_net, ninformer)
+OURS = (nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2)
 FAMILIES = (
-    *(nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2),
-    *(gqa_vit, ulsam_net, ninformer),
+    *OURS,
+    *(agent_deit, agent_pvt, agent_swin, agent_cswin, flowformer, moh_transnext, mixer_vit),
+    *(quantizable_vit, sparsifiner, dependencyvit, gqa_vit, ulsam_net, ninformer),
 )
 BUILDERS = (narrowed, dcal, pooled)  # registered names that are no models of their own
-FAMILIES = (
-    nat,
-    dinat,
-    nat_isotropic,
-    van,
-    fv_davit,
-    fv_halonet,
-    eca_net,
-    ela_net,
-    biformer,
-    litv2,
-    quantizable_vit,
-    sparsifiner,
-    dependencyvit,
-)
-OURS = (nat, dinat, nat_isotropic, van, fv_davit, fv_halonet, eca_net, ela_net, biformer, litv2)
-FAMILIES = (*OURS, agent_deit, agent_pvt, agent_swin, agent_cswin)
-BUILDERS = (narrowed,)  # registered names that are no models of their own
 
 
 def list_models(pattern: str | list[str] = "") -> list[str]:
