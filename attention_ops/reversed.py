@@ -24,7 +24,7 @@ from .mixers import register_mixer
 from .tiled_attention import CHUNK_LOGITS
 
 OP = "reversed_attention"
-TEMPERATURE = 0.1  # of the softmax that selects heads
+SHARPNESS = 10.0  # 1 / temperature of the softmax that selects heads
 
 
 def reversed_attention(
@@ -201,7 +201,7 @@ class MessageAttention(nn.Module):
             raise ValueError(f"{type(self).__name__}: num_heads must divide dim {dim}, got {num_heads}")
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.scale, self.temperature = (dim // num_heads) ** -0.5, TEMPERATURE
+        self.scale, self.sharpness = (dim // num_heads) ** -0.5, SHARPNESS
         self.head_selector = nn.Linear(dim, num_heads, bias=False, **dd)
         self.message_controller = MessageController(dim, int(dim * hidden_ratio), **dd)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
@@ -217,7 +217,7 @@ class MessageAttention(nn.Module):
 
     def weigh(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weight of every message, (B, N, heads), and the product of m up to this layer, (B, N)."""
-        selected = F.softmax(self.head_selector(x) / self.temperature, dim=-1)
+        selected = F.softmax(self.head_selector(x) * self.sharpness, dim=-1)
         m = m * self.message_controller(x)
         return selected * m[..., None], m
 
