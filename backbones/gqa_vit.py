@@ -14,73 +14,61 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._weights import unwrap
 from ..attention_ops import GroupedQueryAttention
 from ..attention_ops.grouped_query import Allocation, check_groups, pooled_heads
 from ._build import StateDict, build, cfg, check_fits
-from ._plain_vit import PlainViT
 from ._pruning import Prunable
+from ._vit import CheckedViT, ViTBlock, ViTConfig
 
 register_notrace_module(GroupedQueryAttention)  # it groups by numbers
 
 
 @dataclass(frozen=True)
-class GqaConfig:
-    """What makes one variant differ from another."""
+class GqaConfig(ViTConfig):
+    """What makes one variant differ from another; num_heads are the query heads."""
 
-    embed_dim: int = 384
-    depth: int = 12
-    num_heads: int = 6  # query heads
     kv_heads: int = 3
     allocation: Allocation = "uniform"  # "key_norm" (KDGQA), "ema" and "difference" (DGQA), "noise" (PGQA)
     per_batch: bool = False  # group all images of a batch alike
     window: int = 10  # training steps between two updates of the dynamic rules
-    mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
         check_groups(self.embed_dim, self.num_heads, self.kv_heads, self.allocation, self.per_batch, self.window)
+        super().__post_init__()
 
 
-class GqaBlock(nn.Module):
-    def __init__(self, dim: int, proj_drop: float, drop_path: float, config: GqaConfig, **dd) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = GroupedQueryAttention(
-            dim,
-            config.num_heads,
-            config.kv_heads,
-            allocation=config.allocation,
-            per_batch=config.per_batch,
-            window=config.window,
-            proj_drop=proj_drop,
-            **dd,
-        )
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), drop=proj_drop, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, C)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+def _make_block(index: int, *, config: GqaConfig, proj_drop: float, drop_path: float, **dd: Any) -> ViTBlock:
+    attention = GroupedQueryAttention(
+        config.embed_dim,
+        config.num_heads,
+        config.kv_heads,
+        allocation=config.allocation,
+        per_batch=config.per_batch,
+        window=config.window,
+        qkv_bias=config.qkv_bias,
+        proj_drop=proj_drop,
+        **dd,
+    )
+    return ViTBlock(attention, config.embed_dim, config.mlp_ratio, proj_drop=proj_drop, drop_path=drop_path, **dd)
 
 
-class GqaViT(PlainViT):
+class GqaViT(CheckedViT):
     """A plain ViT of grouped-query attention.
 
     Args:
         config: sizes, and who shares key heads.
-        kwargs: as in `PlainViT`: img_size, patch_size, in_chans, num_classes, global_pool, rates of dropout.
+        kwargs: as in `CheckedViT`.
     """
 
     prunable = Prunable(qkv=r".+\.attn\.[qkv]\.weight", prj=r".+\.attn\.proj\.weight", mlp=r".+\.mlp\.fc[12]\.weight")
 
-    def __init__(self, config: GqaConfig, **kwargs) -> None:
-        super().__init__(partial(GqaBlock, config=config), config.embed_dim, config.depth, **kwargs)
+    def __init__(self, config: GqaConfig, **kwargs: Any) -> None:
+        super().__init__(config, partial(_make_block, config=config), **kwargs)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: Any) -> StateDict:

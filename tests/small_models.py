@@ -88,8 +88,7 @@ ONE_SIZE = {  # models of one image size, which most tests of SMALL change: thos
 }
 GATED = ("fv_halo", "fv_se", "fv_eca", "eca", "ela", "ulsam")
 OF_TIMMS_CLASSES = tuple(name for name in KINDS if name.startswith(GATED))
-VITS = tuple(name for name in KINDS if name.startswith(("quantizable", "sparsifiner", "dependencyvit")))
-TOKENS = (*VITS, *(name for name in KINDS if name.startswith("gqa")))  # ViTs: positions are added outside blocks
+VITS = tuple(name for name in KINDS if name.startswith(("gqa", "quantizable", "sparsifiner", "dependencyvit")))
 WITH_CLASS_TOKEN = ("agent_deit_tiny",)  # their tokens are no map, and their children no chain
 SCALED = (
     "nat_mini",

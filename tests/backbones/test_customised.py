@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from small_models import KINDS, OF_TIMMS_CLASSES, SMALL, TOKENS, VITS, WITH_CLASS_TOKEN, alive, small
+from small_models import KINDS, OF_TIMMS_CLASSES, SMALL, VITS, WITH_CLASS_TOKEN, alive, small
 from torch import nn
 
 every_small = pytest.mark.parametrize("name", SMALL)
@@ -57,11 +57,11 @@ def test_the_classifier_can_be_an_identity(name):
         if hasattr(model, head):
             setattr(model, head, nn.Identity())
     out = model(X)
-    pooled = name in TOKENS or not hasattr(model, "head")
+    pooled = name in VITS or not hasattr(model, "head")
     torch.testing.assert_close(out, model.forward_head(maps, pre_logits=True) if pooled else maps)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name not in (*TOKENS, *WITH_CLASS_TOKEN)])
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in (*VITS, *WITH_CLASS_TOKEN)])
 def test_the_children_without_the_head_make_a_sequence(name):
     model = alive(small(name))
     expected = model.forward_features(X)
@@ -80,7 +80,7 @@ def copy_weights(features, model):
         tensor.copy_(weights[bare.replace(".", "_")])
 
 
-OF_MAPS = [name for name in SMALL if name not in (*TOKENS, *WITH_CLASS_TOKEN)]
+OF_MAPS = [name for name in SMALL if name not in (*VITS, *WITH_CLASS_TOKEN)]
 WRAPPERS = [(name, wrapper) for name in OF_MAPS for wrapper in ("list", "dict", "hook", "getter", "fx")]
 
 
@@ -91,7 +91,7 @@ def test_wrappers_that_would_take_tokens_for_maps_are_refused(name, feature_cls)
         small(name, features_only=True, feature_cls=feature_cls)
 
 
-@pytest.mark.parametrize(("name", "feature_cls"), [*WRAPPERS, *((name, "getter") for name in TOKENS if name in SMALL)])
+@pytest.mark.parametrize(("name", "feature_cls"), [*WRAPPERS, *((name, "getter") for name in VITS if name in SMALL)])
 def test_every_feature_wrapper_of_timm_gives_the_same_maps(name, feature_cls):
     model = alive(small(name))
     expected = model.forward_intermediates(X, intermediates_only=True)
@@ -167,7 +167,7 @@ def test_feature_indices_out_of_range_are_refused(name):
             model.forward_intermediates(X, indices=indices)
         with pytest.raises(ValueError, match=f"indices {words}, got "):
             model.prune_intermediate_layers(indices)
-    for feature_cls in ("getter",) if name in TOKENS else ("getter", "list"):
+    for feature_cls in ("getter",) if name in VITS else ("getter", "list"):
         with pytest.raises(ValueError, match=f"out_indices {words}, got "):
             small(name, features_only=True, out_indices=(maps,), feature_cls=feature_cls)
     assert len(small(name, features_only=True, out_indices=(0, -1))(X)) == 2
