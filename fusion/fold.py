@@ -147,14 +147,13 @@ def factor_of(captured: Captured, node: fx.Node) -> tuple[fx.Node, Tensor] | Non
     axis = -1 if x.target is LINEAR else 1
     channels = shape(x)[axis]
     if isinstance(constant, int | float):
-        factor = torch.full((channels,), float(constant))
+        factor = torch.full((channels,), float(constant), dtype=torch.float64)
     else:
         value = captured.value(constant)
         if value is None or not _is_per_channel(value, len(shape(x)), axis):
             return None
         factor = value.reshape(-1).expand(channels)
-    factor = factor.to(x.meta["val"].dtype)
-    return x, (1 / factor if divides else factor)
+    return x, (1 / factor if divides else factor).to(x.meta["val"].dtype)
 
 
 def _is_per_channel(value: Tensor, dims: int, axis: int) -> bool:

@@ -176,3 +176,23 @@ def test_biases_of_agents_are_resized_once_for_each_size(name):
         next(p for key, p in model.named_parameters() if key.endswith("an_bias")).add_(1).mul_(3)
     assert not torch.equal(fused(x), before)
     assert_same(fused, model, x)
+
+
+class Scaled(nn.Module):
+    """A layer whose output is multiplied or divided by a number that has no exact float32."""
+
+    def __init__(self, layer: nn.Module, divides: bool) -> None:
+        super().__init__()
+        self.layer, self.divides = layer, divides
+
+    def forward(self, x):
+        return self.layer(x) / 0.1 if self.divides else self.layer(x) * 0.1
+
+
+@pytest.mark.parametrize("divides", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_factors_are_folded_in_the_precision_of_the_model(kind, divides):
+    torch.manual_seed(0)
+    layer, shape = (nn.Linear(6, 5), (3, 6)) if kind == "linear" else (nn.Conv2d(6, 5, 1), (3, 6, 4, 4))
+    model, x = Scaled(layer, divides).double().eval(), torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(foveate.fuse(model)(x), model(x), rtol=1e-13, atol=1e-13)
