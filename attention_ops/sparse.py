@@ -67,8 +67,8 @@ def gathers(keys: int, budget: int) -> bool:
 
 def mask_of_columns(columns: Tensor, keys: int) -> Tensor:
     """(B, heads, N, budget) numbers of keys -> (B, heads, N, M) bool."""
-    mask = torch.zeros((*columns.shape[:-1], keys), dtype=torch.bool, device=columns.device)
-    return mask.scatter(-1, columns, True)
+    mask = torch.zeros((*columns.shape[:-1], keys), device=columns.device)
+    return mask.scatter(-1, columns, 1.0) > 0  # a trace can hold no bool as the value to scatter
 
 
 def sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, scale: float) -> Tensor:

@@ -146,7 +146,7 @@ class MaskPredictor(nn.Module):
         if self.score_floor is not None:
             rows = scores > self.score_floor
         else:
-            rows = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best_columns(scores, budget), True)
+            rows = torch.zeros_like(scores).scatter(-1, best_columns(scores, budget), 1.0) > 0
         return torch.cat([rows.new_ones(*rows.shape[:2], self.prefix_tokens, rows.shape[3]), rows], dim=2)
 
     def extra_repr(self) -> str:

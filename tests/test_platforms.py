@@ -86,12 +86,14 @@ GUARDS = ("AttributeError", "ImportError")
 
 
 def only_on_posix(source: str) -> Iterator[str]:
-    """Every name of a source that Windows lacks, but for those that hasattr or a caught error guards."""
+    """Every name of a source that Windows lacks, but for those that hasattr, sys.platform or a caught error guards."""
     tree = ast.parse(source)
     asked, guarded = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr":
             asked.add(".".join(ast.unparse(argument).strip("'") for argument in node.args))
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "sys.platform == 'win32'":
+            guarded |= {id(inner) for statement in node.orelse for inner in ast.walk(statement)}
         elif isinstance(node, ast.Try) and any(
             word in ast.unparse(handler.type or handler) for handler in node.handlers for word in GUARDS
         ):

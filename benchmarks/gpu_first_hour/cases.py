@@ -297,6 +297,7 @@ def small_cases() -> list[Case]:
         halo((1, 9, 8, 1, 16), 24, (4, 4), (1, 2), dtype=FP16),
         halo((1, 7, 6, 1, 16), 16, (4, 4), (1, 1), 2, lse=True, dtype=FP16),
         routed(2, (2, 3), (3, 2), 1, 16, 8, 3, key_region=(2, 2), **low),
+        token_cases.aggregated(1, (5, 6), (2, 3), 2, 16, dtype=FP16),
         agent(2, 20, 33, 9, 1, 16, dtype=FP16),
         agent(1, 17, 9, 4, 2, 24, biases=False, dtype=FP32),
         channel((1, 6, 5, 2, 16), **low),
@@ -396,6 +397,8 @@ def _routed() -> list[Case]:
 
 def _agents() -> list[Case]:
     return [
+        token_cases.aggregated(4, (56, 56), (7, 7), 3, 24),
+        token_cases.aggregated(4, (14, 14), (7, 7), 12, 24, dtype=FP16),
         agent(8, 197, 197, 49, 3, 64),
         agent(8, 197, 197, 81, 12, 64, dtype=FP16),
         agent(4, 3136, 3136, 9, 3, 32),

@@ -247,3 +247,32 @@ def same_window(size: Pair, window: Pair, shift: Pair, device: str | torch.devic
     rows, cols = (torch.arange(n, device=device).sub(s).div(w, rounding_mode="floor") for n, w, s in sides)
     number = (rows[:, None] * (2 * size[1]) + cols).flatten()
     return number[:, None] == number
+
+
+def aggregated(
+    q: Tensor, pooled_k: Tensor, pooled_v: Tensor, local_k: Tensor, local_v: Tensor, embedding: Tensor,
+    temperature: Tensor, table: Tensor, rows: Tensor, cols: Tensor, local_bias: Tensor, tokens: Tensor,
+    token_bias: Tensor,
+) -> Tensor:  # fmt: skip
+    """Pooled and neighboring keys in one softmax; the neighbors' values get learned weights beside it."""
+    kernel = (local_bias.shape[1], local_bias.shape[2])
+    unit, local_k, pooled_k = (F.normalize(x, dim=-1) for x in (q, local_k, pooled_k))
+    near_k, near_v, inside = (_around(x, kernel) for x in (local_k, local_v, torch.ones_like(local_k[..., :1])))
+    inside = inside.squeeze(-1) > 0  # (B, H, W, heads, neighbors)
+    count = inside.sum(-1, keepdim=True) + pooled_k.shape[1]
+    scaled = (unit + embedding) * temperature[:, None] * count.double().log().float().to(q.dtype)
+    near = (scaled[..., None, :] * near_k).sum(-1) + local_bias.flatten(1)
+    of_pooled = table[:, rows[:, None, :, None], cols[None, :, None, :]].flatten(3).permute(1, 2, 0, 3)
+    far = torch.einsum("bhwnd,bpnd->bhwnp", scaled, pooled_k) + of_pooled
+    probs = torch.cat([near.masked_fill(~inside, -torch.inf), far], -1).softmax(-1)
+    weights = probs[..., : near.shape[-1]] + torch.einsum("bhwnd,ndk->bhwnk", unit, tokens) + token_bias
+    out = (torch.where(inside, weights, 0)[..., None] * near_v).sum(-2)
+    return out + torch.einsum("bhwnp,bpnd->bhwnd", probs[..., near.shape[-1] :], pooled_v)
+
+
+def _around(x: Tensor, kernel: Pair) -> Tensor:
+    """(B, H, W, heads, d) -> (B, H, W, heads, neighbors, d), zeros outside the map."""
+    (height, width), (rows, cols) = x.shape[1:3], kernel
+    padded = F.pad(x, (0, 0, 0, 0, cols // 2, cols // 2, rows // 2, rows // 2))
+    shifts = [padded[:, y : y + height, c : c + width] for y in range(rows) for c in range(cols)]
+    return torch.stack(shifts, -2)

@@ -10,6 +10,7 @@ from . import definitions as exact
 from .inputs import BF16, FP16, FP32, Case, Made, Pair, normal
 
 Clip = tuple[float, float]
+TABLES = ("embedding", "temperature", "table", "local_bias", "tokens", "token_bias")  # of aggregated attention
 
 
 def dense(
@@ -134,3 +135,41 @@ def full_cases() -> list[Case]:
         clipped_window((4, 56, 56, 3, 32), (7, 7), (3, 3), (-0.02, 1.0)),
         clipped_window((2, 48, 48, 4, 32), (12, 12), (0, 0), (-0.01, 1.01), gate=True, dtype=FP16),
     ]
+
+
+def aggregated(
+    batch: int, size: Pair, pooled: Pair, heads: int, dim: int, *, kernel: Pair = (3, 3), dtype: torch.dtype = BF16
+) -> Case:
+    """A map with its pooled keys, and the tables of a layer in float32."""
+    table = (2 * size[0] - 1, 2 * size[1] - 1)
+
+    def make(device: str) -> Made:
+        packed = normal(batch, *size, 3, heads, dim, device=device, dtype=dtype)
+        few = normal(batch, pooled[0] * pooled[1], 2, heads, dim, device=device, dtype=dtype)
+        near = kernel[0] * kernel[1]
+        shapes = ((heads, dim), (heads,), (heads, *table), (heads, *kernel), (heads, dim, near), (heads, near))
+        leaves = [packed, few, *(normal(*shape, device=device) for shape in shapes)]
+        places = [
+            torch.arange(side * few_of_axis, device=device).view(side, few_of_axis) % top
+            for side, few_of_axis, top in zip(size, pooled, table, strict=True)
+        ]
+
+        def named(t: list[Tensor]) -> dict[str, Tensor]:
+            (q, k, v), (pooled_k, pooled_v) = t[0].unbind(3), t[1].unbind(2)
+            found = dict(
+                zip(("embedding", "temperature", "table", "local_bias", "tokens", "token_bias"), t[2:], strict=True)
+            )
+            found["temperature"] = found["temperature"].abs() + 0.5
+            return found | {"q": q, "local_k": k, "local_v": v, "pooled_k": pooled_k, "pooled_v": pooled_v}
+
+        def ours(t: list[Tensor]) -> Tensor:
+            given = named(t)
+            given["pooled_bias"] = given.pop("table")
+            return ops.aggregated_attention(**given, bias_rows=places[0], bias_cols=places[1], impl="fused")
+
+        def definition(t: list[Tensor]) -> Tensor:
+            return exact.aggregated(**named(t), rows=places[0], cols=places[1])
+
+        return Made(leaves, ours, definition)
+
+    return Case(f"aggregated {size} pooled {pooled} B{batch} heads {heads} dim {dim} kernel {kernel}", dtype, make)

@@ -64,7 +64,7 @@ LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch
 
 
 def aggregated() -> nn.Module:
-    return MohAggregatedAttention(32, 2, sr_ratio=3, shared=2, routed=0)
+    return _undrawn(MohAggregatedAttention, 32, 2, sr_ratio=3, shared=2, routed=0)
 
 
 LAYERS |= {

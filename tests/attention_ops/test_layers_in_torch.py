@@ -37,17 +37,22 @@ class Circle(nn.Module):
         return torch.ops.foveate.circle_attention(q, k, v, 3).flatten(3)
 
 
-class OnMap(nn.Module):
-    """A layer of tokens, (B, N, C) -> (B, N, C), on maps; `takes_size` where it wants the map's size too."""
+class OnTokens(nn.Module):
+    """A layer of tokens, (B, N, C) -> (B, N, C), on maps."""
 
-    def __init__(self, layer: nn.Module, takes_size: bool = True) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer, self.takes_size = layer, takes_size
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        tokens = x.flatten(1, 2)
-        out = self.layer(tokens, (x.shape[1], x.shape[2])) if self.takes_size else self.layer(tokens)
-        return out.view(x.shape)
+        return self.layer(x.flatten(1, 2)).view(x.shape)
+
+
+class OnMap(OnTokens):
+    """A layer that wants the size of the map too."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        return self.layer(x.flatten(1, 2), (x.shape[1], x.shape[2])).view(x.shape)
 
 
 def mixed(name: str, **keywords) -> nn.Module:
@@ -95,8 +100,8 @@ LAYERS = {
     "channel gate": lambda: EfficientChannelAttention(16),
     "strip gate": lambda: EfficientLocalAttention(16, "s"),
     "subspace gate": lambda: SubspaceAttention(16, 4),
-    "grouped query": lambda: OnMap(GroupedQueryAttention(16, 4, 2), takes_size=False),
-    "grouped query by norms": lambda: OnMap(GroupedQueryAttention(16, 4, 2, allocation="key_norm"), takes_size=False),
+    "grouped query": lambda: OnTokens(GroupedQueryAttention(16, 4, 2)),
+    "grouped query by norms": lambda: OnTokens(GroupedQueryAttention(16, 4, 2, allocation="key_norm")),
     "attention": lambda: mixed("attention"),
     "flow": lambda: mixed("flow"),
     "causal flow": lambda: mixed("flow", form="causal"),
@@ -106,6 +111,7 @@ LAYERS = {
     "mixture of heads": lambda: MohAttention(16, 4, shared=1, routed=2),
     "aggregated": lambda: MohAggregatedAttention(16, 4, sr_ratio=3, shared=1, routed=2),
 }
+CHOOSES = ("sparsified", "routing", "mixture of heads", "aggregated")  # rounded scores choose others
 NCHW = ("large kernel", "routed nchw", "halo", "strided halo", "channel gate", "strip gate", "subspace gate")
 # to the size that they are exported with: regions, adaptive pooling, tables and numbers of tokens of their own
 TIED = ("routed", "routed nchw", "hilo", "mixture of heads", "aggregated", "nprf", "routing", "causal flow")
@@ -226,11 +232,12 @@ def test_autocast_runs_in_its_dtype_and_gradients_stay_float32(kind):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = module(x)
         out.float().square().sum().backward()
-    of_the_map = "gate" in kind or kind == "large kernel"
+    of_the_map = kind.endswith(" gate") or kind == "large kernel"
     assert out.dtype == (torch.float32 if of_the_map else torch.bfloat16)
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
-    if kind != "sparsified":  # where rounding chooses other keys
-        torch.testing.assert_close(out.float(), module(x), rtol=0.05, atol=0.05)
+    plain = module(x)
+    close = (out.float() - plain).abs() <= 0.05 + 0.05 * plain.abs()
+    assert close.float().mean() > 0.95 if kind in CHOOSES else close.all()
 
 
 @every_layer

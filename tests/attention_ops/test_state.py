@@ -128,8 +128,16 @@ def test_tables_are_bounded_and_small():
     assert all(table.cache_info().maxsize for table in TABLES)
 
 
+@pytest.fixture
+def few_objects():
+    """Let collections look at new objects only: those of all modules take seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @every_case
-def test_nothing_of_the_tensors_of_a_call_is_kept(name):
+def test_nothing_of_the_tensors_of_a_call_is_kept(name, few_objects):
     case = CASES[name]
     for grad in (False, True):
         tensors = case.tensors(grad=grad)

@@ -99,16 +99,16 @@ class Root(nn.Module):
 
 
 def test_a_gradient_that_is_not_finite_is_noticed_before_the_weights_change(make_recipe, tmp_path, monkeypatch):
-    from foveate.train import runner
+    from foveate.train import prepare
 
-    build = runner.build_net
+    build = prepare.build_net
 
-    def built(recipe):
-        net = build(recipe)
+    def built(*args):
+        net = build(*args)
         net.fc.register_forward_hook(lambda module, args, out: out + (module.bias * 0).sqrt())
         return net
 
-    monkeypatch.setattr(runner, "build_net", built)
+    monkeypatch.setattr(prepare, "build_net", built)
     with pytest.raises(DivergedError, match=r"step 1 .*: the gradient norm is nan, first in the gradient of fc.bias"):
         train(make_recipe(), work_dir=tmp_path)
 

@@ -59,6 +59,20 @@ def test_16_bit_kernels_are_on_tensor_cores_without_spills(compile_for, shared_l
         check(kernel, shared_limit_bytes[86])  # the smallest
 
 
+def launch_split_gather(tokens, agents, heads, dim):
+    """The kernel that gathers, over so many keys that several programs share them, and the one that joins these."""
+    q, k, v = meta(8, tokens, 3, heads, dim).unbind(2)
+    few, gathered = meta(8, agents, heads, dim), meta(8, agents, heads, dim)
+    launch_gather(make_plan(q, k, few), k, v, few, None, gathered, meta(8, heads, agents, dtype=torch.float32), 1.0)
+
+
+def test_keys_that_several_programs_share_are_joined(compile_for, shared_limit_bytes):
+    kernels = compile_for(80, launch_split_gather, 3136, 9, 1, 32)
+    assert "combine_kernel" in {kernel.name for kernel in kernels}
+    for kernel in kernels:
+        check(kernel, shared_limit_bytes[86])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 90, 120])
 @pytest.mark.parametrize("layer", WIDE.values(), ids=WIDE.keys())

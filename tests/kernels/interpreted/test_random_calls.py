@@ -5,13 +5,15 @@ from collections.abc import Iterable
 import pytest
 from random_calls import MAKERS, Call, check, draw
 
+from foveate.attention_ops._op import OPS, Impl
 from foveate.kernels import register  # noqa: F401  registers the ops
 
 FEW = 1  # calls of an op that a kernel runs
 SEEDS = range(40)
 SMALL = 20  # of the seeds: those of the smaller calls
 MANY = range(1000, 1300)
-NONE = ("hilo_attention", "dense")  # of window_attention's kernels, and of torch's
+OF_OTHERS = ("hilo_attention",)  # runs window_attention's kernels
+WITH_KERNELS = [name for name in MAKERS if Impl.FUSED in OPS[name].bodies and name not in OF_OTHERS]
 
 
 def by_kernel(calls: Iterable[Call], most: int) -> list[tuple[Call, str | None]]:
@@ -32,7 +34,7 @@ def work(call: Call) -> int:
     return next(iter(call.tensors.values()))[..., 0].numel()
 
 
-@pytest.mark.parametrize("name", [name for name in MAKERS if name not in NONE])
+@pytest.mark.parametrize("name", WITH_KERNELS)
 def test_random_calls(name):
     calls = sorted((draw(name, seed) for seed in SEEDS), key=work)[:SMALL]
     found = by_kernel(sorted(calls, key=work, reverse=True), FEW)
@@ -41,7 +43,7 @@ def test_random_calls(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MAKERS if name not in NONE])
+@pytest.mark.parametrize("name", WITH_KERNELS)
 def test_hundreds_of_random_calls(name):
     found = by_kernel((draw(name, seed) for seed in MANY), len(MANY))
     assert [wrong for _, wrong in found if wrong is not None] == []
