@@ -15,12 +15,6 @@ ATTENDING = [name for name in KINDS if not name.startswith(("van", "eca", "ela",
 # Whose keys may be no map of tokens.
 NO_MAP = ("channel_attention", "sparse_attention", "agent_attention", "dense_attention")
 NO_MAP += ("softmax", "scaled_dot_product_attention")
-    "channel_attention",
-    "sparse_attention",
-    "agent_attention",
-    "softmax",
-    "scaled_dot_product_attention",
-)  # whose keys may be no map of tokens
 # Rows that need not sum to 1: keys outside the map, clipped softmax, attention that is sent, weights without softmax.
 NOT_WHOLE = ("halo", "dense_attention", "reversed", "flow", "cluster")
 
