@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the tests that take minutes: at the end, one process would wait for them."""
-    items.sort(key=lambda item: item.path.name != "test_own_processes.py")
+    items.sort(key=lambda item: item.path.name not in ("test_own_processes.py", "test_timm_contract.py"))
 
 
 @pytest.fixture(scope="module")
