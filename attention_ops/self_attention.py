@@ -12,10 +12,12 @@ from .mixers import register_mixer
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Run SDPA on (B, heads, N, d); also under torch.func and for second derivatives, which its fast kernel has not."""
-    if not torch.compiler.is_compiling() and under_transform((q, k, v)):
+    if torch.compiler.is_compiling():  # it cannot follow the questions below
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if under_transform((q, k, v)):
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    if torch.compiler.is_compiling() or is_traced((q, k, v)):
+    if is_traced((q, k, v)):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return sdpa(q, k, v, scale)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._weights import unwrap
 from ..attention_ops import ReducedAgentAttention
-from ._build import StateDict, check_fits
+from ._build import M, StateDict, build, check_fits
 from ._staged import StageConfig
 
 register_notrace_module(ReducedAgentAttention)
@@ -131,6 +131,13 @@ def sized(config: C, variant: str, kwargs: Mapping[str, Any]) -> C:
     """Return the config with the image size of the weights that are asked for (a tag such as in1k_448)."""
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     return replace(config, img_size=tuple(cfg.input_size[-2:]))  # type: ignore[type-var]  # every config has the field
+
+
+def build_agent(
+    make: Callable[..., M], config: Any, variant: str, pretrained: bool, filter_fn: Callable, **kwargs: Any
+) -> M:
+    """Build a variant as `build` does, for the image size of the weights that are asked for."""
+    return build(make, sized(config, variant, kwargs), variant, pretrained, filter_fn, **kwargs)
 
 
 class AgentBlock(nn.Module):

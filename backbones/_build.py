@@ -33,6 +33,11 @@ def cfg(url: str = "", **kwargs) -> dict[str, Any]:
     }
 
 
+def last_three(maps: int) -> int:
+    """Default `out_indices` of a model whose feature maps, so many, all have one size."""
+    return min(3, maps)
+
+
 def frozen(value: Any) -> Any:
     """Lists (from JSON or a config file) as tuples, all the way down."""
     return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..attention_ops.positions import resample_table
 from ..attention_ops.tiling import map_size
+from ._build import M, StateDict, build, last_three
 from ._layers import pad_to_multiples, to_nchw, to_nhwc
 from ._pruning import Prunable
 from ._staged import check_indices, take_image, take_maps
@@ -291,6 +292,30 @@ class CheckedViT(VisionTransformer):
         check_indices("indices", indices, len(self.blocks))
         chosen = indices if isinstance(indices, int) else list(indices)
         return super().prune_intermediate_layers(chosen, prune_norm, prune_head)
+
+
+def build_vit(
+    make: Callable[..., M], config: ViTConfig, variant: str, pretrained: bool, filter_fn: Callable, **kwargs: Any
+) -> M:
+    """Build a variant as `build` does; its default features are the last three maps, since all have one size."""
+    arguments = {"out_indices": last_three(kwargs.get("depth", config.depth)), **kwargs}
+    return build(make, config, variant, pretrained, filter_fn, **arguments)
+
+
+def at_the_models_size(state_dict: StateDict, model: Any) -> StateDict:
+    """Return the state dict with position embeddings of the model's size."""
+    if "pos_embed" not in state_dict or getattr(model, "pos_embed", None) is None:
+        return dict(state_dict)
+    grid = (model.patch_embed.grid_size[0], model.patch_embed.grid_size[1])
+    table = resized_positions(state_dict["pos_embed"], model.pos_embed, grid, model.num_prefix_tokens)
+    return {**state_dict, "pos_embed": table}
+
+
+def with_own(state_dict: StateDict, model: nn.Module, part: str) -> StateDict:
+    """Add the model's own parameters whose names contain `part`, if the state dict has none of them."""
+    if any(part in key for key in state_dict):
+        return state_dict
+    return state_dict | {key: value for key, value in model.state_dict().items() if part in key}
 
 
 def resized_positions(table: Tensor, like: Tensor, grid: tuple[int, int], prefix_tokens: int) -> Tensor:

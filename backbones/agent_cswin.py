@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from ..attention_ops import window_attention
 from ..attention_ops.agent_layer import AgentBiases, init_linear
 from ..attention_ops.tiling import crop, pad_to_windows
-from ._agent import AGENT, AgentConfig, Pair, agent_blocks, at, image_pair, load_agent, numbers, on_drive, sized
-from ._build import StateDict, build, cfg
+from ._agent import AGENT, AgentConfig, Pair, agent_blocks, at, build_agent, image_pair, load_agent, numbers, on_drive
+from ._build import StateDict, cfg
 from ._layers import to_channels_last, to_nchw, to_nhwc
 from ._pruning import Prunable
 from ._staged import Stage, StagedBackbone
@@ -302,8 +302,7 @@ DEEP = (3, 6, 29, 2)
 
 
 def _create(variant: str, config: AgentCSwinConfig, pretrained: bool, **kwargs) -> AgentCSwin:
-    config = sized(config, variant, kwargs)
-    return build(AgentCSwin, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return build_agent(AgentCSwin, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

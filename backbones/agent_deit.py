@@ -26,8 +26,8 @@ from ..attention_ops import AgentAttention
 from ..attention_ops._graph.sizes import covering
 from ..attention_ops.agent_layer import init_linear
 from ..attention_ops.resizing import resize_positions
-from ._agent import AGENT, Pair, Shapes, at, check_squares, image_pair, load_agent, numbers, on_drive, sized
-from ._build import StateDict, build, cfg
+from ._agent import AGENT, Pair, Shapes, at, build_agent, check_squares, image_pair, load_agent, numbers, on_drive
+from ._build import StateDict, cfg, last_three
 from ._layers import pad_to_multiples
 from ._pruning import AttentionLayout, Prunable
 from ._staged import take_image, take_maps
@@ -362,13 +362,11 @@ default_cfgs = generate_default_cfgs(
 )
 
 TINY = AgentDeitConfig()
-LAST_THREE = 3  # default features: all maps have one size
 
 
 def _create(variant: str, config: AgentDeitConfig, pretrained: bool, **kwargs) -> AgentDeit:
-    config = sized(config, variant, kwargs)
-    kwargs = {"out_indices": min(LAST_THREE, kwargs.get("depth", config.depth)), **kwargs}
-    return build(AgentDeit, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    kwargs = {"out_indices": last_three(kwargs.get("depth", config.depth)), **kwargs}
+    return build_agent(AgentDeit, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -3,7 +3,7 @@
 Paper      Han et al. 2023, arXiv:2312.08874 (Agent Attention); the host is PVT, Wang et al. 2021, arXiv:2102.12122.
 Official   https://github.com/LeapLabTHU/Agent-Attention (no license stated); its checkpoints load as they are.
 Semantics  of the authors' classification code at the image size that the model is built for, and of their segmentation
-           code at any other: position embeddings and biases are resized, convolutions floor odd sizes.
+           code at any other: position embeddings and biases are rebuild_agent, convolutions floor odd sizes.
 """
 
 import re
@@ -28,13 +28,13 @@ from ._agent import (
     Pair,
     agent_blocks,
     at,
+    build_agent,
     image_pair,
     load_agent,
     numbers,
     on_drive,
-    sized,
 )
-from ._build import StateDict, build, cfg
+from ._build import StateDict, cfg
 from ._layers import to_channels_last, to_nchw
 from ._pruning import AttentionLayout, Projection, Prunable
 from ._staged import Stage, StagedBackbone, check_stages
@@ -213,8 +213,7 @@ TINY = AgentPvtConfig()
 
 
 def _create(variant: str, config: AgentPvtConfig, pretrained: bool, **kwargs) -> AgentPvt:
-    config = sized(config, variant, kwargs)
-    return build(AgentPvt, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return build_agent(AgentPvt, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -27,8 +27,19 @@ from ..attention_ops import AgentAttention, window_attention
 from ..attention_ops._graph.sizes import known
 from ..attention_ops.agent_layer import check_heads, init_linear
 from ..attention_ops.tiling import crop, cut_regions, join_regions, pad_to_windows
-from ._agent import AGENT, AgentBlock, AgentConfig, Pair, agent_blocks, at, image_pair, load_agent, on_drive, sized
-from ._build import StateDict, build, cfg
+from ._agent import (
+    AGENT,
+    AgentBlock,
+    AgentConfig,
+    Pair,
+    agent_blocks,
+    at,
+    build_agent,
+    image_pair,
+    load_agent,
+    on_drive,
+)
+from ._build import StateDict, cfg
 from ._layers import pad_to_multiples, to_channels_last
 from ._pruning import AttentionLayout, Prunable
 from ._staged import Stage, StagedBackbone
@@ -264,8 +275,7 @@ DEEP = (2, 2, 18, 2)
 
 
 def _create(variant: str, config: AgentSwinConfig, pretrained: bool, **kwargs) -> AgentSwin:
-    config = sized(config, variant, kwargs)
-    return build(AgentSwin, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return build_agent(AgentSwin, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

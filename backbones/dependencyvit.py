@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from .._weights import unwrap
 from ..attention_ops.reversed import MessageAttention
 from ..attention_ops.sparsified import keep_tokens, take_tokens
-from ._build import StateDict, build, cfg, check_fits
+from ._build import StateDict, cfg, check_fits
 from ._layers import to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
-from ._vit import CheckedViT, ViTBlock, ViTConfig, put_back
-from .quantizable_vit import at_the_models_size
+from ._vit import CheckedViT, ViTBlock, ViTConfig, at_the_models_size, build_vit, put_back
 
 register_notrace_module(MessageAttention)
 LITE_BLOCKS = (1, 4, 7, 10)  # that drop tokens, counted from 0
@@ -215,12 +214,10 @@ default_cfgs = generate_default_cfgs(
 )
 TINY = DependencyViTConfig()
 SMALL = replace(TINY, embed_dim=384)
-LAST_THREE = 3  # default features: all maps have one size
 
 
 def _create(variant: str, config: DependencyViTConfig, pretrained: bool, **kwargs) -> DependencyViT:
-    arguments = {"out_indices": min(LAST_THREE, kwargs.get("depth", config.depth)), **kwargs}
-    return build(DependencyViT, config, variant, pretrained, checkpoint_filter_fn, **arguments)
+    return build_vit(DependencyViT, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -21,9 +21,9 @@ from torch import Tensor
 from .._weights import unwrap
 from ..attention_ops import GroupedQueryAttention
 from ..attention_ops.grouped_query import Allocation, check_groups, pooled_heads
-from ._build import StateDict, build, cfg, check_fits
+from ._build import StateDict, cfg, check_fits
 from ._pruning import Prunable
-from ._vit import CheckedViT, ViTBlock, ViTConfig
+from ._vit import CheckedViT, ViTBlock, ViTConfig, build_vit
 
 register_notrace_module(GroupedQueryAttention)  # it groups by numbers
 
@@ -123,8 +123,7 @@ SMALL = GqaConfig()
 
 
 def _create_gqa(variant: str, config: GqaConfig, pretrained: bool, **kwargs) -> GqaViT:
-    last = min(3, kwargs.get("depth", config.depth))  # default features: all maps have one size
-    return build(GqaViT, config, variant, pretrained, checkpoint_filter_fn, **{"out_indices": last, **kwargs})
+    return build_vit(GqaViT, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .._errors import did_you_mean
 from .._weights import unwrap
 from ..attention_ops.mixers import MIXERS, create_mixer
-from ._build import build, cfg, check_fits
+from ._build import build, cfg, check_fits, last_three
 from ._layers import pad_to_multiples, to_channels_last, to_nhwc
 from ._pruning import Prunable
 from ._staged import Stage, StageConfig, StagedBackbone
@@ -148,7 +148,6 @@ default_cfgs = generate_default_cfgs({"mixer_vit_tiny.untrained": cfg(**VIT), "m
 
 TINY = MixerVitConfig()
 SMALL = MixerVitConfig(dims=(384,) * 12, heads=6)
-LAST_THREE = 3  # default features: all maps have one size
 
 
 def mixer_keywords(mixer: str) -> set[str]:
@@ -167,7 +166,7 @@ def _create(variant: str, config: MixerVitConfig, pretrained: bool, **kwargs) ->
     mixer = kwargs.pop("mixer", config.mixer)
     taken = {name: kwargs.pop(name) for name in sorted(mixer_keywords(mixer) & kwargs.keys())}
     config = replace(config, mixer=mixer, mixer_args=tuple(taken.items()))
-    shown = min(LAST_THREE, len(kwargs.get("dims") or config.dims))
+    shown = last_three(len(kwargs.get("dims") or config.dims))
     return build(
         MixerVit, config, variant, pretrained, checkpoint_filter_fn, **{"out_indices": shown, **kwargs}
     )  # fmt: skip

@@ -19,9 +19,9 @@ from torch import nn
 from .._weights import unwrap
 from ..attention_ops._clip import read_clip
 from ..attention_ops.gated import GatedAttention, check_gate_options
-from ._build import StateDict, build, cfg, check_fits
+from ._build import StateDict, cfg, check_fits
 from ._pruning import AttentionLayout, Prunable
-from ._vit import CheckedViT, ViTBlock, ViTConfig, resized_positions
+from ._vit import CheckedViT, ViTBlock, ViTConfig, at_the_models_size, build_vit, with_own
 
 register_notrace_module(GatedAttention)
 
@@ -102,22 +102,6 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> Sta
     return check_fits(with_own(at_the_models_size(state_dict, model), model, ".attn.alpha"), model)
 
 
-def at_the_models_size(state_dict: StateDict, model: Any) -> StateDict:
-    """Return the state dict with position embeddings of the model's size."""
-    if "pos_embed" not in state_dict or getattr(model, "pos_embed", None) is None:
-        return dict(state_dict)
-    grid = (model.patch_embed.grid_size[0], model.patch_embed.grid_size[1])
-    table = resized_positions(state_dict["pos_embed"], model.pos_embed, grid, model.num_prefix_tokens)
-    return {**state_dict, "pos_embed": table}
-
-
-def with_own(state_dict: StateDict, model: nn.Module, part: str) -> StateDict:
-    """Add the model's own parameters whose names contain `part`, if the state dict has none of them."""
-    if any(part in key for key in state_dict):
-        return state_dict
-    return state_dict | {key: value for key, value in model.state_dict().items() if part in key}
-
-
 QUANTIZABLE: dict[str, Any] = {
     "first_conv": "patch_embed.proj",
     "classifier": "head",
@@ -130,12 +114,10 @@ default_cfgs = generate_default_cfgs(
     {f"quantizable_vit_{size}.untrained": cfg(**QUANTIZABLE) for size in ("tiny", "small", "base")}
 )
 SMALL = QuantizableViTConfig()
-LAST_THREE = 3  # default features: all maps have one size
 
 
 def _create(variant: str, config: QuantizableViTConfig, pretrained: bool, **kwargs) -> QuantizableViT:
-    arguments = {"out_indices": min(LAST_THREE, kwargs.get("depth", config.depth)), **kwargs}
-    return build(QuantizableViT, config, variant, pretrained, checkpoint_filter_fn, **arguments)
+    return build_vit(QuantizableViT, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -28,10 +28,9 @@ from ..attention_ops.sparsified import (
     share_of_kept,
     take_tokens,
 )
-from ._build import StateDict, build, cfg, check_fits
+from ._build import StateDict, cfg, check_fits
 from ._pruning import AttentionLayout, Prunable
-from ._vit import CheckedViT, ViTBlock, ViTConfig, put_back
-from .quantizable_vit import at_the_models_size, with_own
+from ._vit import CheckedViT, ViTBlock, ViTConfig, at_the_models_size, build_vit, put_back, with_own
 
 register_notrace_module(SparsifiedAttention)
 PRUNING_BLOCKS = (3, 6, 9)
@@ -260,12 +259,10 @@ default_cfgs = generate_default_cfgs(
     {f"sparsifiner_deit_{size}.untrained": cfg(**SPARSIFINER) for size in ("tiny", "small")}
 )
 SMALL = SparsifinerConfig()
-LAST_THREE = 3  # default features: all maps have one size
 
 
 def _create(variant: str, config: SparsifinerConfig, pretrained: bool, **kwargs) -> Sparsifiner:
-    arguments = {"out_indices": min(LAST_THREE, kwargs.get("depth", config.depth)), **kwargs}
-    return build(Sparsifiner, config, variant, pretrained, checkpoint_filter_fn, **arguments)
+    return build_vit(Sparsifiner, config, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -64,12 +64,7 @@ def validate_command(
     model_arg: ModelArgs = None,
 ) -> None:
     """Measure top-1, top-5 and loss of a model, a checkpoint of foveate train or a hub folder."""
-    if data is None and source != "mnist5k":
-        raise RequestError("--data: wanted the folder of the images")
-    if not has_weights(model, checkpoint, pretrained):
-        raise RequestError(NO_WEIGHTS)
-    if per_class is not None and not per_class.absolute().parent.is_dir():
-        raise RequestError(f"--per-class {per_class}: the folder {per_class.parent} does not exist")
+    _check(data, source, has_weights(model, checkpoint, pretrained), per_class)
     arguments = parse_model_args(model_arg)
     keep_memory()
     loaded = open_model(model, checkpoint, pretrained, adapter=adapter, img_size=img_size, arguments=arguments)
@@ -95,6 +90,16 @@ def validate_command(
     if result.unreadable:
         typer.echo(f"foveate validate: {describe_lost(result.unreadable, result.images)}", err=True)
         raise typer.Exit(FAILED)
+
+
+def _check(data: Path | None, source: str, weights: bool, per_class: Path | None) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    if data is None and source != "mnist5k":
+        raise RequestError("--data: wanted the folder of the images")
+    if not weights:
+        raise RequestError(NO_WEIGHTS)
+    if per_class is not None and not per_class.absolute().parent.is_dir():
+        raise RequestError(f"--per-class {per_class}: the folder {per_class.parent} does not exist")
 
 
 def _facts(result: Validation) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
@@ -559,3 +559,21 @@ CASES = {
         names=("q", "k", "v", "memory_k", "memory_v"),
     ),
 }
+
+
+class OnTokens(nn.Module):
+    """A layer of tokens, (B, N, C) -> (B, N, C), on maps."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        return self.layer(x.flatten(1, 2)).view(x.shape)
+
+
+class OnMap(OnTokens):
+    """A layer that wants the size of the map too."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        return self.layer(x.flatten(1, 2), (x.shape[1], x.shape[2])).view(x.shape)

@@ -9,13 +9,13 @@ Weights    Kendall, Gal, Cipolla 2018, arXiv:1705.07115, in the form of Zhang et
 """
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..backbones.dcal import BRANCHES, Dcal
 from .errors import TrainError
+from .together import unwrapped
 
 
 class BranchLosses(nn.Module):
@@ -52,7 +52,7 @@ class DcalLosses(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        classifier = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        classifier = unwrapped(runner.model)
         net = getattr(classifier, "net", None)
         if not isinstance(net, Dcal):
             raise TrainError(f"hooks: DcalLosses wants model.name dcal, got {type(net).__name__}")
@@ -61,7 +61,7 @@ class DcalLosses(Hook):
             classifier.loss = BranchLosses(net, classifier.loss)
 
     def after_train(self, runner: Runner) -> None:
-        classifier = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        classifier = unwrapped(runner.model)
         classifier.net.keeps_branches, classifier.net.branch_logits = False, {}
         if isinstance(classifier.loss, BranchLosses):
             classifier.loss = classifier.loss.loss

@@ -120,24 +120,14 @@ class Images(Dataset):
         return [self[draw] for draw in draws]
 
     def name(self, index: int) -> str:
-        """Return the file's name, relative to the split where the source knows it, as one printable line."""
-        for find in (lambda: self.source.filename(index), lambda: self.source.samples[index][0]):
-            try:
-                if name := find():
-                    return printable(str(name))
-            except Exception:  # a source without names, or a broken one: the number must do
-                continue
-        return f"image {index}"
+        """Return the file's name, see `name_of`."""
+        return name_of(self.source, index)
 
     def _open(self, index: int) -> tuple[Image.Image, Any]:
         if isinstance(self.source, Digits):
             return self.source.images[index], self.source.targets[index]
-        if not hasattr(self.source, "reader"):
-            image, target = self.source[index]
-            return image, target
-        file, target, *_ = self.source.reader[index]
-        with closing(file):
-            return decode(file), -1 if target is None else target
+        image, target = read_sample(self.source, index)
+        return image, -1 if target is None else target
 
     def _transformed(
         self, image: Image.Image, target: Any, draw: Draw | int, index: int, skipped: list[tuple[str, str]]
@@ -216,6 +206,26 @@ class Collate:
             )
         if len(wrong := targets[(targets < 0) | (targets >= self.num_classes)]):
             raise TrainError(f"data: class index {int(wrong[0])}, but model.num_classes is {self.num_classes}")
+
+
+def name_of(source: Any, index: int) -> str:
+    """Return the file's name, relative to the split where the source knows it, as one printable line."""
+    for find in (lambda: source.filename(index), lambda: source.samples[index][0]):
+        try:
+            if name := find():
+                return printable(str(name))
+        except Exception:  # a source without names, or a broken one: the number must do
+            continue
+    return f"image {index}"
+
+
+def read_sample(source: Any, index: int) -> tuple[Any, Any]:
+    """Return a decoded image and its class; unlike timm's data sets, never those of a neighbor."""
+    if not hasattr(source, "reader"):
+        return source[index]
+    file, target, *_ = source.reader[index]
+    with closing(file):
+        return decode(file), target
 
 
 def decode(file: Any) -> Image.Image:

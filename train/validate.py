@@ -10,7 +10,6 @@ import os
 import pkgutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..export.metadata import class_names as label_names
 from ..export.metadata import metadata_of
 from .data import ToMode
 from .errors import TrainError
-from .images import decode
+from .images import name_of, read_sample
 from .launch import Launcher, check_precision, processes
 from .lists import read_class_map
 from .losses import judge
@@ -152,23 +151,13 @@ class Samples(Dataset):
         return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
 
     def __getitem__(self, index: int) -> Sample:
-        name = self.name(index)
+        name = name_of(self.dataset, index)
         try:
             image, target = read_sample(self.dataset, index)
             image = self.transform(image)
         except Exception as error:  # decoders raise many types
             return None, -1, f"{name} ({first_line(error)})"
         return image, int(target) if self.to_index is None else self.to_index[int(target)], name
-
-    def name(self, index: int) -> str:
-        """Return the file name of an image, or its number where the source has no names."""
-        if hasattr(self.dataset, "filename"):
-            try:
-                return str(self.dataset.filename(index))
-            except (AssertionError, KeyError, TypeError):
-                return f"image {index}"
-        samples = getattr(self.dataset, "samples", None)  # torchvision's folders
-        return str(samples[index][0]) if samples else f"image {index}"
 
 
 def _open(model: nn.Module, request: ValidationRequest) -> tuple[Samples, dict[int, str], tuple[int, int, int]]:
@@ -350,12 +339,3 @@ def _per_class(rows: Tensor, names: Mapping[int, str]) -> Iterator[ClassResult]:
         own = rows[rows[:, 0] == index]
         top1, top5 = (100 * own[:, 1:3].mean(0)).tolist()
         yield ClassResult(index, names.get(index, str(index)), len(own), top1, top5)
-
-
-def read_sample(dataset: Dataset, index: int) -> tuple[Any, Any]:
-    """Return a decoded image and its class; unlike timm's data sets, never those of a neighbor."""
-    if not hasattr(dataset, "reader"):
-        return dataset[index]
-    file, target, *_ = dataset.reader[index]
-    with closing(file):
-        return decode(file), target

@@ -195,41 +195,6 @@ def channel(
     return Case(f"channel {_of(shape)} {layout}{' by tokens' if by_tokens else ''}", dtype, make)
 
 
-def agent(
-    batch: int,
-    queries: int,
-    keys: int,
-    agents: int,
-    heads: int,
-    dim: int,
-    *,
-    biases: bool = True,
-    dtype: torch.dtype = BF16,
-) -> Case:
-    def make(device: str) -> Made:
-        packed = normal(batch, keys, 2, heads, dim, device=device, dtype=dtype)
-        q, few = (normal(batch, n, heads, dim, device=device, dtype=dtype) for n in (queries, agents))
-        leaves = [q, packed, few]
-        if biases:
-            leaves += [normal(heads, *pair, device=device) for pair in ((agents, keys), (queries, agents))]
-
-        def split(t: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-            return [t[0], t[1][:, :, 0], t[1][:, :, 1], t[2]], list(t[3:]) if biases else [None, None]
-
-        def ours(t: list[Tensor]) -> Tensor:
-            tokens, (to, of) = split(t)
-            return ops.agent_attention(*tokens, bias_to=to, bias_from=of, impl="fused")
-
-        def definition(t: list[Tensor]) -> Tensor:
-            tokens, given = split(t)
-            return exact.agent(*tokens, *given)
-
-        return Made(leaves, ours, definition)
-
-    words = f"{queries} to {keys} B{batch} heads {heads} dim {dim}"
-    return Case(f"agent {agents} {words}{' biases' if biases else ''}", dtype, make)
-
-
 def gate(
     op: str,
     shape: tuple[int, int, int, int],
@@ -297,9 +262,6 @@ def small_cases() -> list[Case]:
         halo((1, 9, 8, 1, 16), 24, (4, 4), (1, 2), dtype=FP16),
         halo((1, 7, 6, 1, 16), 16, (4, 4), (1, 1), 2, lse=True, dtype=FP16),
         routed(2, (2, 3), (3, 2), 1, 16, 8, 3, key_region=(2, 2), **low),
-        token_cases.aggregated(1, (5, 6), (2, 3), 2, 16, dtype=FP16),
-        agent(2, 20, 33, 9, 1, 16, dtype=FP16),
-        agent(1, 17, 9, 4, 2, 24, biases=False, dtype=FP32),
         channel((1, 6, 5, 2, 16), **low),
         channel((2, 7, 1, 1, 16), layout="crop", **low),
         gate("channel_gate", (2, 12, 5, 4), **low),
@@ -313,7 +275,7 @@ def small_cases() -> list[Case]:
 
 def full_cases() -> list[Case]:
     """Layers of published models in 16 bits, wide heads, float32, odd maps, and every memory layout."""
-    of_maps = [*_neighborhoods(), *_windows_and_circles(), *_halos(), *_routed(), *_agents(), *_channels_and_gates()]
+    of_maps = [*_neighborhoods(), *_windows_and_circles(), *_halos(), *_routed(), *_channels_and_gates()]
     return [*of_maps, *token_cases.full_cases()]
 
 
@@ -392,22 +354,6 @@ def _routed() -> list[Case]:
         routed(2, seven, (8, 8), 1, 128, 128, 4),
         routed(2, seven, (8, 8), 2, 32, 32, 4, dtype=FP32),
         routed(2, (20, 20), (1, 1), 2, 32, 32, 9, hub=True),
-    ]
-
-
-def _agents() -> list[Case]:
-    return [
-        token_cases.aggregated(4, (56, 56), (7, 7), 3, 24),
-        token_cases.aggregated(4, (14, 14), (7, 7), 12, 24, dtype=FP16),
-        agent(8, 197, 197, 49, 3, 64),
-        agent(8, 197, 197, 81, 12, 64, dtype=FP16),
-        agent(4, 3136, 3136, 9, 3, 32),
-        agent(128, 3136, 3136, 9, 3, 32),
-        agent(4, 3136, 784, 16, 2, 64),
-        agent(2, 4000, 4000, 784, 2, 64),
-        agent(2, 1000, 1100, 144, 2, 128),
-        agent(2, 400, 333, 49, 2, 40, biases=False),
-        agent(2, 500, 600, 49, 2, 64, dtype=FP32),
     ]
 
 

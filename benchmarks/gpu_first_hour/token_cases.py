@@ -1,4 +1,4 @@
-"""Calls of the ops on tokens, (B, N, heads, head_dim), and of clipped and gated windows; see cases.py."""
+"""Calls of the ops on tokens, (B, N, heads, head_dim), of clipped windows and aggregated attention; see cases.py."""
 
 from typing import Any
 
@@ -100,41 +100,39 @@ def clipped_window(
     return Case(f"window {height}x{width} B{batch} heads {heads} dim {dim} {words}", dtype, make)
 
 
-def _tokens(batch: int, queries: int, keys: int, heads: int, dim: int, value_dim: int, device, dtype) -> list[Tensor]:
-    """Queries, and keys with values: two leaves."""
-    sizes = (batch, queries, heads, dim), (batch, keys, heads, dim + value_dim)
-    return [normal(*size, device=device, dtype=dtype) for size in sizes]
+def agent(
+    batch: int,
+    queries: int,
+    keys: int,
+    agents: int,
+    heads: int,
+    dim: int,
+    *,
+    biases: bool = True,
+    dtype: torch.dtype = BF16,
+) -> Case:
+    def make(device: str) -> Made:
+        packed = normal(batch, keys, 2, heads, dim, device=device, dtype=dtype)
+        q, few = (normal(batch, n, heads, dim, device=device, dtype=dtype) for n in (queries, agents))
+        leaves = [q, packed, few]
+        if biases:
+            leaves += [normal(heads, *pair, device=device) for pair in ((agents, keys), (queries, agents))]
 
+        def split(t: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+            return [t[0], t[1][:, :, 0], t[1][:, :, 1], t[2]], list(t[3:]) if biases else [None, None]
 
-def _qkv(t: list[Tensor], dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    return t[0], t[1][..., :dim], t[1][..., dim:]
+        def ours(t: list[Tensor]) -> Tensor:
+            tokens, (to, of) = split(t)
+            return ops.agent_attention(*tokens, bias_to=to, bias_from=of, impl="fused")
 
+        def definition(t: list[Tensor]) -> Tensor:
+            tokens, given = split(t)
+            return exact.agent(*tokens, *given)
 
-def small_cases() -> list[Case]:
-    """One small call of every op, for the interpreter."""
-    low: dict[str, Any] = {"batch": 1, "dtype": FP16}
-    return [
-        dense(9, 20, 1, 16, 24, clip=(-0.05, 1.0), mask=True, gate=True, **low),
-        sparse(9, 40, 1, 16, 5, **low),
-        reversed_(21, 1, 16, **low),
-        clipped_window((1, 6, 8, 1, 16), (3, 4), (1, 2), (-0.05, 1.0), gate=True, dtype=FP16),
-    ]
+        return Made(leaves, ours, definition)
 
-
-def full_cases() -> list[Case]:
-    """Layers of the quantizable ViT, Sparsifiner and DependencyViT, wide heads, and float32."""
-    return [
-        dense(197, 197, 6, 64, 64, clip=(-0.003, 1.0), gate=True),
-        dense(197, 197, 6, 64, 64, clip=(-0.003, 1.0), dtype=FP16),
-        dense(50, 130, 2, 24, 40, mask=True, dtype=FP32),
-        dense(197, 197, 2, 128, 128, gate=True, mask=True),
-        sparse(197, 197, 6, 64, 50),
-        sparse(1024, 1024, 3, 64, 21, dtype=FP16),
-        reversed_(196, 12, 16),
-        reversed_(196, 12, 32, dtype=FP32),
-        clipped_window((4, 56, 56, 3, 32), (7, 7), (3, 3), (-0.02, 1.0)),
-        clipped_window((2, 48, 48, 4, 32), (12, 12), (0, 0), (-0.01, 1.01), gate=True, dtype=FP16),
-    ]
+    words = f"{queries} to {keys} B{batch} heads {heads} dim {dim}"
+    return Case(f"agent {agents} {words}{' biases' if biases else ''}", dtype, make)
 
 
 def aggregated(
@@ -173,3 +171,54 @@ def aggregated(
         return Made(leaves, ours, definition)
 
     return Case(f"aggregated {size} pooled {pooled} B{batch} heads {heads} dim {dim} kernel {kernel}", dtype, make)
+
+
+def _tokens(batch: int, queries: int, keys: int, heads: int, dim: int, value_dim: int, device, dtype) -> list[Tensor]:
+    """Queries, and keys with values: two leaves."""
+    sizes = (batch, queries, heads, dim), (batch, keys, heads, dim + value_dim)
+    return [normal(*size, device=device, dtype=dtype) for size in sizes]
+
+
+def _qkv(t: list[Tensor], dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    return t[0], t[1][..., :dim], t[1][..., dim:]
+
+
+def small_cases() -> list[Case]:
+    """One small call of every op, for the interpreter."""
+    low: dict[str, Any] = {"batch": 1, "dtype": FP16}
+    return [
+        dense(9, 20, 1, 16, 24, clip=(-0.05, 1.0), mask=True, gate=True, **low),
+        sparse(9, 40, 1, 16, 5, **low),
+        reversed_(21, 1, 16, **low),
+        clipped_window((1, 6, 8, 1, 16), (3, 4), (1, 2), (-0.05, 1.0), gate=True, dtype=FP16),
+        aggregated(1, (5, 6), (2, 3), 2, 16, dtype=FP16),
+        agent(2, 20, 33, 9, 1, 16, dtype=FP16),
+        agent(1, 17, 9, 4, 2, 24, biases=False, dtype=FP32),
+    ]
+
+
+def full_cases() -> list[Case]:
+    """Layers of the families whose attention is on tokens, wide heads, and float32."""
+    return [
+        dense(197, 197, 6, 64, 64, clip=(-0.003, 1.0), gate=True),
+        dense(197, 197, 6, 64, 64, clip=(-0.003, 1.0), dtype=FP16),
+        dense(50, 130, 2, 24, 40, mask=True, dtype=FP32),
+        dense(197, 197, 2, 128, 128, gate=True, mask=True),
+        sparse(197, 197, 6, 64, 50),
+        sparse(1024, 1024, 3, 64, 21, dtype=FP16),
+        reversed_(196, 12, 16),
+        reversed_(196, 12, 32, dtype=FP32),
+        clipped_window((4, 56, 56, 3, 32), (7, 7), (3, 3), (-0.02, 1.0)),
+        clipped_window((2, 48, 48, 4, 32), (12, 12), (0, 0), (-0.01, 1.01), gate=True, dtype=FP16),
+        aggregated(4, (56, 56), (7, 7), 3, 24),
+        aggregated(4, (14, 14), (7, 7), 12, 24, dtype=FP16),
+        agent(8, 197, 197, 49, 3, 64),
+        agent(8, 197, 197, 81, 12, 64, dtype=FP16),
+        agent(4, 3136, 3136, 9, 3, 32),
+        agent(128, 3136, 3136, 9, 3, 32),
+        agent(4, 3136, 784, 16, 2, 64),
+        agent(2, 4000, 4000, 784, 2, 64),
+        agent(2, 1000, 1100, 144, 2, 128),
+        agent(2, 400, 333, 49, 2, 40, biases=False),
+        agent(2, 500, 600, 49, 2, 64, dtype=FP32),
+    ]

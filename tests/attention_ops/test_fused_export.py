@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from gates import by_op
+from ops import OnMap
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
@@ -31,17 +32,6 @@ def _undrawn(layer, *args, **kwargs) -> nn.Module:
     """A layer without truncated normal numbers: fake tensors cannot draw them."""
     with mock.patch.object(nn.init, "trunc_normal_"):
         return layer(*args, **kwargs)
-
-
-class OnMap(nn.Module):
-    """A layer of tokens on maps (B, H, W, C)."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x.flatten(1, 2), size=x.shape[1:3]).view(x.shape)
 
 
 LAYERS = {  # the layer, the kernel's op, and what must not be left of the torch body

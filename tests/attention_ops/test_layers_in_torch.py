@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ops import OnMap, OnTokens
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim
@@ -35,24 +36,6 @@ class Circle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
         q, k, v = x.unflatten(-1, (1, 2, -1)).expand(-1, -1, -1, 3, -1, -1).unbind(3)
         return torch.ops.foveate.circle_attention(q, k, v, 3).flatten(3)
-
-
-class OnTokens(nn.Module):
-    """A layer of tokens, (B, N, C) -> (B, N, C), on maps."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        return self.layer(x.flatten(1, 2)).view(x.shape)
-
-
-class OnMap(OnTokens):
-    """A layer that wants the size of the map too."""
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        return self.layer(x.flatten(1, 2), (x.shape[1], x.shape[2])).view(x.shape)
 
 
 def mixed(name: str, **keywords) -> nn.Module:
