@@ -97,7 +97,8 @@ def dense_tiled(
     tensors = [t for t in (x, weight, bias, residual) if t is not None]
     records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     rows = x.shape[:-1].numel()
-    if records or x.device.type != "cpu" or not cpu_report().takes_product(rows, x.dtype):
+    outputs, depth = weight.shape
+    if records or x.device.type != "cpu" or not cpu_report().takes_product(rows, depth, outputs, x.dtype):
         return dense_graph(x, weight, bias, activation, residual)
     image = weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
     epilogue = NONE if activation is None else ACTIVATIONS[activation][1]

@@ -3,8 +3,8 @@
     python -m foveate.benchmarks.products --threads 2
 
 Imitated    The libraries are told to use fewer instructions, by environment, each in a process of its own.
-Calibrated  `foveate.cpu_report()` of that process: `fuse` chooses by it.
-Shapes      Layers of the models at batch 1 and 8; none of them is in the calibration.
+Chosen      as `fuse` chooses: each shape is measured once, in turns; the rates of the table are measured after it.
+Shapes      Layers of the models at batch 1 and 8.
 taken       The product that `fuse` takes, over torch's: it should not be below 0.95.
 """
 
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from .._torch import has_bfloat16_products
 from ..attention_ops import _onednn as onednn
-from ..attention_ops.calibration import SETTING, cpu_report, product_calls
+from ..attention_ops.calibration import SETTING, cpu_report, name_of, product_calls, takes_product
 from ._timing import common_parser, describe_machine, interleaved_seconds, parse_and_set_threads, write_report
 
 MODULE = "foveate.benchmarks.products"
@@ -62,11 +62,9 @@ class Measured:
 @torch.inference_mode()
 def measure(rounds: int) -> Measured:
     """Measure all shapes in this process, float32 and, where oneDNN has it, bfloat16."""
-    report = cpu_report()
     dtypes = [dtype for dtype in (torch.float32, torch.bfloat16) if onednn.works(dtype)]
-    products = [
-        _measure(*shape, dtype, report.takes_product(shape[0], dtype), rounds) for dtype in dtypes for shape in SHAPES
-    ]
+    products = [_measure(*shape, dtype, takes_product(*shape, dtype), rounds) for dtype in dtypes for shape in SHAPES]
+    report = cpu_report()
     return Measured(str(report).replace(f"; {report.file}", ""), products)  # without a path of this machine
 
 
@@ -74,7 +72,7 @@ def _measure(rows: int, inputs: int, outputs: int, dtype: torch.dtype, takes: bo
     calls = dict(zip(("torch", "onednn"), product_calls(rows, inputs, outputs, dtype), strict=True))
     seconds = interleaved_seconds(calls, rounds=rounds, warmup=2)
     rates = {name: rows * inputs * outputs / 1e9 / taken for name, taken in seconds.items()}
-    return Product(str(dtype).removeprefix("torch."), rows, inputs, outputs, **rates, takes_onednn=takes)
+    return Product(name_of(dtype), rows, inputs, outputs, **rates, takes_onednn=takes)
 
 
 def measure_as(limits: tuple[str, ...], options: argparse.Namespace) -> Measured:

@@ -12,7 +12,7 @@ from ..attention_ops._onednn import NONE, POINT, RELU, RELU6, SILU, Activation, 
 from .fold import CONVOLUTIONS, LINEAR, is_layer
 from .graphs import Captured, argument, aten, calls, dtype, inputs, is_read_later, owner, shape, sole_user
 
-Chooser = Callable[[int, torch.dtype], bool]  # rows, dtype -> whether oneDNN multiplies
+Chooser = Callable[[int, int, int, torch.dtype], bool]  # rows, inputs, outputs, dtype -> whether oneDNN multiplies
 _ACTIVATIONS: dict[Any, Activation] = {
     aten.relu.default: RELU,
     aten.relu6.default: RELU6,
@@ -30,8 +30,9 @@ def lower(captured: Captured, takes_product: Chooser) -> Counter[str]:
         if not is_layer(node, *node.users) or not onednn.works(dtype(node)):
             continue
         if node.target is LINEAR:
-            rows = torch.Size(shape(node)[:-1]).numel()
-            if takes_product(rows, dtype(node)):
+            *lead, outputs = shape(node)
+            rows = torch.Size(lead).numel()
+            if takes_product(rows, shape(inputs(node)[0])[-1], outputs, dtype(node)):
                 _lower_product(captured, node, rows, done)
         elif (place := _place(node)) is not None:
             _lower_convolution(captured, node, place, done)

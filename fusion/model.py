@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._errors import first_line
 from ..attention_ops._op import is_traced, under_transform
-from ..attention_ops.calibration import cpu_report
+from ..attention_ops.calibration import takes_product
 from .errors import FuseError
 from .plan import Plan, make_plan
 from .report import FuseReport
@@ -127,7 +127,7 @@ def _make(model: nn.Module, x: Tensor) -> Plan:
     with _CAPTURING, torch.inference_mode(False):
         example = torch.zeros(x.shape, dtype=x.dtype)  # an inference tensor cannot be captured
         try:
-            return make_plan(model, example, cpu_report().takes_product)
+            return make_plan(model, example, takes_product)
         except FuseError:
             raise
         except Exception as error:  # torch.export raises many types, and a model its own for a size it does not take

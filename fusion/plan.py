@@ -46,7 +46,7 @@ def make_plan(model: nn.Module, x: Tensor, takes_product: Chooser) -> Plan:
     """Capture a model's forward pass for inputs like x and rewrite it.
 
     Args:
-        takes_product: says for (rows, dtype) whether oneDNN multiplies.
+        takes_product: says for (rows, inputs, outputs, dtype) whether oneDNN multiplies.
     """
     captured = Captured(model, x)
     simplify(captured)

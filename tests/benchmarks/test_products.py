@@ -20,7 +20,7 @@ def test_what_fuse_takes_is_what_the_calibration_says(monkeypatch):
     monkeypatch.setattr(products, "SHAPES", ((20, 16, 24),))
     measured = measure(rounds=1)
     report, dtypes = cpu_report(), [d for d in (torch.float32, torch.bfloat16) if onednn.works(d)]
-    assert [p.takes_onednn for p in measured.products] == [report.takes_product(20, dtype) for dtype in dtypes]
+    assert [p.takes_onednn for p in measured.products] == [report.takes_product(20, 16, 24, dtype) for dtype in dtypes]
     assert all(p.torch > 0 and p.onednn > 0 for p in measured.products)
     assert str(report.file) not in measured.calibration
 

@@ -22,9 +22,9 @@ def own_file(tmp_path, monkeypatch):
     monkeypatch.delenv("LOCALAPPDATA", raising=False)
     for name in ("FOVEATE_PRODUCTS", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"):
         monkeypatch.delenv(name, raising=False)
-    calibration._rates.cache_clear()
+    calibration._known.cache_clear()
     yield
-    calibration._rates.cache_clear()
+    calibration._known.cache_clear()
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def measured(monkeypatch):
 def test_it_is_measured_once_and_read_by_the_next_process(measured):
     first = cpu_report()
     assert first.rates and measured == [1] and json.loads(calibration_file().read_text()).keys() == {cpu_key()}
-    calibration._rates.cache_clear()  # what a new process does
+    calibration._known.cache_clear()  # what a new process does
     assert cpu_report() == first and measured == [1]
     assert cpu_report(measure_again=True) == first and measured == [1, 1]
     assert cpu_key() in str(first) and first.table().row_count == 2
@@ -77,10 +77,31 @@ def test_a_folder_that_cannot_be_written_costs_a_measurement(measured, monkeypat
 
 def test_the_faster_library_of_the_nearest_shape_multiplies(measured):
     report = cpu_report()
-    assert [report.takes_product(rows, torch.float32) for rows in (1, 64, 100, 5000, 10**6)] == [
-        False, False, False, True, True,
-    ]  # fmt: skip
-    assert not report.takes_product(10**6, torch.bfloat16) and not report.takes_product(10**6, torch.float64)
+    takes = {rows: report.takes_product(rows, 192, 768, torch.float32) for rows in (1, 64, 100, 5000, 10**6)}
+    assert takes == {1: False, 64: False, 100: False, 5000: True, 10**6: True}
+    assert report.takes_product(700, 192, 768, torch.float32)  # nearer in rows to the other, in channels to this
+    assert not report.takes_product(700, 768, 768, torch.float32)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert not report.takes_product(10**6, 192, 768, dtype)
+
+
+def test_fuse_measures_the_products_that_it_does_not_know(measured, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        calibration, "_rate", lambda *shape: asked.append(shape) or (10.0, 20.0 if shape[2] > 40 else 5.0)
+    )
+    net = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.GELU(), torch.nn.Linear(48, 32)).eval()
+    x, numbers = torch.randn(64, 32), torch.get_rng_state()
+    fused = foveate.fuse(net, x)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert fused.prepare(x).fused["product"] == 1
+    assert asked == [(64, 32, 48, torch.float32), (64, 48, 32, torch.float32)]
+    calibration._known.cache_clear()  # what a new process does
+    assert foveate.fuse(net, x).prepare(x).fused["product"] == 1 and len(asked) == 2 and measured == [1]
+    report = cpu_report()
+    assert "products of fused models: 2 measured, oneDNN multiplies 1" in str(report)
+    assert report.table().row_count == len(report.rates) + 2
+    assert not cpu_report(measure_again=True).products
 
 
 def test_the_report_says_where_bfloat16_does_not_pay(measured):
@@ -98,7 +119,7 @@ def test_a_setting_decides_without_measuring(setting, measured, monkeypatch):
     monkeypatch.setenv("FOVEATE_PRODUCTS", setting)
     report = cpu_report()
     assert (report.setting, report.rates, measured) == (setting, {}, []) and not calibration_file().exists()
-    assert report.takes_product(6272, torch.float32) == (setting == "onednn")
+    assert report.takes_product(6272, 192, 768, torch.float32) == (setting == "onednn")
 
 
 def test_another_setting_is_refused(monkeypatch):
