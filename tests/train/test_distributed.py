@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -125,15 +127,39 @@ def test_another_number_of_processes_continues_only_on_request(make_recipe, tmp_
     assert [line["iter"] for line in read_scalars(tmp_path / "run" / "scalars.jsonl")] == [3, 6, 18]
 
 
+def two_processes(folder: Path, recipe: dict, work_dir: str) -> list[tuple[int, str]]:
+    """Two processes that know of each other by environment; where one ends, nobody ends the other (torchrun would)."""
+    (folder / "run.py").write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    known = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    known |= {"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "run.py", json.dumps(recipe), work_dir, "{}"],
+            cwd=folder,
+            env={**os.environ, **known, "RANK": str(i), "LOCAL_RANK": str(i)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(lambda process: process.communicate(timeout=300)[1], processes))
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
 @pytest.mark.slow
 def test_a_mistake_and_a_bad_image_of_one_process_stop_both(make_recipe, images, tmp_path):
-    done = torchrun(tmp_path, make_recipe(model={"num_classes": 4}), "run")
-    assert done.returncode != 0 and "has 3 classes in 'train', but model.num_classes is 4" in done.stderr
+    for code, error in two_processes(tmp_path, make_recipe(model={"num_classes": 4}), "run"):
+        assert code == 1 and "has 3 classes in 'train', but model.num_classes is 4" in error
     data = shutil.copytree(images, tmp_path / "data")
     (data / "train" / "ant" / "3.png").write_bytes(b"broken")
-    done = torchrun(tmp_path, make_recipe(data={"root": str(data), "max_unreadable": 0}, batch_size=2), "run")
-    assert done.returncode != 0
-    assert done.stderr.count("TrainError: data: ") == 2 and "ant/3.png cannot be read" in done.stderr
+    recipe = make_recipe(data={"root": str(data), "max_unreadable": 0}, batch_size=2)
+    for code, error in two_processes(tmp_path, recipe, "run"):
+        last = error.rstrip().splitlines()[-1]
+        assert code == 1 and "TrainError: data: 1 training images cannot be read" in last and "ant/3.png" in last
 
 
 @pytest.mark.slow
