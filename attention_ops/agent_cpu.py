@@ -1,10 +1,14 @@
-"""Agent attention in eager torch: two runs of SDPA, and a backward pass that keeps no logits."""
+"""Agent attention in eager torch: two runs of SDPA, and a backward pass that keeps no logits.
+
+In training, probabilities that are no larger than the queries are kept instead: a backward pass that computes them
+again takes 1.1 to 1.6 times as long.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._attend import EagerBody, accumulator
+from ._attend import EagerBody, accumulator, records_gradients
 from ._graph.agent import agent_attention_graph
 
 CHUNK_LOGITS = 1 << 19  # alive at once in the backward pass, per thread; see tiled_attention.py
@@ -14,7 +18,21 @@ def agent_attention_tiled(
     q: Tensor, k: Tensor, v: Tensor, agents: Tensor, bias_to: Tensor | None, bias_from: Tensor | None, scale: float
 ) -> Tensor:
     """SDPA through the agents."""
+    keeps = agents.shape[1] <= q.shape[3] and q.dtype == accumulator(q.dtype)
+    if keeps and records_gradients(q, k, v, agents, bias_to, bias_from):
+        return _with_probabilities(q, k, v, agents, bias_to, bias_from, scale)
     return AgentBody(scale)(q, k, v, agents, bias_to, bias_from)
+
+
+def _with_probabilities(
+    q: Tensor, k: Tensor, v: Tensor, agents: Tensor, bias_to: Tensor | None, bias_from: Tensor | None, scale: float
+) -> Tensor:
+    queries, keys, values, few = (x.transpose(1, 2) for x in (q, k, v, agents * scale))
+    to_keys, to_agents = torch.matmul(few, keys.mT), torch.matmul(queries, few.mT)
+    to_keys = to_keys if bias_to is None else to_keys + bias_to.to(q.dtype)
+    to_agents = to_agents if bias_from is None else to_agents + bias_from.to(q.dtype)
+    out = torch.matmul(to_agents.softmax(-1), torch.matmul(to_keys.softmax(-1), values))
+    return out.transpose(1, 2).contiguous()
 
 
 class AgentBody(EagerBody):

@@ -6,8 +6,9 @@ Semantics  queries and keys are normalised; a query sees the kernel_rows x kerne
            query and not normalised. A gate multiplies each head of each token. With local keys, the logarithm of the
            number of keys is rounded to float32 in every dtype, as in the authors' code.
 We differ  a pair of a token and a head whose gate is 0 has the result 0, and gradients of 0, also of its gate: the
-           tiled body leaves it out. The bias of pooled keys is a table and two lists of its cells, not one number for
-           each pair, so that memory grows with the map and not with its square.
+           tiled body leaves such pairs out where they are most of all pairs. The bias of pooled keys is a table and
+           two lists of its cells, not one number for each pair, so that memory grows with the map and not with its
+           square.
 """
 
 import torch
@@ -49,7 +50,8 @@ def aggregated_attention(
     the bias of the pair. Local values get the weight u . tokens + token_bias besides their probability.
 
     Cost: heads * H * W * (pooled tokens + kernel tokens) * head_dim multiply-adds, twice; the tiled body leaves out
-    pairs of a token and a head whose gate is 0. The fused body computes all pairs, and has no double backward.
+    pairs of a token and a head whose gate is 0 where at most 30 % are left. The fused body computes all pairs, and
+    has no double backward.
 
     Args:
         q: (B, H, W, heads, head_dim), not normalised.

@@ -1,8 +1,8 @@
 """Aggregated attention on a CPU: chunks of map rows, and only the pairs of a token and a head whose gate is not 0.
 
 A chunk holds the logits of some rows of some images, so that memory grows with the map and not with its square; the
-backward pass computes a chunk again. Where gates leave out enough pairs, the tokens that each head keeps are put side
-by side: heads of about equal numbers of tokens form one batch of products.
+backward pass computes a chunk again, unless one chunk is all. Where gates leave out enough pairs, the tokens that each
+head keeps are put side by side: heads of about equal numbers of tokens form one batch of products.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._attend import EagerBody, accumulator
+from ._attend import EagerBody, accumulator, records_gradients
 from ._graph.aggregated import aggregated_attention_graph, gated, log_keys_seen, offsets, pair_bias
 from .aggregated_parts import Local, Pooled
 from .neighbors import NeighborDots, Neighbors, NeighborSums, PutRows, TakeRows, sums
 
 CHUNK_LOGITS = 1 << 19  # alive at once, per thread: they stay in a CPU's cache (see tiled_attention.py)
-MOST_KEPT = 0.85  # of the pairs: above, putting tokens side by side costs more than it saves
+MOST_KEPT = 0.3  # of the pairs: above, putting tokens side by side costs more than it saves
 MOST_EXPONENT = 60.0  # of a local logit above the pooled ones, before float32 overflows
 MOST_FILLED = 1.25  # a group in a batch of groups is filled up to at most about so many times its tokens
 
@@ -317,4 +317,7 @@ def aggregated_attention_tiled(
     """Chunks of map rows, without the pairs whose gate is 0."""
     body = AggregatedBody(pooled.rows, pooled.cols)
     maps = (q, pooled.k, pooled.v, local.k, local.v, gates)
-    return body(*maps, embedding, temperature, pooled.table, local.bias, local.tokens, local.token_bias)
+    tensors = (*maps, embedding, temperature, pooled.table, local.bias, local.tokens, local.token_bias)
+    logits = q.shape[:4].numel() * pooled.k.shape[1]
+    small = not local.given and logits <= torch.get_num_threads() * CHUNK_LOGITS and q.dtype == accumulator(q.dtype)
+    return body.graph(*tensors) if small and records_gradients(*tensors) else body(*tensors)

@@ -2,8 +2,9 @@
 
 Papers     Jin et al. 2024, arXiv:2410.11842 (MoH); Shi 2024, arXiv:2311.17132 (TransNeXt).
 Official   https://github.com/SkyworkAI/MoH (Apache-2.0), folder MoH-ViT; parameters have its names.
-We differ  the authors compute all heads and multiply by gates, of which many are 0; here those pairs are left out. Maps
-           of any size: positions are those of the map at hand, in the scale of `coordinate_size`.
+We differ  a pair of a token and a head whose gate is 0 has no effect, also where it is not finite, and on a CPU it is
+           not computed where at most 30 % of the pairs are left; the authors compute all heads. Maps of any size:
+           positions are those of the map at hand, in the scale of `coordinate_size`.
 """
 
 import math

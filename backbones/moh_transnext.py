@@ -3,7 +3,7 @@
 Papers     Jin et al. 2024, arXiv:2410.11842 (MoH); Shi 2024, arXiv:2311.17132 (TransNeXt).
 Official   https://github.com/SkyworkAI/MoH (Apache-2.0), folder MoH-ViT; its checkpoints load as they are.
 We differ  images of any size run. The unit of positions is the map at hand, as in a model that is built for its size,
-           or that of an image of `pretrain_size` or `img_size`. Heads that a token does not choose are left out for it.
+           or that of an image of `pretrain_size` or `img_size`.
 Layout     maps are (B, H, W, C) inside; every stage ends with a LayerNorm.
 """
 

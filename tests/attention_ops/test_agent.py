@@ -57,7 +57,7 @@ def test_it_is_the_definition_with_every_gradient(size, biases, impl):
 
 
 def test_the_backward_pass_in_chunks_of_images_gives_the_same_gradients(monkeypatch):
-    tensors, found = inputs(30, 41, 9, 2, 8, True, batch=5), []
+    tensors, found = inputs(30, 41, 9, 2, 8, True, batch=5), []  # 9 agents of 8 channels: logits are not kept
     for most in (1, 1 << 19):  # one image at a time, all at once
         monkeypatch.setattr("foveate.attention_ops.agent_cpu.CHUNK_LOGITS", most)
         out = agent_attention(*tensors[:4], **named(tensors[4:]), impl="tiled")

@@ -96,8 +96,10 @@ def results(given: dict, impl: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kept", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("most", [1 << 19, 200], ids=["whole maps", "single rows"])
-def test_leaving_out_heads_equals_the_dense_form_with_every_gradient(kept, most, monkeypatch):
+@pytest.mark.parametrize("most_kept", [0.0, 0.9], ids=["all pairs", "kept pairs"])
+def test_leaving_out_heads_equals_the_dense_form_with_every_gradient(kept, most, most_kept, monkeypatch):
     monkeypatch.setattr(aggregated_cpu, "CHUNK_LOGITS", most)
+    monkeypatch.setattr(aggregated_cpu, "MOST_KEPT", most_kept)
     given = inputs(kept=kept)
     given["gates"][:, :, :, 0] += 3.0  # a head that all tokens keep
     for ours, dense in zip(results(given, "tiled"), results(given, "reference"), strict=True):
@@ -114,6 +116,7 @@ def test_a_head_that_few_tokens_keep_computes_few_rows(monkeypatch):
 
     monkeypatch.setattr(aggregated_cpu._Chunk, "_heads", note)
     for kept in (1.0, 0.5, 0.1):
+        monkeypatch.setattr(aggregated_cpu, "MOST_KEPT", 0.3 if kept < 0.3 else 0.85)
         seen.clear()
         given = inputs(kept=kept)
         aggregated_attention(**given, impl="tiled")
@@ -122,8 +125,9 @@ def test_a_head_that_few_tokens_keep_computes_few_rows(monkeypatch):
         assert left <= sum(seen) <= (pairs if kept == 1.0 else 1.35 * left)
 
 
-def test_a_gate_of_zero_hides_numbers_that_are_not_finite():
-    given = inputs(kept=0.4)
+@pytest.mark.parametrize("kept", [0.1, 0.4])
+def test_a_gate_of_zero_hides_numbers_that_are_not_finite(kept):
+    given = inputs(kept=kept)
     given["q"][given["gates"] == 0] = torch.nan
     assert aggregated_attention(**given).isfinite().all()
 
