@@ -9,6 +9,7 @@ from ._terminal import OneLineCommand, OneLineGroup
 from .convert import convert_command
 from .demo import demo_command
 from .export import export_command
+from .list import list_command
 from .outliers import outliers_command
 from .predict import predict_command
 from .probe import probe_command
@@ -24,6 +25,7 @@ app.command("validate", cls=OneLineCommand)(validate_command)
 app.command("probe", cls=OneLineCommand)(probe_command)
 app.command("soup", cls=OneLineCommand)(soup_command)
 app.command("recipes", cls=OneLineCommand)(recipes_command)
+app.command("list", cls=OneLineCommand)(list_command)
 app.command("export", cls=OneLineCommand)(export_command)
 app.command("convert", cls=OneLineCommand)(convert_command)
 app.command("predict", cls=OneLineCommand)(predict_command)

@@ -49,14 +49,15 @@ def list_published(pattern: str) -> list[Published]:
     """
     family = pattern in list_modules()
     names = timm.list_models("*" if family else pattern, module=pattern if family else "", pretrained=True)
-    found = [Published(name, url) for name in names if (url := _url(get_pretrained_cfg(name)))]
+    found = [Published(name, url) for name in names if (url := weights_url(get_pretrained_cfg(name)))]
     if not found:
         near = did_you_mean(pattern, [*list_modules(), *timm.list_models()])
         raise ExportError(f"no published weights of {pattern} are known by URL{near}")
     return found
 
 
-def _url(cfg: PretrainedCfg | None) -> str | None:
+def weights_url(cfg: PretrainedCfg | None) -> str | None:
+    """Return where the weights of a pretrained_cfg can be downloaded, or None."""
     if cfg is None:
         return None
     if isinstance(cfg.url, str) and cfg.url.startswith(("http://", "https://", "file://")):

@@ -182,6 +182,6 @@ def test_published_weights_of_our_families_are_known():
     assert {entry.name for entry in published.list_published("van_b1")} == {"van_b1.in1k"}
     assert all(entry.url.startswith("https://") for entry in published.list_published("dinat_*"))
     assert (
-        published._url(PretrainedCfg(hf_hub_id="timm/x"))
+        published.weights_url(PretrainedCfg(hf_hub_id="timm/x"))
         == "https://huggingface.co/timm/x/resolve/main/model.safetensors"
     )
