@@ -1,4 +1,4 @@
-"""How constants of the kernels follow from timings: the cost model of tiles, and the fastest of several values."""
+"""What follows from timings: constants of the kernels (cost model of tiles, fastest value), and growth with size."""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -81,3 +81,16 @@ def fastest(times: Mapping[str, Mapping[V, float]], now: V) -> V:
 def _mean_ratio(times: Mapping[str, Mapping[V, float]], value: V, now: V) -> float:
     logs = [math.log(group[value] / group[now]) for group in times.values()]
     return math.exp(sum(logs) / len(logs))
+
+
+def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Return e of value = a * size ** e: the slope of least squares of log(value) over log(size).
+
+    Raises:
+        ValueError: fewer than two different sizes, or a number that is not above 0.
+    """
+    if len(set(sizes)) < 2 or len(sizes) != len(values) or min(*sizes, *values) <= 0:
+        raise ValueError(f"growth_exponent: wanted values above 0 at two or more sizes, got {values} at {sizes}")
+    x, y = (torch.tensor(numbers, dtype=torch.float64).log() for numbers in (sizes, values))
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x * x).sum())

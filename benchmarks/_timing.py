@@ -14,6 +14,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console, RenderableType
@@ -23,17 +24,32 @@ from .._errors import first_line
 FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
 REPORT_COLUMNS = 140
 _RESET_PEAK = "5"  # resets the peak when written to Linux's /proc/self/clear_refs
+_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve")
+K = TypeVar("K")  # what names a call
 
 
 def interleaved_seconds(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[K, Callable[[], object]],
     *,
     rounds: int,
     device: str = "cpu",
     warmup: int = 1,
     replay: bool = False,
-) -> dict[str, float]:
-    """Return the median seconds of each call; calls take turns (A B C A B C ...), so that other load affects all.
+) -> dict[K, float]:
+    """Return the median seconds of each call; the arguments are those of `interleaved_rounds`."""
+    taken = interleaved_rounds(calls, rounds=rounds, device=device, warmup=warmup, replay=replay)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def interleaved_rounds(
+    calls: Mapping[K, Callable[[], object]],
+    *,
+    rounds: int,
+    device: str = "cpu",
+    warmup: int = 1,
+    replay: bool = False,
+) -> dict[K, list[float]]:
+    """Return the seconds of each call in each round; calls take turns (A B C A B C ...): other load affects all.
 
     On a GPU a call is timed by events, after a flush of the L2 cache.
 
@@ -45,22 +61,26 @@ def interleaved_seconds(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if replay and device.startswith("cuda"):
         calls = {name: captured(call)[0] for name, call in calls.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[K, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + rounds):
         for name, call in calls.items():
             elapsed = _seconds(call, device)
             if turn >= warmup:
                 seconds[name].append(elapsed)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+    return seconds
 
 
-def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
+def peak_bytes(call: Callable[[], object], device: str = "cpu", *, first: bool = False) -> int | None:
     """Return the peak memory of one call, without the memory in use before it (weights, gradients, inputs).
 
     On CUDA from torch's allocator. On Linux from the resident memory of the process, after freed memory was returned to
     the system: it includes unused memory of the allocator and is accurate to some MB. None on other systems.
+
+    Args:
+        first: measure the first call, not the second: for engines that allocate their buffers there and keep them.
     """
-    call()  # libraries allocate buffers and caches at the first call
+    if not first:
+        call()  # libraries allocate buffers and caches at the first call
     gc.collect()
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
@@ -93,17 +113,45 @@ def peak_tensor_bytes(call: Callable[[], object], device: str = "cpu") -> int:
 
 def describe_machine(device: str = "cpu") -> str:
     """Return processor, threads in use, load and versions, in a few lines."""
-    gpu = [f"GPU      {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"] if device.startswith("cuda") else []
-    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("foveate", "torch", "timm"))
+    facts = machine_facts(device)
+    gpu = [f"GPU      {facts['gpu']}"] if "gpu" in facts else []
+    load = f", load average {facts['load_average']}" if "load_average" in facts else ""
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("foveate", "torch", "timm"))
     return "\n".join(
         [
-            f"CPU      {_cpu_model()}, {cores} logical cores, {torch.get_num_threads()} threads{load}",
+            f"CPU      {facts['cpu']}, {facts['logical_cores']} logical cores, {facts['threads']} threads{load}",
             *gpu,
-            f"Versions {versions}, Python {platform.python_version()}, {platform.system()}",
+            f"Versions {versions}, Python {facts['python']}, {facts['system']}",
         ]
     )
+
+
+def machine_facts(device: str = "cpu") -> dict[str, str | int | float]:
+    """Return what figures depend on: processor, instruction sets, threads, load, GPU, versions and the date."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts: dict[str, str | int | float] = {
+        "cpu": _cpu_model(),
+        "features": cpu_features(),
+        "logical_cores": cores or 1,
+        "threads": torch.get_num_threads(),
+    }
+    if hasattr(os, "getloadavg"):
+        facts["load_average"] = round(os.getloadavg()[0], 1)
+    if device.startswith("cuda"):
+        facts["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    facts |= {name: version(name) for name in ("foveate", "torch", "timm")}
+    return facts | {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def cpu_features() -> str:
+    """Return the instruction sets that decide which products are fast, separated by spaces."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    return " ".join(name for name in _FEATURES if name in flags) or torch.backends.cpu.get_cpu_capability()
 
 
 def common_parser(module: str, doc: str, *, rounds: int | None = 5) -> argparse.ArgumentParser:

@@ -14,16 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
 from rich.table import Table
-from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 from ..attention_ops.macs import count_macs
 from ._settings import ModelSettings, add_model_options, parse_model_settings
 from ._timing import common_parser, describe_machine, interleaved_seconds, peak_bytes, write_report
+from .measuring import TRAINING_PASSES, create_model, random_images, training_step
 
 MODULE = "foveate.benchmarks.backbones"
 
@@ -47,7 +45,6 @@ PUBLISHED_GMACS = {  # "FLOPs" of the papers and repositories
     **{"van_b0": 0.9, "van_b1": 2.5, "van_b2": 5.0, "van_b3": 9.0},
     **{"fv_davit_tiny": 4.5, "fv_davit_small": 8.8, "fv_davit_base": 15.5, "eca_resnet50": 4.1},
 }
-TRAINING_PASSES = 3  # forward, gradient of the input, gradient of the weight
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,9 @@ class Row:
 def measure(settings: Settings) -> list[Row]:
     """Measure all models of the settings, and the baseline."""
     names = list(dict.fromkeys((BASELINE, *settings.models)))
-    models = {name: _create(name, settings) for name in names}
-    images = torch.randn(settings.batch, 3, settings.img_size, settings.img_size, device=settings.device)
-    macs = {name: count_macs(model.eval(), images[:1]) for name, model in models.items()}
+    models = {name: create_model(name, settings.img_size, settings.device) for name in names}
+    images = random_images(settings.batch, settings.img_size, settings.device)
+    macs = {name: count_macs(model, images[:1]) for name, model in models.items()}
     steps = {name: _step(model, images, settings.train) for name, model in models.items()}
     memory = {name: peak_bytes(step, settings.device) for name, step in steps.items()}
     seconds = interleaved_seconds(steps, rounds=settings.rounds, device=settings.device)
@@ -120,22 +117,8 @@ def _macs_per_second(row: Row, settings: Settings) -> float:
     return row.macs * settings.batch * (TRAINING_PASSES if settings.train else 1) / row.seconds
 
 
-def _create(name: str, settings: Settings) -> nn.Module:
-    model = timm.create_model(**resolve_model_input_args(name, {"img_size": settings.img_size}))
-    return model.to(settings.device)
-
-
 def _step(model: nn.Module, images: Tensor, train: bool) -> Callable[[], object]:
-    model.train(train)
-    if not train:
-        return torch.inference_mode()(lambda: model(images))
-    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        F.cross_entropy(model(images), labels).backward()
-
-    return step
+    return training_step(model, images) if train else torch.inference_mode()(lambda: model(images))
 
 
 def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path | None]:

@@ -15,23 +15,26 @@ Peak memory   Of tensors during one forward pass, weights and input apart, below
 
 import gc
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import timm
 import torch
 from rich.table import Table
-from timm.models import resolve_model_input_args
-from torch import nn
 
 from .._torch import has_bfloat16_products
 from ..attention_ops.macs import count_macs
 from ..export import ExportError
-from ..export.engines import prepare
 from ..fusion import FuseError, cpu_report, keep_memory
 from ._settings import ModelSettings, add_model_options, parse_model_settings
-from ._timing import common_parser, describe_machine, interleaved_seconds, peak_tensor_bytes, write_report
+from ._timing import (
+    common_parser,
+    cpu_features,
+    describe_machine,
+    interleaved_seconds,
+    peak_tensor_bytes,
+    write_report,
+)
+from .measuring import create_model, prepare_call, product_rate, random_images
 
 MODULE = "foveate.benchmarks.engines"
 MODELS = ("resnet50", "swin_tiny_patch4_window7_224", "davit_tiny", "fv_davit_tiny", "nat_mini", "biformer_tiny")
@@ -76,9 +79,9 @@ def measure(settings: Settings) -> list[Row]:
     """Measure every model in eager mode, then all models in all engines with memory that stays."""
     rows = []
     for name in settings.models:  # before memory is kept
-        model, x = _model(name, settings), _images(settings)
+        model, x = create_model(name, settings.img_size), random_images(settings.batch, settings.img_size)
         row = Row(name, count_macs(model, x[:1]))
-        eager = prepare("eager", model, x)
+        eager = prepare_call("eager", model, x)
         row.faults["eager"] = page_faults(eager)
         row.memory["eager"] = peak_tensor_bytes(eager)
         row.speed["eager"] = settings.batch / interleaved_seconds({"eager": eager}, rounds=settings.rounds)["eager"]
@@ -91,7 +94,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def _measure_engines(row: Row, settings: Settings) -> None:
-    model, x = _model(row.name, settings), _images(settings)
+    model, x = create_model(row.name, settings.img_size), random_images(settings.batch, settings.img_size)
     calls: dict[str, Callable[[], object]] = {}
     for name in settings.engines:
         engine = {"kept": "eager", "bf16": "eager", "bf16-fused": "fused"}.get(name, name)
@@ -100,22 +103,13 @@ def _measure_engines(row: Row, settings: Settings) -> None:
             row.refused[name] = "this CPU has no bfloat16 products"
             continue
         try:
-            calls[name] = prepare(engine, deepcopy(model).bfloat16() if half else model, x.bfloat16() if half else x)
+            calls[name] = prepare_call(engine, model, x, "bfloat16" if half else "float32")
         except (ExportError, FuseError) as error:
             row.refused[name] = str(error)
     row.memory |= {name: peak_tensor_bytes(calls[name]) for name in ("fused",) if name in calls}
     row.faults |= {name: page_faults(calls[name]) for name in ("kept", "fused") if name in calls}
     seconds = interleaved_seconds(calls, rounds=settings.rounds, warmup=2)
     row.speed |= {name: settings.batch / taken for name, taken in seconds.items()}
-
-
-def _model(name: str, settings: Settings) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(**resolve_model_input_args(name, {"img_size": settings.img_size})).eval()
-
-
-def _images(settings: Settings) -> torch.Tensor:
-    return torch.randn(settings.batch, 3, settings.img_size, settings.img_size)
 
 
 def page_faults(call: Callable[[], object]) -> int | None:
@@ -166,11 +160,10 @@ def notes(rows: list[Row]) -> str:
 
 def product_limit() -> float:
     """The fastest float32 product measured on this CPU, in 10^9 multiply-adds per second."""
-    rates = cpu_report().rates
-    found = [max(pair) for (dtype, *_), pair in rates.items() if dtype == "float32"]
-    if not found:
+    rate = product_rate()
+    if rate is None:
         raise SystemExit("the limit is measured with FOVEATE_PRODUCTS=auto only")
-    return max(found)
+    return rate
 
 
 def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path | None]:
@@ -189,21 +182,13 @@ def main(arguments: list[str] | None = None) -> None:
     cpu_report(measure_again=True)  # the one that is kept may be of a busy machine
     product_limit()  # refused before work starts
     rows = measure(settings)
-    machine = "\n".join((describe_machine(), cpu_features()))
+    machine = f"{describe_machine()}\nFeatures {cpu_features()}"
     write_report(tabulate(rows, settings), module=MODULE, machine=machine, out=out)
     text = notes(rows)
     print(text)
     if out is not None:
         with out.open("a") as file:
             file.write(f"\n{text}\n")
-
-
-def cpu_features() -> str:
-    """The instruction sets that decide which products are fast."""
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve")
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
-    return f"Features {' '.join(name for name in wanted if name in flags) or torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":

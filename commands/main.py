@@ -6,6 +6,7 @@ import typer
 
 from .._version import __version__
 from ._terminal import OneLineCommand, OneLineGroup
+from .bench import bench_command
 from .convert import convert_command
 from .demo import demo_command
 from .export import export_command
@@ -31,6 +32,7 @@ app.command("convert", cls=OneLineCommand)(convert_command)
 app.command("predict", cls=OneLineCommand)(predict_command)
 app.command("prune", cls=OneLineCommand)(prune_command)
 app.command("outliers", cls=OneLineCommand)(outliers_command)
+app.command("bench", cls=OneLineCommand)(bench_command)
 app.command("demo", cls=OneLineCommand)(demo_command)
 
 

@@ -14,7 +14,7 @@ import foveate
 
 ROOT = Path(__file__).parents[1]
 HEIGHT: dict[str, float] = {"kernels": 0, "attention_ops": 1, "backbones": 2, "export": 3, "fusion": 2, "pruning": 3}
-HEIGHT |= {"train": 3.5, "benchmarks": 4, "commands": 4, "analysis": 3}  # train/ registers the hook of pruning/
+HEIGHT |= {"train": 3.5, "benchmarks": 4, "commands": 4.5, "analysis": 3}  # train/ registers the hook of pruning/
 HEIGHT |= dict.fromkeys(("_version", "_errors", "_digits", "_unpickle", "_modes", "_timm"), 0)
 HEIGHT["_torch"] = -1  # the files at the root
 HEIGHT |= dict.fromkeys(("_files", "_model_args", "_memory"), 0.5) | {"_torch_files": 1.2, "_weights": 1.4}

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from foveate.benchmarks import engines
+from foveate.benchmarks import engines, measuring
 from foveate.benchmarks.engines import Row, Settings, main, notes, page_faults
 from foveate.export import ExportError
 from foveate.export.engines import ENGINES, prepare
@@ -51,7 +51,7 @@ def test_a_table_has_every_engine_and_its_reasons(monkeypatch, tmp_path, capsys)
             raise ExportError("openvino: no such operator")
         return prepare(engine, model, x)
 
-    monkeypatch.setattr(engines, "prepare", refuse)
+    monkeypatch.setattr(measuring, "prepare", refuse)
     arguments = ["--models", "test_resnet", "--batch", "2", "--img-size", "64", "--rounds", "1"]
     arguments += ["--engines", "kept", "fused", "onnxruntime", "openvino", "bf16"]
     main([*arguments, "--out", str(tmp_path / "out.txt")])
