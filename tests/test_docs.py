@@ -54,6 +54,17 @@ def test_the_commands_of_the_training_page_run(tmp_path, monkeypatch, capfd):
     assert Path("runs/384/best.pth").exists() and "'digit-0'" in capfd.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_commands_of_the_measuring_page_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    run_page("measure.md")
+    assert len(json.loads(Path("models.json").read_text())["models"]) >= 130
+    assert all(
+        Path(name).read_bytes().startswith(b"\x89PNG") for name in ("speed.png", "growth.png", "mine/report.png")
+    )
+    assert "'resnet50': 1.0" in capfd.readouterr().out
+
+
 def test_every_page_is_listed_in_the_readme():
     readme = (DOCS.parent / "README.md").read_text()
     assert [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name})" not in readme] == []

@@ -30,7 +30,7 @@ from .recipe import DataRecipe
 
 Transform = Callable[[Image.Image], Tensor]  # a PIL image -> (C, H, W) uint8
 
-_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # names of splits
 _FOLDERS = ("folder", "torch/image_folder", "torch/folder")
 _TARS = (".tar", ".tar.gz", ".tgz")
 
@@ -124,9 +124,9 @@ def find_split(root: Path, split: str | None) -> Path:
             raise TrainError(f"{root}: wanted a folder, or a file that ends in {', '.join(suffixes[1:])}")
         return root
     there = {entry.name for entry in root.iterdir()} if root.is_dir() else set()
-    if any(f"{name}{suffix}" in there for name in _SYNONYMS[1] for suffix in suffixes):
-        return _split_root(root, _SYNONYMS[1][0], suffixes)
-    if others := sorted(there & {f"{name}{suffix}" for name in (*_SYNONYMS[0], "test") for suffix in suffixes}):
+    if any(f"{name}{suffix}" in there for name in SYNONYMS[1] for suffix in suffixes):
+        return _split_root(root, SYNONYMS[1][0], suffixes)
+    if others := sorted(there & {f"{name}{suffix}" for name in (*SYNONYMS[0], "test") for suffix in suffixes}):
         raise TrainError(f"{root} has no validation split, but {', '.join(others)}: name one with --split")
     if not root.is_dir():
         raise TrainError(f"{root} does not exist")
@@ -212,7 +212,7 @@ def _split_root(root: Path, split: str, suffixes: Sequence[str]) -> Path:
     """Return root/split with one of the suffixes; if missing, with timm's synonyms for the split."""
     if not root.is_dir():
         raise TrainError(f"data.root {root} is not a folder" if root.exists() else f"data.root {root} does not exist")
-    names = [split, *next((words for words in _SYNONYMS if split in words), ())]
+    names = [split, *next((words for words in SYNONYMS if split in words), ())]
     for path in (root / f"{name}{suffix}" for name in names for suffix in suffixes):
         if path.is_dir() if path.name in names else path.is_file():
             return path
@@ -223,7 +223,7 @@ def _split_root(root: Path, split: str, suffixes: Sequence[str]) -> Path:
 
 
 def _open_scheme(data: DataRecipe, root: str, split: str) -> Dataset:
-    known = [word for words in _SYNONYMS for word in words]
+    known = [word for words in SYNONYMS for word in words]
     if data.source.startswith("torch/") and split not in known:
         raise TrainError(f"data: {data.source} has no split {split!r}" + did_you_mean(split, known))
     if not data.source.startswith(("torch/", "hfds/")):

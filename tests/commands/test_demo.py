@@ -7,7 +7,7 @@ import timm
 import torch
 from typer.testing import CliRunner
 
-from foveate.commands import demo
+from foveate.commands import _demo_report, demo
 from foveate.commands.main import app
 
 
@@ -59,6 +59,17 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("option", [("--checkpoint", "x"), ("--pretrained",), ("--epochs", "3"), ("--img-size", "64")])
+def test_options_of_own_images_are_refused_without_them(option, tmp_path):
+    done = foveate("demo", "--out", tmp_path / "demo", *option)
+    assert done.exit_code == 2 and f"{option[0]}: has no effect without --images" in done.stderr
+
+
+def test_another_model_than_the_two_is_refused(tmp_path):
+    done = foveate("demo", "--out", tmp_path / "demo", "--model", "resnet50")
+    assert done.exit_code == 2 and "--model: wanted nat or van without --images, got 'resnet50'" in done.stderr
+
+
 def test_a_missing_package_is_named_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "NEEDED", ("no_such_package",))
     done = foveate("demo", "--out", tmp_path / "demo")
@@ -71,17 +82,17 @@ def test_an_export_that_disagrees_fails_the_demo_and_leaves_no_onnx_file(one_epo
         broken = timm.create_model("nat_mini", num_classes=10, in_chans=1, dims=(32,), depths=(1,), kernel_size=3)
         return whole(broken.eval(), part, **kwargs)
 
-    whole = demo.export_onnx
-    monkeypatch.setattr(demo, "export_onnx", another_net)
+    whole = _demo_report.export_onnx
+    monkeypatch.setattr(_demo_report, "export_onnx", another_net)
     done = foveate("demo", "--out", tmp_path / "demo")
     assert done.exit_code == 1 and "differs from the model by" in done.output
     assert not (tmp_path / "demo" / "model.onnx").exists()
 
 
-def test_mistakes_are_drawn_first_and_right_answers_from_every_class(monkeypatch):
+def test_mistakes_are_drawn_first_and_right_answers_from_every_class():
     right = torch.ones(1000, dtype=torch.bool)
     right[[7, 500]] = False
-    drawn = demo._worth_drawing(right)
+    drawn = _demo_report.worth_drawing(right, 40)
     assert drawn[:2] == [7, 500] and len(drawn) == 40
     assert {i // 100 for i in drawn} == set(range(10))
 
