@@ -26,17 +26,20 @@ class Frame:
     name: str
     module: nn.Module
     first_shape: tuple[int, ...]  # of its first tensor
+    size: tuple[int, int] | None = None  # of a map, if it is given one: (rows, columns)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Heads that attend alike in one call: all of them, or one branch of HiLo.
+    """Heads and keys of one call: all of them, one branch of HiLo, or one kind of keys of aggregated attention.
 
     Attributes:
-        branch: "high" or "low" for HiLo, else "".
-        q, k, v: (B, H, W, heads, d) of our ops on maps, (B, N, heads, d) of our ops on tokens.
+        branch: "high" or "low" for HiLo, "local" or "pooled" where aggregated attention has both, else "".
+        q, k, v: (B, H, W, heads, d) of our ops on maps, (B, N, heads, d) of our ops on tokens; pooled keys are tokens.
         heads: slice of the heads of the op's output.
-        with_values: the arguments of the call with other values in this part.
+        with_values: the arguments of the call with other values in this part, without gates and without weights of
+            values that are no probabilities.
+        key_size: (rows, columns) of keys that are tokens of a map.
     """
 
     branch: str
@@ -45,6 +48,7 @@ class Part:
     v: Tensor
     heads: slice
     with_values: Callable[[Tensor], dict[str, Any]]
+    key_size: tuple[int, int] | None = None
 
 
 @dataclass
@@ -99,15 +103,21 @@ class _Watch(TorchFunctionMode):
         if out.dim() != 4 or axis not in (-1, 3):
             return None
         for depth in (len(self.frames), len(self.frames) - 1):
-            if depth and getattr(self.frames[depth - 1].module, "num_heads", None) == out.shape[1]:
+            if depth and _spells_out(self.frames[depth - 1].module, out.shape[1]):
                 return self._made(SOFTMAX, {"probabilities": out}, depth)
         return None
+
+
+def _spells_out(module: nn.Module, heads: int) -> bool:
+    """Whether a softmax with such heads is a module's attention; our modules attend by ops, not by softmaxes."""
+    ours = type(module).__module__.startswith(__package__.partition(".")[0] + ".")
+    return getattr(module, "num_heads", None) == heads and not ours
 
 
 def attends(op: str) -> bool:
     """Say whether one of our ops is attention of queries to keys."""
     names = OPS[op].defaults
-    return {"q", "k", "v"} <= names.keys() or {"high", "low"} <= names.keys()
+    return any(wanted <= names.keys() for wanted in ({"q", "k", "v"}, {"high", "low"}, {"pooled_k", "pooled_v"}))
 
 
 @contextlib.contextmanager
@@ -117,9 +127,10 @@ def watching(model: nn.Module, see: Replace) -> Iterator[None]:
     handles = []
 
     def enter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple) -> None:
-            first = next((tuple(a.shape) for a in args if isinstance(a, Tensor)), ())
-            frames.append(Frame(name, module, first))
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            given = (*args, *kwargs.values())
+            first = next((tuple(a.shape) for a in given if isinstance(a, Tensor)), ())
+            frames.append(Frame(name, module, first, next(filter(None, map(_as_size, given)), None)))
 
         return hook
 
@@ -127,7 +138,7 @@ def watching(model: nn.Module, see: Replace) -> Iterator[None]:
         frames.pop()
 
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
+        handles.append(module.register_forward_pre_hook(enter(name), prepend=True, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         with _Watch(frames, see), _spelled_by_sdpa(model):
@@ -135,6 +146,13 @@ def watching(model: nn.Module, see: Replace) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _as_size(value: Any) -> tuple[int, int] | None:
+    """(rows, columns) of a map, if the argument of a module is such a pair."""
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(type(n) is int and n > 0 for n in value):
+        return value[0], value[1]
+    return None
 
 
 @contextlib.contextmanager
@@ -151,11 +169,14 @@ def _spelled_by_sdpa(model: nn.Module) -> Iterator[None]:
 
 
 def parts_of(call: Call) -> list[Part]:
-    """Return the parts of a call of one of our ops, with heads: those of HiLo are its two branches."""
+    """Return the parts of a call of one of our ops."""
     arguments = call.arguments
+    if "pooled_k" in arguments:
+        return _parts_of_aggregated(arguments)
     if "q" in arguments:
+        plain = arguments | ({"gate": None} if "gate" in arguments else {})
         q, k, v = (arguments[name].detach() for name in "qkv")
-        return [Part("", q, k, v, slice(0, q.shape[-2]), lambda values: {**arguments, "v": values})]
+        return [Part("", q, k, v, slice(0, q.shape[-2]), lambda values: {**plain, "v": values})]
     found, start = [], 0
     for branch in ("high", "low"):
         q, k, v = (t.detach() for t in arguments[branch])
@@ -168,3 +189,26 @@ def parts_of(call: Call) -> list[Part]:
             found.append(Part(branch, q, k, v, slice(start, end), with_values))
         start = end
     return found
+
+
+def _parts_of_aggregated(arguments: dict[str, Any]) -> list[Part]:
+    q, local = arguments["q"].detach(), arguments["local_k"] is not None
+    heads, plain = slice(0, q.shape[-2]), arguments | {"gates": None}
+    key_size = arguments["bias_rows"].shape[1], arguments["bias_cols"].shape[1]
+    k, v = arguments["pooled_k"].detach(), arguments["pooled_v"].detach()
+    found = []
+    if local:
+        plain |= {name: torch.zeros_like(arguments[name]) for name in ("tokens", "token_bias")}
+        near = arguments["local_k"].detach(), arguments["local_v"].detach()
+        found.append(Part("local", q, *near, heads, lambda values: {**plain, "local_v": values}))
+    branch = "pooled" if local else ""
+    found.append(Part(branch, q, k, v, heads, lambda values: {**plain, "pooled_v": values}, key_size))
+    return found
+
+
+def branches_of(call: Call) -> dict[str, slice]:
+    """Return the heads of the output of a call of one of our ops, by branch; parts that share heads are one, ""."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for part in parts_of(call):
+        found.setdefault((part.heads.start, part.heads.stop), []).append(part.branch)
+    return {names[0] if len(names) == 1 else "": slice(*place) for place, names in found.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modes import evaluating
-from .capture import SDPA, SOFTMAX, Call, parts_of, watching
+from .capture import SDPA, SOFTMAX, Call, branches_of, watching
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def _heads_of(model: nn.Module, images: Tensor, layers: Sequence[str] | None) ->
             if call.op in (SDPA, SOFTMAX):
                 found[call.layer, ""] = 0, out.shape[-3]
             else:
-                for part in parts_of(call):
-                    found[call.layer, part.branch] = part.heads.start, part.heads.stop - part.heads.start
+                for branch, heads in branches_of(call).items():
+                    found[call.layer, branch] = heads.start, heads.stop - heads.start
         return out
 
     with watching(model, see):

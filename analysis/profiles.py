@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .maps import AttentionMap, Size, attention_maps
+from .maps import AttentionMap, attention_maps
+from .places import Size
 
 CHUNK = 1024  # queries whose probabilities are in memory at a time
 
@@ -69,7 +70,7 @@ def profile(probabilities: Tensor, size: Size | None, prefix: int = 0, key_size:
         if (size[0] * size[1] + prefix, key_size[0] * key_size[1] + prefix) != (queries, keys):
             raise ValueError(f"profile: {queries} queries, {keys} keys are not {prefix} + maps {size}, {key_size}")
     rows = torch.arange(queries)
-    return _finished(_sums(probabilities, rows, size, key_size, prefix), size, key_size, prefix, queries)
+    return _finished(_sums(probabilities, rows, (size, key_size), (prefix, prefix)), len(rows))
 
 
 def head_profiles(
@@ -95,18 +96,20 @@ def head_profiles(
         rows = _chosen(one, most_queries)
         total: dict[str, Tensor] = {}
         for chunk in rows.split(CHUNK):
-            sums = _sums(one.probabilities(chunk), chunk, one.query_size, one.key_size, one.prefix)
+            sums = _sums(
+                one.probabilities(chunk), chunk, (one.query_size, one.key_size), (one.query_prefix, one.prefix)
+            )
             total = {name: value + total[name] if total else value for name, value in sums.items()}
-        whole = _finished(total, one.query_size, one.key_size, one.prefix, len(rows))
+        whole = _finished(total, len(rows))
         found.append(HeadProfile(one.layer, one.op, one.branch, _over_windows(whole, one.images)))
     return found
 
 
 def _chosen(one: AttentionMap, most: int | None) -> Tensor:
-    if most is None or one.queries - one.prefix <= most:
+    if most is None or one.queries - one.query_prefix <= most:
         return torch.arange(one.queries)
-    of_map = torch.linspace(one.prefix, one.queries - 1, most).round().long().unique()
-    return torch.cat([torch.arange(one.prefix), of_map])
+    of_map = torch.linspace(one.query_prefix, one.queries - 1, most).round().long().unique()
+    return torch.cat([torch.arange(one.query_prefix), of_map])
 
 
 def _over_windows(of_windows: Profile, images: int) -> Profile:
@@ -131,23 +134,29 @@ def _rings(hop: Tensor, count: int) -> Iterator[Tensor]:
     yield from (hop == k for k in range(count))
 
 
-def _sums(probs: Tensor, rows: Tensor, size: Size | None, key_size: Size | None, prefix: int) -> dict[str, Tensor]:
-    """Sums over the queries `rows`, whose probabilities are (B, heads, rows, keys), and counts of queries."""
+def _sums(
+    probs: Tensor, rows: Tensor, sizes: tuple[Size | None, Size | None], prefixes: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Sums over the queries `rows`, whose probabilities are (B, heads, rows, keys), and counts of queries.
+
+    `sizes` and `prefixes` are those of queries and of keys.
+    """
     probs = probs.detach().double().cpu()
+    (size, key_size), (query_prefix, prefix) = sizes, prefixes
     sums = {"entropy": torch.special.entr(probs).sum((-1, -2))}
-    if prefix and bool((rows == 0).any()):
-        sums["class"] = probs[:, :, rows == 0, 0].sum(-1)
-    if prefix:
-        sums.setdefault("class", torch.zeros(probs.shape[:2], dtype=torch.float64))
+    if prefix and query_prefix:
+        of_class = probs[:, :, rows == 0, 0].sum(-1)
+        sums["class"] = of_class if bool((rows == 0).any()) else torch.zeros_like(of_class)
     if size is None or key_size is None:
         return sums
-    on_map = rows >= prefix
+    on_map = rows >= query_prefix
     places, key_places = _places(size, key_size), _places(key_size, size)
-    away = places[rows[on_map] - prefix][:, None] - key_places  # (queries, keys, 2)
+    away = places[rows[on_map] - query_prefix][:, None] - key_places  # (queries, keys, 2)
     hop, distance = away.abs().amax(-1).round().long(), away.norm(dim=-1)
     of_map = probs[:, :, on_map]
     weights = of_map[..., prefix:]
-    sums["prefix"] = of_map[..., :prefix].sum((-1, -2))
+    if prefix:
+        sums["prefix"] = of_map[..., :prefix].sum((-1, -2))
     sums["distance"] = ((weights * distance).sum(-1) / weights.sum(-1)).sum(-1)
     strength, mean, having = [], [], []
     for ring in _rings(hop, _hops(size, key_size)):
@@ -160,14 +169,14 @@ def _sums(probs: Tensor, rows: Tensor, size: Size | None, key_size: Size | None,
     return sums
 
 
-def _finished(sums: dict[str, Tensor], size: Size | None, key_size: Size | None, prefix: int, queries: int) -> Profile:
-    mapped = size is not None and key_size is not None
-    of_map: Any = sums["queries"] if mapped else None
+def _finished(sums: dict[str, Tensor], queries: int) -> Profile:
+    of_map: Any = sums.get("queries")
+    means = {name: None if name not in sums else sums[name] / of_map for name in ("strength", "distance", "prefix")}
     return Profile(
-        strength_sum=sums["strength"] / of_map if mapped else None,
-        strength_mean=sums["mean"] / sums["having"].clamp(min=1) if mapped else None,
-        mean_distance=sums["distance"] / of_map if mapped else None,
-        patch_to_class=sums["prefix"] / of_map if mapped and prefix else None,
-        class_to_class=sums["class"] if prefix else None,
+        strength_sum=means["strength"],
+        strength_mean=None if of_map is None else sums["mean"] / sums["having"].clamp(min=1),
+        mean_distance=means["distance"],
+        patch_to_class=means["prefix"],
+        class_to_class=sums.get("class"),
         entropy=sums["entropy"] / queries,
     )

@@ -128,5 +128,7 @@ class EfficientChannelAttention(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=padding, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        gate = self.conv(token_means(x)[:, None]).sigmoid()[:, 0]  # (B, C)
-        return x * gate.to(x.dtype)[:, :, None, None]
+        return x * self.gate(x).to(x.dtype)[:, :, None, None]
+
+    def gate(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C)
+        return self.conv(token_means(x)[:, None]).sigmoid()[:, 0]

@@ -170,7 +170,12 @@ class EfficientLocalAttention(nn.Module):
         self.norm = nn.GroupNorm(largest_divisor(channels, norm_groups), channels, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        rows = self.norm(self.conv(x.mean(3))).sigmoid().to(x.dtype)  # (B, C, H); torch sums 16-bit means in float32
-        cols = self.norm(self.conv(x.mean(2))).sigmoid().to(x.dtype)  # (B, C, W)
+        rows, cols = self.gates(x)
         gated = x * (rows[:, :, :, None] * cols[:, :, None, :])
         return x + gated if self.residual else gated
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> the gates of rows (B, C, H) and of columns (B, C, W), dtype of x."""
+        rows = self.norm(self.conv(x.mean(3))).sigmoid().to(x.dtype)  # torch sums 16-bit means in float32
+        cols = self.norm(self.conv(x.mean(2))).sigmoid().to(x.dtype)
+        return rows, cols

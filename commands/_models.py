@@ -27,7 +27,7 @@ def open_model(
     pretrained: bool = False,
     *,
     adapter: Path | None = None,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Load a model in eval mode, with all of its weights. Runs no code from any file.
@@ -38,7 +38,7 @@ def open_model(
         checkpoint: file of weights.
         pretrained: load the published weights that timm knows for the name.
         adapter: folder of a LoRA adapter, merged into the weights.
-        img_size: height and width, px, for which a model of fixed size is built; None: its own.
+        img_size: px, a number or (height, width), for which a model of fixed size is built; None: its own.
         arguments: of the model. For a checkpoint of `foveate train` they must be those of its recipe.
 
     Raises:

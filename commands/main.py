@@ -11,6 +11,7 @@ from .convert import convert_command
 from .demo import demo_command
 from .export import export_command
 from .list import list_command
+from .look import look_command
 from .outliers import outliers_command
 from .predict import predict_command
 from .probe import probe_command
@@ -31,6 +32,7 @@ app.command("export", cls=OneLineCommand)(export_command)
 app.command("convert", cls=OneLineCommand)(convert_command)
 app.command("predict", cls=OneLineCommand)(predict_command)
 app.command("prune", cls=OneLineCommand)(prune_command)
+app.command("look", cls=OneLineCommand)(look_command)
 app.command("outliers", cls=OneLineCommand)(outliers_command)
 app.command("bench", cls=OneLineCommand)(bench_command)
 app.command("demo", cls=OneLineCommand)(demo_command)

@@ -102,6 +102,7 @@ def test_importing_foveate_loads_nothing_heavy_that_timm_does_not():
         "onnxruntime",
         "onnxscript",
         "matplotlib",
+        "pytorch_grad_cam",
         "mlxtend",
         "pandas",
         "rich",

@@ -160,14 +160,15 @@ def net_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return {k.removeprefix(_NET): v for k, v in checkpoint["state_dict"].items() if k.startswith(_NET)}
 
 
-def load_net(path: str | Path, *, img_size: int | None = None) -> nn.Module:
+def load_net(path: str | Path, *, img_size: int | tuple[int, int] | None = None) -> nn.Module:
     """Build the model that a checkpoint was trained with, in eval mode, with its weights (EMA where EMA was on).
 
     Its pretrained_cfg has the recipe's preprocessing, the class names, and where the weights come from. LoRA adapters
     are merged into the weights. Runs no code from the file. Hooks that its recipe names are not built.
 
     Args:
-        img_size: height and width of a model with a fixed size, px: what depends on it is resized; None: the recipe's.
+        img_size: of a model with a fixed size, px, a number or (height, width): what depends on it is resized; None:
+            the recipe's.
 
     Raises:
         TrainError: not written by `foveate train`, or its weights do not fit its recipe.

@@ -9,13 +9,7 @@ from foveate.analysis import attention_maps
 from foveate.analysis.capture import SDPA, SOFTMAX, parts_of, watching
 from foveate.attention_ops._op import OPS
 
-WITHOUT = (
-    "van",
-    "eca",
-    "ela",
-    "ulsam",
-    "moh",
-)  # gates: no queries and keys; MoH: two kinds of keys, and heads with gates
+WITHOUT = ("van", "eca", "ela", "ulsam")  # gates: no queries and keys
 ATTENDING = [name for name in KINDS if not name.startswith(WITHOUT)]
 X = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 TIMM = {
@@ -33,16 +27,24 @@ def few_threads(one_thread):
 
 
 def values_and_outputs(model, x):
-    """(values, output) of every part of every call: (B, keys, heads, d) and (B, queries, heads, d)."""
+    """(values, output) of every part of every call: (B, keys, heads, d) and (B, queries, heads, d).
+
+    Gates are applied to no output; that of aggregated attention is computed without the weights that are no
+    probabilities, for values of one kind of keys.
+    """
     found = []
 
     def see(call, out):
         if call.op == SDPA:
             found.append((call.arguments["value"].transpose(1, 2), out.transpose(1, 2)))
         elif call.op in OPS and call.op != "channel_attention":
-            first = out[0] if isinstance(out, tuple) else out
             for part in parts_of(call):
-                found.append((part.v.flatten(1, -3), first[..., part.heads, :].flatten(1, -3)))
+                values = part.v
+                plain = part.with_values(values)
+                other = {"local": "pooled_v", "pooled": "local_v"}.get(part.branch)
+                first = OPS[call.op](**plain | ({other: torch.zeros_like(plain[other])} if other else {}))
+                first = first[0] if isinstance(first, tuple) else first
+                found.append((values.flatten(1, -3), first[..., part.heads, :].flatten(1, -3)))
         return out
 
     with torch.no_grad(), watching(model, see):
@@ -52,6 +54,7 @@ def values_and_outputs(model, x):
 
 def check(model, x):
     maps = [one for one in attention_maps(model, x) if one.op not in (SOFTMAX, "channel_attention")]
+    maps = [one for one in maps if one.branch not in ("gather", "read")]
     pairs = values_and_outputs(model, x)
     assert len(maps) == len(pairs)
     for one, (values, out) in zip(maps, pairs, strict=True):
