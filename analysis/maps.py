@@ -236,7 +236,7 @@ def _of_softmax(call: Call, known: Surroundings) -> AttentionMap:
     spelled = call.arguments["probabilities"].detach()
     batch, _, queries, keys = spelled.shape
     count = batch // len(known.images)
-    if count == 1 and math.prod(call.frames[-1].first_shape[1:-1]) != queries:  # of channels, say
+    if count == 1 and math.prod(call.frames[-1].first_shape[1:-1]) not in (queries, keys):  # of channels, say
         places = Places(windows=(count, 1))
     else:
         places = places_of_tokens(call, count, queries, keys, known)

@@ -34,11 +34,13 @@ class Surroundings:
         images: (B, C, H, W).
         prefix: tokens before those of a map.
         grid: (rows, columns) of the model's patches; None: not known.
+        is_reordered: tokens do not lie row by row (Hiera), so that tokens have no place.
     """
 
     images: Tensor
     prefix: int
     grid: Size | None
+    is_reordered: bool = False
 
     @staticmethod
     def of(model: nn.Module, images: Tensor) -> "Surroundings":
@@ -47,7 +49,7 @@ class Surroundings:
         embeds: Iterator[Any] = (m for m in model.modules() if hasattr(m, "dynamic_feat_size"))
         embed = next(embeds, None)
         grid = None if embed is None else as_pair(embed.dynamic_feat_size(tuple(images.shape[-2:])))
-        return Surroundings(images, prefix, grid)
+        return Surroundings(images, prefix, grid, any(hasattr(module, "unroll") for module in model.modules()))
 
     def shape_apart(self, size: Size) -> float:
         """How far the proportions of a map are from those of the images, as a logarithm."""
@@ -71,6 +73,8 @@ def places_of_maps(call: Call, count: int, query_size: Size, key_size: Size, kno
 
 def places_of_tokens(call: Call, count: int, queries: int, keys: int, known: Surroundings) -> Places:
     """Places of attention of tokens, each of `count` windows of an image."""
+    if known.is_reordered:
+        return Places(windows=(count, 1))
     if count > 1:
         return _of_tiles(call.frames, count, queries, keys, known)
     of_layer = attribute(call.frames, "prefix_tokens", None)

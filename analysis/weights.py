@@ -81,9 +81,13 @@ def _passes(rows: Tensor, part: Part, reach: tuple[int, int] | None) -> Iterator
 
 def _near(rows: Tensor, part: Part, reach: tuple[int, int]) -> Tensor:
     """(rows, keys) bool: the keys of the map that lie in reach of each query."""
-    keys, width = torch.arange(part.q.shape[1] * part.q.shape[2], device=rows.device), part.q.shape[2]
-    down = (keys // width - rows[:, None] // width).abs() <= reach[0]
-    return down & ((keys % width - rows[:, None] % width).abs() <= reach[1])
+    size = part.q.shape[1:3]
+    places = rows // size[1], rows % size[1]
+    down, right = (
+        (torch.arange(length, device=rows.device) - place[:, None]).abs() <= most
+        for length, place, most in zip(size, places, reach, strict=True)
+    )
+    return (down[:, :, None] & right[:, None]).flatten(1)
 
 
 def _pulled(out: Tensor, values: Tensor, rows: Tensor, heads: slice | int, channels: Tensor) -> Tensor:

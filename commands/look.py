@@ -121,7 +121,7 @@ def _check(output: Path | None, profiles: bool, cam: bool, target: int | None, o
     if target is not None and not cam:
         raise RequestError("--target: is the class of --grad-cam, which is not asked for")
     if profiles:
-        given = [name for name, value in options.items() if value not in (None, False)]
+        given = [name for name, value in options.items() if value is not None and value is not False]
         if given:
             raise RequestError(f"{given[0]}: --profiles plots all heads of all layers")
         if output is None or output.suffix != PICTURE:

@@ -65,6 +65,15 @@ def test_the_commands_of_the_measuring_page_run(tmp_path, monkeypatch, capfd):
     assert "'resnet50': 1.0" in capfd.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_commands_of_the_page_about_pictures_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page("look.md")
+    pictures = {"photo.png", "layers.png", "heads.png", "cam.png", "profiles.png"}
+    assert {path.name for path in Path().glob("*.png")} == pictures
+    assert "<canvas" in Path("page.html").read_text()
+
+
 def test_every_page_is_listed_in_the_readme():
     readme = (DOCS.parent / "README.md").read_text()
     assert [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name})" not in readme] == []

@@ -151,6 +151,22 @@ def test_a_pooled_key_covers_its_tokens():
     assert low.keys.cell == (2 * low.queries.cell[0], 2 * low.queries.cell[1])
 
 
+def test_tokens_that_are_left_or_reordered_have_no_place():
+    views = layer_views(alive(small("sparsifiner_deit_tiny", token_rate=0.5, pruning_blocks=(0,))), X)
+    assert [view.keys.size for view in views] == [(4, 6), (4, 6), (0, 0), (0, 0)]
+    model = timm.create_model("hiera_tiny_224", embed_dim=16, num_heads=1, stages=(1, 1, 1, 1), num_classes=3)
+    assert not any(view.keys.is_placed for view in layer_views(model.eval(), torch.randn(1, 3, 224, 224)))
+
+
+def test_maps_cut_into_squares_and_rolled_lie_on_the_image():
+    model = alive(small("agent_swin_tiny", img_size=64, window_size=8, attn_type="AA"))  # 16 x 16 tokens, squares of 8
+    whole = next(v for v in layer_views(model, torch.randn(1, 3, 64, 64)) if v.layer == "stages.0.blocks.0.attn")
+    assert whole.queries.size == (16, 16)
+    query = whole.query_at(4 * 9, 4 * 3)
+    seen = whole.keys.places[(whole.weights([query])[0, 0] > 0).nonzero().flatten()]
+    assert (int(seen[:, 0].min()), int(seen[:, 0].max()), int(seen[:, 1].min()), int(seen[:, 1].max())) == (0, 7, 8, 15)
+
+
 # Gates
 
 
