@@ -5,7 +5,7 @@ Status     no official code or weights are public; see attention_ops/local_queri
 Branches   "sa": the ViT. "glca": one block of global-local cross-attention on its last tokens, with a classifier of its
            own. "pwca", in training only: the ViT again, each query attending to the keys of another image too.
 Output     the logarithm of the mean of both branches' class probabilities (the paper adds them).
-Training   `train.dcal.DcalLosses`, a hook of MMEngine, trains all branches with learned weights of their losses.
+Training   the key `loss.branches` of a recipe trains all branches with learned weights of their losses.
 We differ  pairs are drawn inside the batch, at random.
 
     timm.create_model("dcal", of="vit_small_patch16_224", pretrained=True, local_share=0.1)
@@ -82,7 +82,7 @@ class Dcal(nn.Module):
         self.local = LocalBlock(net.embed_dim, first.attn.num_heads, local_share, net.num_prefix_tokens, **dd)
         self.local_norm = nn.LayerNorm(net.embed_dim, eps=1e-6, **dd)
         self.head = nn.Linear(net.embed_dim, net.num_classes, **dd) if net.num_classes > 0 else nn.Identity()
-        self.loss_weights = nn.Parameter(torch.zeros(len(BRANCHES), **dd))  # of `DcalLosses`
+        self.loss_weights = nn.Parameter(torch.zeros(len(BRANCHES), **dd))  # for `loss.branches` of a recipe
         self.keeps_branches = False  # whether training keeps the logits of all branches, for a loss of each
         self.branch_logits: dict[str, Tensor] = {}
 

@@ -7,6 +7,8 @@ Phase 2    45 epochs, 8e-5 -> 2e-6, 3 of warm-up: all but the predictors, `disti
     train_phase(student, 1)
     loss = reconstruction_loss(student, teacher, images)
 
+The key `distill.phase` of a recipe trains a phase.
+
 The teacher is the dense model, such as timm's deit_small_patch16_224, in eval mode. AdamW, weight decay 0.05, batch
 1344 (168 on each of 8 GPUs), DeiT's augmentation, no drop path.
 """
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention_ops._attend import accumulator
 from .sparsifiner import Sparsifiner
 
 RECONSTRUCTION, KL, TOKENS = 0.01, 0.5, 0.5  # weights of the losses; that of the classification loss is 1
@@ -51,7 +54,12 @@ def train_phase(student: Sparsifiner, phase: int) -> list[nn.Parameter]:
 
 
 def reconstruction_loss(
-    student: Sparsifiner, teacher: nn.Module, images: Tensor, *, weight: float = RECONSTRUCTION
+    student: Sparsifiner,
+    teacher: nn.Module,
+    images: Tensor,
+    *,
+    weight: float = RECONSTRUCTION,
+    teacher_images: Tensor | None = None,
 ) -> Tensor:
     """Return phase 1's loss: how far the predictors' matrices are from the teacher's attention.
 
@@ -61,11 +69,12 @@ def reconstruction_loss(
     Args:
         teacher: a ViT of timm with as many blocks, heads and tokens; runs without gradients.
         images: (B, C, H, W).
+        teacher_images: the same images as the teacher takes them, with its mean and deviation; None: `images`.
 
     Raises:
         ValueError: teacher and student differ in blocks, heads or tokens.
     """
-    matrices = attention_matrices(teacher, images)
+    matrices = attention_matrices(teacher, images if teacher_images is None else teacher_images)
     _, approximations = student.dense_features(images)
     wanted = [tuple(m[:, :, 1:].shape) for m in matrices]
     if wanted != [tuple(a.shape) for a in approximations]:
@@ -87,6 +96,7 @@ def distillation_loss(
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     logits_weight: float = KL,
     tokens_weight: float = TOKENS,
+    teacher_images: Tensor | None = None,
 ) -> DistillationLoss:
     """Return phase 2's loss: classes, KL divergence of the logits from the teacher's, distance of the last tokens.
 
@@ -95,21 +105,40 @@ def distillation_loss(
     Args:
         teacher: a ViT of timm with the student's classes, tokens and channels; runs without gradients.
         images, targets: (B, C, H, W), and what `criterion` takes beside logits.
+        teacher_images: the same images as the teacher takes them, with its mean and deviation; None: `images`.
+
+    Raises:
+        ValueError: teacher and student differ in classes, tokens or channels.
     """
     x, size = student.embed(images)
     state = student.last_state(x, size)
     features = student.finish(state)
-    logits, tokens = student.forward_head(features), features[:, 1:]
-    with torch.no_grad():
-        of_teacher: Any = teacher.forward_features(images)  # type: ignore[operator]
-        wanted: Any = teacher.forward_head(of_teacher)  # type: ignore[operator]
-    of_teacher = of_teacher[:, 1:]
+    logits, tokens = _wide(student.forward_head(features)), _wide(features[:, 1:])
+    wanted, of_teacher = _answers(teacher, images if teacher_images is None else teacher_images)
+    whole = (len(images), size[0] * size[1], tokens.shape[2])
+    if wanted.shape != logits.shape or of_teacher.shape != whole:
+        raise ValueError(
+            f"distillation_loss: the teacher's logits and tokens must be {tuple(logits.shape)} and {whole}, got "
+            f"{tuple(wanted.shape)} and {tuple(of_teacher.shape)}"
+        )
     if student.prunes:
         of_teacher = of_teacher.gather(1, state[1][..., None].expand(-1, -1, of_teacher.shape[2]))
     kl = F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True)
     return DistillationLoss(
         criterion(logits, targets), logits_weight * kl, tokens_weight * F.mse_loss(tokens, of_teacher)
     )
+
+
+@torch.no_grad()
+def _answers(teacher: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a ViT's logits, and its tokens behind the last norm without the class token."""
+    features = teacher.forward_features(images)
+    return _wide(teacher.forward_head(features)), _wide(features[:, 1:])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Under autocast, losses are computed in float32."""
+    return x.to(accumulator(x.dtype))
 
 
 @torch.no_grad()

@@ -7,8 +7,6 @@ Ours       -
 Differs    pairs are drawn inside the batch. The rate of stochastic depth is not published: 0.1.
 """
 
-from foveate.train.dcal import DcalLosses
-
 data = dict(source="folder", img_size=448, crop_pct=0.815)  # a crop of 448 from 550
 model = dict(
     name="dcal",
@@ -23,5 +21,5 @@ augment = dict(hflip=0.5, scale=(0.3, 1.0))
 optimizer = dict(opt="adam", lr=1.5625e-5, weight_decay=0.05)  # 5e-4 / 512 * 16
 schedule = dict(kind="cosine", epochs=100)
 batch_size = 16
-hooks = [dict(type=DcalLosses)]
+loss = dict(branches=True)
 global_batch = 16

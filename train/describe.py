@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from .._errors import first_line
@@ -159,9 +158,9 @@ def _image_seconds(run: Run) -> float:
     return times[-1] / count
 
 
-def _time_step(model: nn.Module, images: torch.Tensor) -> float:
+def _time_step(model: Classifier, images: torch.Tensor) -> float:
     start = time.perf_counter()
-    model(images, None).mean().backward()
+    model.trial(images).backward()
     if images.device.type == "cuda":
         torch.cuda.synchronize(images.device)
     return time.perf_counter() - start

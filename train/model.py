@@ -5,7 +5,7 @@ Autocast is entered here and not in the optimizer wrapper, so that validation ru
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
@@ -26,6 +26,7 @@ from .errors import TrainError
 from .loading import Say, start_net
 from .losses import choose_loss, judge, loss_of_layers, unread_row
 from .parallel import frozen_norms
+from .phases import phase_loss
 from .recipe import LoraRecipe, ModelRecipe, Precision, Recipe
 
 DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,23 +48,45 @@ class Classifier(BaseModel):
 
     def forward(self, images: Tensor, targets: Tensor, mode: Literal["tensor", "loss", "predict"] = "tensor") -> Any:
         """Return logits, {"loss": scalar}, or `judge`'s row per image."""
-        logits = self.logits(images)
         if mode == "loss":
-            loss = self.loss(logits, targets) + loss_of_layers(self.net, self.loss_recipe)
-            if self.teacher is not None:
-                with self._autocast(images):
-                    teachers = self.teacher.logits(images)
-                loss = self.teacher.loss(loss, logits, teachers)
-            return {"loss": loss}
+            return {"loss": self._loss(images, targets)}
+        logits = self.logits(images)
         return judge(logits, targets).tolist() if mode == "predict" else logits
 
     def logits(self, images: Tensor) -> Tensor:
         """Return float32 logits (B, classes)."""
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         with self._autocast(images):
-            logits = self.net(images)
+            logits = self.net(self._in_layout(images))
         return logits.float()
+
+    def trial(self, images: Tensor) -> Tensor:
+        """Return a scalar for the backward pass of a training step whose images have no targets."""
+        if self.phase is None:
+            return self(images, None).mean()
+        return self._phase_loss(images, None, lambda logits, targets: logits.mean())
+
+    @property
+    def phase(self) -> int | None:
+        """The training phase of Sparsifiner, if the recipe names one."""
+        return None if self.teacher is None else self.teacher.phase
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        if self.phase is not None:
+            return self._phase_loss(images, targets, self.loss)
+        logits = self.logits(images)
+        loss = self.loss(logits, targets) + loss_of_layers(self.net, self.loss_recipe)
+        if self.teacher is None:
+            return loss
+        with self._autocast(images):
+            teachers = self.teacher.logits(images)
+        return self.teacher.loss(loss, logits, teachers)
+
+    def _phase_loss(self, images: Tensor, targets: Tensor | None, criterion: Callable[..., Tensor]) -> Tensor:
+        with self._autocast(images):
+            return phase_loss(self.teacher, self.net, self._in_layout(images), targets, criterion)
+
+    def _in_layout(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def val_step(self, data: Any) -> list[list[float]]:
         """Return `judge`'s row per image; that of an image that could not be read holds NaN."""

@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader
 
 from .checkpoints import read_checkpoint
 from .data import build_loaders
+from .dcal import check_branches
 from .describe import Run, describe_run
 from .hooks import build_hooks, seed_everything
 from .model import Classifier, build_net, check_runs
 from .parallel import prepare_net
+from .phases import check_phase, start_phase
 from .recipe import Recipe
 from .teacher import Teacher
 
@@ -44,9 +46,12 @@ def build_parts(recipe: Recipe, checkpoint: Path | None, place: torch.device, sa
     named_hooks = build_hooks(recipe)
     notes: list[str] = []
     net = prepare_net(build_net(recipe, notes.append), recipe, place)
+    check_branches(net, recipe)
+    start_phase(net, recipe)
     teacher = None if recipe.distill is None else Teacher(recipe, recipe.distill, place)
     model = Classifier(recipe, net, teacher).to(place)
     check_runs(model, recipe)
+    check_phase(model, recipe)
     train_loader, val_loader, classes = build_loaders(recipe, pin_memory=place.type == "cuda")
     done = 0 if checkpoint is None else read_checkpoint(checkpoint)["meta"]["epoch"]
     for line in describe_run(Run(recipe, model, train_loader, val_loader, get_dist_info()[1], place, notes, done)):

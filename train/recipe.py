@@ -224,6 +224,7 @@ class LossRecipe:
     multi_label: bool = False  # bce: an image has any number of classes; its target is a number per class
     load_balance: float = limited(0.0, at_least=0)  # factor of the loss of uneven heads, for mixtures of heads (MoH)
     commitment: float = limited(0.0, at_least=0)  # factor of the distance from centroids, for routing attention
+    branches: bool = False  # dcal: the losses of all branches, pairs of images included, in learned proportions
 
     def __post_init__(self) -> None:
         _needs("loss.threshold", self.threshold, 'loss.kind "bce"', self.kind == "bce")
@@ -232,17 +233,26 @@ class LossRecipe:
 
 @dataclass(frozen=True)
 class DistillRecipe:
-    """Learn a teacher's logits too: (1 - weight) * loss + weight * temperature**2 * KL(teacher, model)."""
+    """Learn a teacher's logits too: (1 - weight) * loss + weight * temperature**2 * KL(teacher, model).
+
+    With `phase`, the losses of a training phase of Sparsifiner, weighted as in the paper; it decides what trains.
+    """
 
     teacher: str  # a timm model with as many classes
     pretrained: bool = False  # the weights that timm knows for the teacher
     checkpoint: str | None = None  # or a file: a checkpoint of a run, or weights in the official layout or ours
     weight: float = limited(0.5, above=0, at_most=1)
     temperature: float = limited(1.0, above=0)
+    # Sparsifiner. 1: its predictors learn the teacher's attention matrices, labels are not used; 2: all else learns
+    # the classes, and the teacher's logits and last tokens.
+    phase: Literal[1, 2] | None = None
 
     def __post_init__(self) -> None:
         if self.pretrained == (self.checkpoint is not None):
             raise TrainError("distill: name the teacher's weights by one of distill.checkpoint and distill.pretrained")
+        for key, other in (("weight", 0.5), ("temperature", 1.0)):
+            if self.phase is not None and (value := getattr(self, key)) != other:
+                raise TrainError(f"distill.{key}: has no effect with distill.phase, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -317,6 +327,23 @@ class Recipe:
                 raise TrainError("engine.parallel fsdp: clip_mode agc needs whole weights; use norm or value")
         if self.distill is not None and self.loss.multi_label:
             raise TrainError("distill: compares distributions over classes, which loss.multi_label does not have")
+        if self.distill is not None and self.distill.phase is not None:
+            self._check_phase(self.distill.phase)
+
+    def _check_phase(self, phase: int) -> None:
+        """Refuse keys that do not work with a phase of Sparsifiner, or have no effect in it."""
+        others = {
+            "engine.parallel fsdp": self.engine.parallel == "fsdp",
+            "engine.compile": self.engine.compile,
+            "engine.grad_checkpointing": phase == 1 and self.engine.grad_checkpointing,
+            "loss.load_balance": self.loss.load_balance,
+            "loss.commitment": self.loss.commitment,
+            "loss.branches": self.loss.branches,
+            'loss.kind "bce"': phase == 1 and self.loss.kind == "bce",
+        }
+        for key, given in others.items():
+            if given:
+                raise TrainError(f"distill.phase {phase}: does not work with {key}")
 
 
 def read_recipe(data: dict[str, Any]) -> Recipe:

@@ -27,6 +27,7 @@ from .checkpoints import (
     recipe_of,
 )
 from .data import build_val_loader
+from .dcal import DcalLosses
 from .describe import scale_rate
 from .engine import RecipeRunner
 from .errors import TrainError
@@ -273,6 +274,7 @@ def _run(parts: Parts, work_dir: Path, checkpoint: Path | None, launcher: str, c
 def _optional_hooks(recipe: Recipe, launcher: str) -> list[Hook]:
     hooks: list[Hook] = [] if recipe.augment.mixup_off_epoch is None else [MixingEnds(recipe.augment.mixup_off_epoch)]
     hooks += [StreamEpoch()] if recipe.data.streams else []
+    hooks += [DcalLosses()] if recipe.loss.branches else []
     return hooks + ([Buffers()] if launcher != "none" else [])
 
 

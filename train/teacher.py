@@ -1,4 +1,4 @@
-"""Distillation of a teacher's logits (Hinton et al. 2015, arXiv:1503.02531)."""
+"""The teacher of distillation (Hinton et al. 2015, arXiv:1503.02531), and of Sparsifiner's training phases."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class Teacher:
         Raises:
             TrainError: unknown model, weights that do not fit, other classes, or a size that it does not take.
         """
-        self.weight, self.temperature = distill.weight, distill.temperature
+        self.weight, self.temperature, self.phase = distill.weight, distill.temperature, distill.phase
         net = _load(recipe, distill)
         self.net = DistillationTeacher(net).requires_grad_(False).to(device).eval()
         self.mean, self.std = (
@@ -41,7 +41,16 @@ class Teacher:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of images that are normalized for the trained model."""
-        return self.net(self.net.normalize_input(images, self.mean, self.std)).float()
+        return self.net(self.normalized(images)).float()
+
+    @property
+    def model(self) -> nn.Module:
+        """The timm model itself."""
+        return self.net.model
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Return images that are normalized for the trained model as the teacher takes them."""
+        return self.net.normalize_input(images, self.mean, self.std)
 
     def loss(self, own: Tensor, logits: Tensor, teachers: Tensor) -> Tensor:
         """Return (1 - weight) * own + weight * temperature**2 * KL(teacher, model)."""

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.models import model_entrypoint
@@ -87,6 +88,10 @@ def test_published_values_reach_the_recipes():
     deit, cswin = load_recipe("agent_deit_tiny_8xb512_in1k"), load_recipe("agent_cswin_base_8xb64_in1k")
     assert (deit.optimizer.lr, deit.schedule.min_lr, deit.model.drop_path_rate) == (4e-3, 4e-5, 0.0)
     assert (cswin.ema, cswin.optimizer.weight_decay, cswin.optimizer.clip_grad) == (0.99992, 0.1, None)
+    phases = [load_recipe(f"sparsifiner_deit_small_8xb168_in1k-phase{n}") for n in (1, 2)]
+    assert [(r.optimizer.lr, r.schedule.min_lr) for r in phases] == [(3e-4, 2e-4), (8e-5, 2e-6)]
+    assert [r.schedule.epochs for r in phases] == [5, 45]
+    assert [r.distill.phase for r in phases] == [1, 2] and {r.schedule.warmup_epochs for r in phases} == {3}
     eca, mobile = load_recipe("eca_resnet101_4xb64_in1k"), load_recipe("eca_mobilenet_v2_1xb96_in1k")
     assert (eca.schedule.step_epochs, eca.schedule.step_rate, eca.augment.randaugment) == (30, 0.1, None)
     assert eca.optimizer.also_decay == mobile.optimizer.also_decay == ("*",)
@@ -110,12 +115,19 @@ def test_the_header_tells_the_multiply_adds(name):
     assert read_entry(name).gmacs == pytest.approx(count_macs(net, torch.zeros(1, *input_size(recipe))) / 1e9, rel=0.02)
 
 
+def teacher_file(recipe, folder):
+    """Write weights of the recipe's teacher, for two classes."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model(recipe.distill.teacher, num_classes=2).state_dict(), folder / "teacher.pth")
+    return str(folder / "teacher.pth")
+
+
 @pytest.mark.slow
 @every_recipe
 def test_every_recipe_takes_two_steps_from_a_folder(name, tmp_path):
     """At 64 pixels where the model takes any size; without the plan of a pruned model, which a user makes first."""
     recipe = from_scratch(load_recipe(name))
-    fixed = recipe.model.name.startswith("swin")
+    fixed = recipe.model.name.startswith("swin") or recipe.distill is not None  # the teacher takes one size
     size = recipe.data.img_size if fixed else 64
     mode = "L" if recipe.model.in_chans == 1 else "RGB"
     for split, count in (("train", 4), ("validation", 1)):
@@ -130,6 +142,8 @@ def test_every_recipe_takes_two_steps_from_a_folder(name, tmp_path):
         "schedule.cooldown_epochs": 0, "schedule.delay_epochs": 0, "hooks": (), "augment.repeats": 1,
         "precision": "bf16" if recipe.precision == "fp16" else recipe.precision,
     }  # fmt: skip
+    if recipe.distill is not None:
+        options |= {"distill.pretrained": False, "distill.checkpoint": teacher_file(recipe, tmp_path)}
     result = train(recipe, work_dir=tmp_path / "run", cfg_options=options, device="cpu")
     assert read_scalars(result.log)[-1]["iter"] == 2
 

@@ -1,5 +1,6 @@
-"""The hook that trains the branches of a `dcal` model."""
+"""The key loss.branches, which trains the branches of a `dcal` model."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -8,6 +9,8 @@ import timm
 import torch
 from torch import nn
 
+from foveate.train import read_scalars, train
+from foveate.train.checkpoints import net_weights, read_checkpoint
 from foveate.train.dcal import BranchLosses, DcalLosses
 from foveate.train.errors import TrainError
 from foveate.train.model import Classifier, build_net
@@ -53,20 +56,25 @@ def test_the_hook_restores_the_model_and_adds_no_weights(make_recipe):
     assert model.loss is plain and not model.net.keeps_branches
 
 
-def test_another_model_and_another_batch_are_refused(make_recipe):
-    recipe = read_recipe(make_recipe())
-    other = Classifier(recipe, build_net(recipe))
-    with pytest.raises(TrainError, match=r"DcalLosses wants model.name dcal, got ResNet"):
-        DcalLosses().before_train(SimpleNamespace(model=other))
+def test_another_model_and_another_batch_are_refused(make_recipe, tmp_path):
+    with pytest.raises(TrainError, match=r"loss.branches: wants model.name dcal, got test_resnet"):
+        train(make_recipe(loss={"branches": True}), work_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     loss = BranchLosses(timm.create_model("dcal", **VIT, num_classes=3), nn.CrossEntropyLoss())
     with pytest.raises(TrainError, match="did not run in training mode on this batch"):
         loss(torch.zeros(2, 3), torch.tensor([0, 1]))
 
 
-@pytest.mark.slow
-def test_a_recipe_with_the_hook_trains(make_recipe, tmp_path):
-    from foveate.train import train
-
-    recipe = make_recipe(model={"name": "dcal", **VIT}, hooks=[{"type": "DcalLosses"}])
-    train(recipe, work_dir=tmp_path / "run")
-    assert list((tmp_path / "run").rglob("*.pth"))
+def test_a_recipe_in_json_trains_the_branches(make_recipe, tmp_path):
+    losses = []
+    for branches in (False, True):
+        recipe = make_recipe(model={"name": "dcal", **VIT}, schedule={"epochs": 1}, loss={"branches": branches})
+        path = tmp_path / f"{branches}.json"
+        path.write_text(json.dumps(recipe))
+        result = train(path, work_dir=tmp_path / str(branches))
+        losses.append(read_scalars(result.log)[-1]["train_loss"])
+        weights = net_weights(read_checkpoint(result.last_checkpoint))["loss_weights"]
+        assert bool(weights.any()) == branches  # they begin at 0
+    assert losses[0] != losses[1]
+    again = train(tmp_path / "True.json", work_dir=tmp_path / "True", resume=True, cfg_options={"schedule.epochs": 2})
+    assert again.epochs == 2
