@@ -21,6 +21,7 @@ __all__ = [
     "OpOverload",
     "assume",
     "assumptions",
+    "backward_number",
     "body_of",
     "compile_package",
     "compiled_graphs",
@@ -32,6 +33,7 @@ __all__ = [
     "is_faked_or_recorded",
     "load_package",
     "name_of",
+    "next_number",
     "prefers_flash_attention",
     "pytree",
     "script_as",
@@ -48,6 +50,17 @@ assume = torch._check  # that a condition on free sizes holds
 def transforms_are_on() -> bool:
     """Say whether a transform of torch.func is at work."""
     return torch._C._are_functorch_transforms_active()
+
+
+def next_number() -> int:
+    """Return the number that autograd gives to the next operation of this thread."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def backward_number() -> int | None:
+    """Return the number of the operation whose gradient this thread computes; None outside a backward pass."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
 
 
 def forward_ad_is_on() -> bool:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._graph.sizes import known
 from .circle import circle_attention
 from .mixers import register_mixer
 
@@ -112,7 +113,10 @@ class CircleAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text: int, size: tuple[int, int]) -> Tensor:
         """(B, text + H * W, heads, head_dim) three times -> the same."""
-        q = q * self.scale(k.shape[1])
+        if torch.jit.is_scripting():
+            q = q * self.scale(k.shape[1])
+        else:
+            q = q * self.any_scale(k.shape[1], q)
         shape = [size[0], size[1]]
         maps = [t.narrow(1, text, t.shape[1] - text).unflatten(1, shape) for t in [q, k, v]]
         if text == 0:
@@ -140,6 +144,15 @@ class CircleAttention(nn.Module):
             return self.head_dim**-0.5
         count = keys * 10 if self.down_factor > 1 else keys
         return math.sqrt(math.log(count) / math.log(self.longest) / self.head_dim)
+
+    @torch.jit.ignore
+    def any_scale(self, keys: int, like: Tensor) -> float | Tensor:
+        """The same; for a free number of keys, a tensor of `like`'s dtype."""
+        if known(keys) or not self.proportional:
+            return self.scale(keys)
+        place = torch.arange(keys, device=like.device)[-1:]
+        count = (place + 1).double() * (10 if self.down_factor > 1 else 1)
+        return (count.log() / (math.log(self.longest) * self.head_dim)).sqrt().to(like.dtype)
 
     def extra_repr(self) -> str:
         sizes = f"num_heads={self.num_heads}, radius={self.radius}, down_factor={self.down_factor}"

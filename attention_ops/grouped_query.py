@@ -22,6 +22,7 @@ from ._checks import check_alike, check_device
 from ._graph.sizes import differs, is_known
 from ._graph.tiles import attend
 from ._op import Impl, declare, run
+from ._repeats import Earlier
 
 OP = "grouped_query_attention"
 Allocation = Literal["uniform", "key_norm", "ema", "difference", "noise"]
@@ -195,20 +196,39 @@ class DynamicGroups(nn.Module):
         self.register_buffer("cache", torch.zeros(kv_heads, device=device, dtype=dtype))
         self.register_buffer("sizes", torch.zeros(kv_heads, device=device, dtype=dtype))
         self.register_buffer("step", torch.zeros((), device=device, dtype=torch.int64))
+        self.earlier = Earlier()
 
     def forward(self, k: Tensor) -> Tensor:  # (B, N, kv_heads, d) -> (B or 1, heads)
         norms = key_norms(k, self.per_batch)
-        sizes = dynamic_sizes(norms, self.cache.to(norms.dtype), self.heads, self.by_difference)
+        cache, held, step, moves = self.cache, self.sizes, self.step, True
+        if not torch.jit.is_scripting():
+            cache, held, step, moves = self.state()
+        sizes = dynamic_sizes(norms, cache.to(norms.dtype), self.heads, self.by_difference)
+        due = step % self.window == 0
+        if self.training and self.per_batch:
+            sizes = torch.where(due, sizes, held.to(sizes.dtype))
+        if moves:
+            self.move(norms, sizes, due)
+        return key_heads_of(sizes, self.heads)
+
+    @torch.jit.ignore
+    def state(self) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """Return the state that this pass reads, and whether it may change it."""
+        now = (self.cache, self.sizes, self.step)
+        if not (self.training or self.per_batch):
+            return (*now, True)
+        (cache, sizes, step), moves = self.earlier.read(*now)
+        return cache, sizes, step, moves
+
+    def move(self, norms: Tensor, sizes: Tensor, due: Tensor) -> None:
+        """Change the running state: norms and sizes (B or 1, kv_heads); whether the cache is due, a scalar."""
         if self.training:
-            due = self.step % self.window == 0
             if self.per_batch:
-                sizes = torch.where(due, sizes, self.sizes.to(sizes.dtype))
                 self.sizes.copy_(sizes[0])
             self.cache.copy_(torch.where(due, (self.cache + norms.mean(0)) / self.window, self.cache))
             self.step.add_(1)
         elif self.per_batch:
             self.cache.copy_(norms[0])
-        return key_heads_of(sizes, self.heads)
 
 
 class GroupNoise(nn.Module):

@@ -3,12 +3,19 @@
 import torch
 from torch import Tensor, nn
 
+from ._repeats import is_repeated
+
 
 class Loss:
     """The loss of a layer's last forward pass in training; it is neither copied nor saved with the layer."""
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+
+    def keep(self, value: Tensor | None) -> None:
+        """Replace the loss; a pass that gradient checkpointing repeats leaves that of the first pass."""
+        if not is_repeated():
+            self.value = value
 
     def __deepcopy__(self, memo: dict) -> "Loss":
         return Loss()

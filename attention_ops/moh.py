@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._graph.sizes import is_surely
 from .aggregated import aggregated_attention
 from .losses import Loss
+from .resizing import pool_map
+from .tiling import larger
 
 LEAST_SUM = 1.1920929e-07  # float32's eps: the least sum of kept gates
 EIGHTHS = 8.0  # distances are in eighths of the map's side
@@ -23,6 +26,8 @@ EIGHTHS = 8.0  # distances are in eighths of the map's side
 def axis_cells(length: int, pooled: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Number the distances from the tokens of an axis to the cells of adaptive pooling.
 
+    Where all cells have one size, every second half step is no distance; where a free size does not tell, all are kept.
+
     Returns:
         (length, pooled) int64, the number of a pair's distance; and (distances,) float32: token - middle of the cell.
     """
@@ -30,7 +35,11 @@ def axis_cells(length: int, pooled: int, device: torch.device) -> tuple[Tensor, 
     first, past = cell * length // pooled, ((cell + 1) * length + pooled - 1) // pooled
     twice = 2 * torch.arange(length, device=device)[:, None] - (first + past - 1)  # twice the distance
     side = length // pooled
-    if side * pooled == length:
+    if torch.jit.is_scripting():
+        alike = side * pooled == length
+    else:
+        alike = is_surely(side * pooled == length)
+    if alike:
         least, step, count = side + 1 - 2 * length, 2, 2 * length - side
     else:
         least, step = 1 - length - (pooled - 1) * length // pooled, 1
@@ -75,6 +84,8 @@ class MohBase(nn.Module):
         dd = {"device": device, "dtype": dtype}
         head_dim = dim // heads
         self.heads, self.shared, self.routed = heads, shared, routed
+        # Pruning leaves some of the heads that gates are computed for: bit i of `kept_heads` for head i.
+        self.all_heads, self.kept_heads = heads, 2**heads - 1
         # TorchScript reads attributes only.
         self.least_sum, self.eighths, self.octaves = LEAST_SUM, EIGHTHS, math.log2(EIGHTHS)
         self.coordinate_size = None if coordinate_size is None else [int(side) for side in coordinate_size]
@@ -94,8 +105,8 @@ class MohBase(nn.Module):
     @property
     @torch.jit.unused
     def active(self) -> float:
-        """Heads that a token uses, of all heads."""
-        return (self.shared + self.routed) / self.heads
+        """Heads that a token uses, of all heads, before pruning."""
+        return (self.shared + self.routed) / self.all_heads
 
     def gates(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, heads): the weight of every head for every token, 0 where it is not chosen."""
@@ -115,16 +126,23 @@ class MohBase(nn.Module):
         if self.wg_0 is not None:
             balance = self.wg_0(x).softmax(-1) * 2
             parts = [parts[0] * balance[..., :1], parts[1] * balance[..., 1:]]
-        return torch.cat(parts, -1)
+        gates = torch.cat(parts, -1)
+        if self.heads == self.all_heads:
+            return gates
+        kept: list[int] = []
+        for i in range(self.all_heads):
+            if (self.kept_heads >> i) % 2 == 1:
+                kept.append(i)
+        return torch.stack([gates[..., i] for i in kept], -1)
 
     @torch.jit.ignore
     def note_balance(self, chances: Tensor, mask: Tensor) -> None:
         """In training: keep how unevenly heads are chosen, over the tokens of the whole batch."""
-        self.load_balance.value = None
-        if self.training:
-            heads = chances.shape[-1]
-            used = chances.flatten(0, -2).mean(0) * mask.flatten(0, -2).mean(0)
-            self.load_balance.value = used.mean() * heads**2
+        if not self.training:
+            self.load_balance.keep(None)
+            return
+        used = chances.flatten(0, -2).mean(0) * mask.flatten(0, -2).mean(0)
+        self.load_balance.keep(used.mean() * chances.shape[-1] ** 2)
 
     def bias(self, x: Tensor, pooled: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """The table of position biases of a map (B, H, W, C), (heads, R, C), and the cells of rows and columns."""
@@ -140,7 +158,7 @@ class MohBase(nn.Module):
 
     def logarithm(self, distances: Tensor, unit: int) -> Tensor:
         """Distances in tokens, on the scale that the network of positions reads."""
-        x = distances / max(unit - 1, 1) * self.eighths
+        x = distances / larger(unit - 1, 1) * self.eighths
         return torch.sign(x) * torch.log2(x.abs() + 1.0) / self.octaves
 
     def extra_repr(self) -> str:
@@ -222,7 +240,7 @@ class MohAggregatedAttention(MohBase):
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         pooled = self.pooled_size(x.shape[1], x.shape[2])
-        smaller = F.adaptive_avg_pool2d(self.act(self.sr(x.permute(0, 3, 1, 2))), pooled)
+        smaller = pool_map(self.act(self.sr(x.permute(0, 3, 1, 2))), pooled[0], pooled[1])
         smaller = self.norm(smaller.permute(0, 2, 3, 1)).flatten(1, 2)  # (B, P, C)
         pooled_k, pooled_v = self.kv(smaller).unflatten(-1, (2, self.heads, -1)).unbind(2)
         table, rows, cols = self.bias(x, pooled)
@@ -248,4 +266,4 @@ class MohAggregatedAttention(MohBase):
     def pooled_size(self, height: int, width: int) -> tuple[int, int]:
         if self.fixed_pool_size > 0:
             return self.fixed_pool_size, self.fixed_pool_size
-        return max(height // self.sr_ratio, 1), max(width // self.sr_ratio, 1)
+        return larger(height // self.sr_ratio, 1), larger(width // self.sr_ratio, 1)

@@ -9,9 +9,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._repeats import Earlier
 from .losses import Loss
 from .mixers import register_mixer
 from .routing import cluster_attention, cluster_members
+from .tiling import smaller
 
 VARIANTS = ("google", "lucidrains")
 BETA = 1e-4  # of the commitment loss
@@ -81,10 +83,14 @@ class ClusterRouting(nn.Module):
         self.memory_k = nn.Parameter(torch.randn(heads, clusters, memory, head_dim, **dd)) if memory else None
         self.memory_v = nn.Parameter(torch.randn(heads, clusters, memory, head_dim, **dd)) if memory else None
         self.commitment = Loss()
+        self.earlier = Earlier()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, Nq, heads, d), (B, Nk, heads, d) twice -> (B, Nq, heads, d)."""
-        window, key_window = min(self.window, q.shape[1]), min(self.key_window, k.shape[1])
+        means, moves = self.means, True
+        if not torch.jit.is_scripting():
+            means, moves = self.state()
+        window, key_window = smaller(self.window, q.shape[1]), smaller(self.key_window, k.shape[1])
         width = [q.shape[3]]
         if self.google:
             q = F.layer_norm(q, width, eps=1e-6)
@@ -94,11 +100,11 @@ class ClusterRouting(nn.Module):
             routed_q = F.normalize(q, dim=-1)
             routed_k = routed_q if self.share_qk else F.normalize(k, dim=-1)
             k = routed_q if self.share_qk else k
-        members = cluster_members(routed_q, self.means, window, strided=self.strided, ordered=self.google)
+        members = cluster_members(routed_q, means, window, strided=self.strided, ordered=self.google)
         key_members = members
-        if not self.share_qk or key_window != window:
+        if not self.share_qk or self.key_window != self.window:
             key_members = cluster_members(
-                routed_k, self.means, key_window, strided=self.strided, ordered=self.google
+                routed_k, means, key_window, strided=self.strided, ordered=self.google
             )  # fmt: skip
         if self.google:
             padding = (v == 0).all(-1).transpose(1, 2)  # (B, heads, N)
@@ -116,38 +122,43 @@ class ClusterRouting(nn.Module):
                 is_causal=self.is_causal, count_eps=1e-5,
             )  # fmt: skip
         if not torch.jit.is_scripting():
-            self.follow(routed_q, routed_k)
+            self.follow(routed_q, routed_k, means, moves)
         return out
 
     @torch.jit.ignore
-    def follow(self, q: Tensor, k: Tensor) -> None:
-        """In training: set the commitment loss, then move the centroids to the tokens."""
-        self.commitment.value = None
+    def state(self) -> tuple[Tensor, bool]:
+        """Return the centroids that this pass reads, and whether it may move them."""
         if not self.training:
+            return self.means, False
+        (means,), moves = self.earlier.read(self.means)
+        return means, moves
+
+    @torch.jit.ignore
+    def follow(self, q: Tensor, k: Tensor, means: Tensor, moves: bool) -> None:
+        """In training: set the commitment loss, then move the centroids to the tokens."""
+        if not self.training:
+            self.commitment.keep(None)
             return
         tokens = [q] if self.share_qk else [q, k]
-        nearest = [self._nearest(x) for x in tokens]
-        self.commitment.value = self.commitment_loss(q, k)
-        with torch.no_grad():
-            move = self._move_by_counts if self.google else self._move_by_bins
-            move([x.detach() for x in tokens], nearest)
+        nearest = [_nearest(x, means) for x in tokens]
+        self.commitment.keep(self._loss(tokens, nearest, means))
+        if moves:
+            with torch.no_grad():
+                move = self._move_by_counts if self.google else self._move_by_bins
+                move([x.detach() for x in tokens], nearest)
 
     def commitment_loss(self, q: Tensor, k: Tensor) -> Tensor:
         """Mean square distance of routed queries and keys from their nearest centroids, times 1e-4."""
         tokens = [q] if self.share_qk else [q, k]
-        apart = [x - self._of_nearest(x) for x in tokens]
+        return self._loss(tokens, [_nearest(x, self.means) for x in tokens], self.means)
+
+    def _loss(self, tokens: list[Tensor], nearest: list[Tensor], means: Tensor) -> Tensor:
+        heads = torch.arange(means.shape[0], device=means.device)
+        apart = [x - means[heads, near].to(x.dtype) for x, near in zip(tokens, nearest, strict=True)]
         if not self.google:
             return BETA * torch.cat(apart, 1).square().mean()
         losses = torch.stack([x.square().mean() for x in apart])
         return BETA * losses.sum() * (2 if self.share_qk else 1)
-
-    def _nearest(self, x: Tensor) -> Tensor:
-        """(B, N, heads): the centroid of highest product."""
-        return torch.einsum("bnhd,hkd->bnhk", x.detach().to(self.means.dtype), self.means).argmax(-1)
-
-    def _of_nearest(self, x: Tensor) -> Tensor:
-        heads = torch.arange(x.shape[2], device=x.device)
-        return self.means[heads, self._nearest(x)].to(x.dtype)
 
     def _sums(self, tokens: list[Tensor], nearest: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Tokens of each cluster, and their sums: (heads, K), (heads, K, d), over all processes."""
@@ -176,6 +187,11 @@ class ClusterRouting(nn.Module):
         means = F.normalize(sums / counts.clamp(min=1)[..., None], dim=-1)
         means = torch.where(counts[..., None] > 0, means, self.means)
         self.means.lerp_(means, 1 - self.decay)
+
+
+def _nearest(x: Tensor, means: Tensor) -> Tensor:
+    """Return the centroid of highest product of every token: (B, N, heads, d), (heads, K, d) -> (B, N, heads)."""
+    return torch.einsum("bnhd,hkd->bnhk", x.detach().to(means.dtype), means).argmax(-1)
 
 
 @register_mixer("routing")

@@ -162,13 +162,13 @@ def mixer_keywords(mixer: str) -> set[str]:
     return set(inspect.signature(MIXERS[mixer]).parameters) - OF_MODEL
 
 
-def _create(variant: str, config: MixerVitConfig, pretrained: bool, **kwargs) -> MixerVit:
+def _create(name: str, config: MixerVitConfig, pretrained: bool, /, **kwargs) -> MixerVit:  # "variant" is a mixer's
     mixer = kwargs.pop("mixer", config.mixer)
-    taken = {name: kwargs.pop(name) for name in sorted(mixer_keywords(mixer) & kwargs.keys())}
+    taken = {key: kwargs.pop(key) for key in sorted(mixer_keywords(mixer) & kwargs.keys())}
     config = replace(config, mixer=mixer, mixer_args=tuple(taken.items()))
     shown = last_three(len(kwargs.get("dims") or config.dims))
     return build(
-        MixerVit, config, variant, pretrained, checkpoint_filter_fn, **{"out_indices": shown, **kwargs}
+        MixerVit, config, name, pretrained, checkpoint_filter_fn, **{"out_indices": shown, **kwargs}
     )  # fmt: skip
 
 

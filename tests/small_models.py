@@ -86,6 +86,8 @@ KINDS = {  # and the other kinds of blocks
 ONE_SIZE = {  # models of one image size, which most tests of SMALL change: those of their own test files
     "ninformer": {"dims": (16, 16), "depths": (1, 1), "hidden_dim": 24},
 }
+EVERY = {**KINDS, **FIXED, **ONE_SIZE}
+SIZES = {**{name: kwargs["img_size"] for name, kwargs in FIXED.items()}, "ninformer": (32, 32)}  # of the others
 GATED = ("fv_halo", "fv_se", "fv_eca", "eca", "ela", "ulsam")
 OF_TIMMS_CLASSES = tuple(name for name in KINDS if name.startswith(GATED))
 VITS = tuple(name for name in KINDS if name.startswith(("gqa", "quantizable", "sparsifiner", "dependencyvit")))
@@ -101,7 +103,12 @@ SCALED = (
 def small(name: str, **kwargs) -> nn.Module:
     """Build the small model of that name; the same weights at every call."""
     torch.manual_seed(0)
-    return timm.create_model(name.partition(":")[0], **{**{**KINDS, **FIXED}[name], **kwargs})
+    return timm.create_model(name.partition(":")[0], **{**EVERY[name], **kwargs})
+
+
+def size_of_images(name: str) -> tuple[int, int]:
+    """Return (rows, columns) of images for the model: 64 x 64 where it takes any size."""
+    return SIZES.get(name, (64, 64))
 
 
 @torch.no_grad()
