@@ -190,6 +190,7 @@ class AgentAttention(AgentBiases):
         return self.mix(x, size)
 
     def mix(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the layer's output before the output projection, (B, N, C)."""
         if not torch.jit.is_scripting():
             self.check_tokens(x, size)
         q, k, v = self.qkv(x).unflatten(-1, [3, -1]).unbind(2)

@@ -193,6 +193,7 @@ class BiLevelRoutingAttention(nn.Module):
         return crop(self.proj(out), height, width)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, region_size: list[int]) -> Tensor:  # (B, H, W, width) each
+        """Route regions and attend, without projections; returns (B, H, W, C)."""
         keys, values, kv_region_size = k, v, region_size
         if self.kv_pool is not None:
             kv_region_size = self.kv_pool.pooled_size(region_size)

@@ -79,6 +79,7 @@ class CpuReport:
         return self.rates[min(known, key=distance)] if known else (1.0, 0.0)
 
     def table(self) -> "Table":
+        """Return the measured rates as a table of rich."""
         from rich.table import Table
 
         table = Table("dtype", "rows", "inputs", "outputs", "torch, GMAC/s", "oneDNN, GMAC/s", title=self.key)

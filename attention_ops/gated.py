@@ -126,6 +126,7 @@ class GatedAttention(nn.Module):
         return self.proj_drop(self.proj(out.flatten(2)))
 
     def gates(self, x: Tensor) -> Tensor | None:  # (B, N, C) -> (B, N, heads)
+        """Return the gate of every token and head; None without a gate."""
         if self.learns_gate:
             return self.alpha.sigmoid().expand(x.shape[0], x.shape[1], -1) * self.gate_scale
         elif self.computes_gate:

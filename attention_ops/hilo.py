@@ -219,11 +219,13 @@ class HiLoAttention(nn.Module):
         return crop(self.project(out), height, width)
 
     def pool(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H / window, W / window, C)
+        """Return the means of the tokens of every window."""
         if self.window_size == 1:
             return x
         return F.avg_pool2d(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
 
     def project(self, x: Tensor) -> Tensor:  # (B, H, W, heads, head_dim) -> (B, H, W, C)
+        """Project the heads of each branch, and put both side by side."""
         high, low = x[:, :, :, : self.high_heads].flatten(3), x[:, :, :, self.high_heads :].flatten(3)
         if self.h_proj is None:
             assert self.l_proj is not None

@@ -264,6 +264,7 @@ class MohAggregatedAttention(MohBase):
         return self.proj_drop(self.proj(out.flatten(3)))
 
     def pooled_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of the pooled map."""
         if self.fixed_pool_size > 0:
             return self.fixed_pool_size, self.fixed_pool_size
         return larger(height // self.sr_ratio, 1), larger(width // self.sr_ratio, 1)

@@ -180,6 +180,7 @@ class SubspaceAttention(nn.Module):
         self.bn_point = nn.BatchNorm2d(groups, momentum=0.9, **dd)
 
     def logits(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, groups, H, W)
+        """Return the logits of every group at every position."""
         x = self.pool(self.bn_dws(self.conv_dws(x)).relu())
         return self.bn_point(self.conv_point(x)).relu()
 

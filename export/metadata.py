@@ -43,6 +43,7 @@ class Metadata:
         return {name: getattr(self, name) for name in names}
 
     def dumps(self) -> str:
+        """Return the text that a file holds: JSON."""
         return json.dumps(asdict(self))
 
 

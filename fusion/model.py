@@ -62,6 +62,7 @@ class FusedModel(nn.Module):
         return FuseReport.of(self._plan(x), self.model)
 
     def train(self, mode: bool = True) -> "FusedModel":
+        """Raise FuseError unless `mode` is False: a fused model is for inference."""
         if mode:
             raise FuseError("a fused model is for inference; unfuse(model).train() trains")
         return super().train(False)
@@ -73,6 +74,7 @@ class FusedModel(nn.Module):
         return self.model.state_dict(keep_vars=keep_vars)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights into the model; the next call makes a new plan."""
         return self.model.load_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -35,6 +35,7 @@ class FuseReport:
 
     @classmethod
     def of(cls, plan: Plan, model: nn.Module) -> "FuseReport":
+        """Return the report of a plan of `model`."""
         return cls(type(model).__name__, +plan.fused, +plan.left)
 
     @property
@@ -48,6 +49,7 @@ class FuseReport:
         return f"{self.model}: fused {fused or 'nothing'}; calls {left}"
 
     def table(self) -> "Table":
+        """Return what was fused, and what is still called, as a table of rich."""
         from rich.table import Table
 
         table = Table("what", "count", "note", title=f"fused {self.model}")

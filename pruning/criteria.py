@@ -94,6 +94,7 @@ CRITERIA: Mapping[str, Criterion] = {
     "random": Criterion("model"),
     "head_importance": Criterion("model", needs_data=True),
 }
+"""Methods by name: the group of weights that is ranked by default, and the score."""
 
 
 def check_has_data(method: str, data: object | None) -> None:

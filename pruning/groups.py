@@ -10,6 +10,7 @@ from .errors import PruningError
 from .timm_groups import TIMM_GROUPS
 
 GROUPS = ("qkv", "prj", "mlp", "conv", "depthwise", "gate")
+"""Names of module groups of weights."""
 USUAL = ("qkv", "prj", "mlp", "conv")  # the default groups: matrices, as in DIMAP's paper
 
 

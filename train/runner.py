@@ -75,6 +75,8 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EvalResult:
+    """Accuracy of a model on a validation split."""
+
     top1: float  # %
     top5: float
     loss: float
