@@ -130,5 +130,6 @@ class EfficientChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         return x * self.gate(x).to(x.dtype)[:, :, None, None]
 
-    def gate(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C)
+    def gate(self, x: Tensor) -> Tensor:
+        """Return the factor of every channel, (B, C) in 0 to 1, of a map (B, C, H, W)."""
         return self.conv(token_means(x)[:, None]).sigmoid()[:, 0]

@@ -99,6 +99,7 @@ _TABLES: tuple[tuple[str, int, dict[str, float]], ...] = (
             **{"moh_transnext_base_50": 84.7, "moh_transnext_base_75": 84.9},
         },
     ),
+    ("arXiv:2006.15102", 224, {"ulsam_mobilenetv1": 70.6, "ulsam_mobilenetv2": 71.5}),
     # models of timm
     ("arXiv:2110.00476", 224, {"resnet50.a1_in1k": 80.4}),
     (HALO, 224, {"resnet50.tv_in1k": 76.13, "resnet50.a1h_in1k": 80.676, "resnet50.tv2_in1k": 80.85}),

@@ -57,7 +57,7 @@ def list_command(
     px: height and width for which the figures are. GMACs: 10^9 multiply-adds of one image, counted by definition.
     top-1: % on ImageNet-1k as published. weights: a URL, or "file only" where the authors' link is not a file.
     """
-    listed, bodies = _find(pattern), list(op_bodies())
+    listed, bodies = find_models(pattern), list(op_bodies())
     if as_json:
         typer.echo(json.dumps({"models": list(map(asdict, listed)), "bodies": list(map(asdict, bodies))}, indent=1))
         return
@@ -68,7 +68,12 @@ def list_command(
         typer.echo(f"  {'':<17}{', '.join(body.ops)}")
 
 
-def _find(pattern: str) -> list[Listed]:
+def find_models(pattern: str) -> list[Listed]:
+    """Return the sets of weights whose names match a shell pattern or hold it, in order of the models' names.
+
+    Raises:
+        RequestError: nothing matches.
+    """
     every = [_listed(model, cfg) for model in list_models() for cfg in weights_of(model)]
     found = [e for e in every if fnmatchcase(e.name, pattern) or fnmatchcase(e.name, f"*{pattern}*")]
     if not found:
@@ -138,7 +143,7 @@ def _products() -> Iterator[Body]:
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         shapes = [key for key in report.rates if key[0] == name]
-        faster = [f"{key[1]}x{key[2]}x{key[3]}" for key in shapes if report.takes_product(key[1], dtype)]
+        faster = [f"{key[1]}x{key[2]}x{key[3]}" for key in shapes if report.takes_product(*key[1:], dtype)]
         why = None
         if dtype is torch.bfloat16 and not has_bfloat16_products():
             why = "this CPU has no bfloat16 products"

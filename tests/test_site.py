@@ -135,7 +135,7 @@ def test_a_request_is_replaced():
     text = fill(
         "<!-- figure: nat Keys. -->\n\n<!-- models: van_b0 -->\n\n<!-- recipes: van_micro* -->", "families/a.md"
     )
-    assert "![Keys.](../figures/nat.svg)" in text and "| `van_b0` | 4.1 M | 0.9 | 75.4 | apache-2.0 | [in1k](" in text
+    assert "![Keys.](../figures/nat.svg)" in text and "| `van_b0` | 4.1 M | 0.86 | 75.4 | apache-2.0 | [in1k](" in text
     assert "| `van_micro_1xb64_mnist5k` | `van_b0` |" in text and "<!--" not in text
 
 
@@ -162,10 +162,10 @@ def test_links_between_files_become_links_between_pages(link, source, page, to):
 
 
 def test_every_model_has_a_row():
-    found = [rows.model_row(name) for name in foveate.list_models()]
-    numbers = [row for row in found if re.fullmatch(r"[\d.]+ M", row.params)]
-    assert len(numbers) >= len(found) - 6  # names of ELA that stand for a variant
-    assert next(row for row in found if row.name == "eca_resnet34").gmacs == "3.7"
+    found = {name: rows.model_row(name) for name in foveate.list_models()}
+    assert all(re.fullmatch(r"[\d.]+ M", row.params) and float(row.gmacs) > 0 for row in found.values())
+    assert found["eca_resnet34"].gmacs == "3.7" and found["litv2_base"].top1 == "83.6 / 84.7"
+    assert found["van_b0"].weights.startswith("[in1k](https://") and found["biformer_tiny"].weights == "file only"
 
 
 def test_the_cost_of_every_op_is_stated():
