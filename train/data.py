@@ -22,7 +22,7 @@ from .interrupt import outlive_signals
 from .policies import black_at_0_bits
 from .recipe import DataRecipe, Recipe
 from .samplers import EpochSampler
-from .sources import Transform, class_names, open_split
+from .sources import Transform, class_names, nested_folders, open_split
 from .streams import stream_loader
 
 _WORKERS_PER_CPU, _FEW_WORKERS = 4, 32
@@ -39,7 +39,7 @@ def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoad
         return _stream_loaders(recipe, pin_memory)
     train = open_split(recipe.data, recipe.data.train_split, train_transform(recipe), fixed=not _random(recipe))
     classes = class_names(train)
-    _check_classes(recipe.data, recipe.data.train_split, classes, recipe.model.num_classes)
+    _check_classes(recipe.data, recipe.data.train_split, train, recipe.model.num_classes)
     val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
     images = Images(train, _shape(recipe), "skip", recipe.data.max_unreadable)
     sampler = EpochSampler(images, recipe.seed, recipe.batch_size, recipe.augment.repeats)
@@ -59,14 +59,14 @@ def build_val_loader(recipe: Recipe, classes: Sequence[str] | None, *, pin_memor
     if recipe.data.streams:
         return _stream_loader(recipe, pin_memory, training=False)
     val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
-    _check_classes(recipe.data, recipe.data.val_split, class_names(val), recipe.model.num_classes)
+    _check_classes(recipe.data, recipe.data.val_split, val, recipe.model.num_classes)
     return _val_loader(recipe, val, pin_memory)
 
 
 def _stream_loaders(recipe: Recipe, pin_memory: bool) -> tuple[DataLoader, DataLoader, list[str] | None]:
     loader = _stream_loader(recipe, pin_memory, training=True)
     classes = class_names(loader.dataset)
-    _check_classes(recipe.data, recipe.data.train_split, classes, recipe.model.num_classes)
+    _check_classes(recipe.data, recipe.data.train_split, loader.dataset, recipe.model.num_classes)
     return loader, _stream_loader(recipe, pin_memory, training=False), classes
 
 
@@ -92,7 +92,7 @@ def draw_batches(
             be read.
     """
     split = open_split(data, data.train_split, transform, fixed=False)
-    _check_classes(data, data.train_split, class_names(split), num_classes)
+    _check_classes(data, data.train_split, split, num_classes)
     images = Images(split, (1, 1, 1))
     count = len(images)
     if count < batches * batch_size:
@@ -160,12 +160,18 @@ def _ratio(data: DataRecipe) -> tuple[float, float]:
     return (columns / rows, columns / rows)
 
 
-def _check_classes(data: DataRecipe, split: str, classes: Sequence[str] | None, num_classes: int) -> None:
-    if classes is not None and len(classes) != num_classes:
-        raise TrainError(
-            f"data: {data.root or data.source} has {len(classes)} classes in {split!r}, but model.num_classes is "
-            f"{num_classes}"
-        )
+def _check_classes(data: DataRecipe, split: str, dataset: Dataset, num_classes: int) -> None:
+    classes = class_names(dataset)
+    if classes is None or len(classes) == num_classes:
+        return
+    nested = nested_folders(dataset)
+    why = (
+        f"; folders in folders are classes too: {', '.join(nested[:3])}{', ...' * (len(nested) > 3)}" if nested else ""
+    )
+    raise TrainError(
+        f"data: {data.root or data.source} has {len(classes)} classes in {split!r}, but model.num_classes is "
+        f"{num_classes}{why}"
+    )
 
 
 def _shape(recipe: Recipe) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -158,6 +160,7 @@ def _open_folder(
     if root.name.endswith(_TARS[1:]):
         root = _decompressed(root)
     dataset = _create_folder(data, name, root, numbers)
+    _check_names(root, dataset)
     if classes is None or numbers is not None or (found := class_names(dataset) or []) == list(classes):
         return dataset
     if strangers := set(found) - set(classes):
@@ -168,6 +171,27 @@ def _open_folder(
             "use data.source 'folder'"
         )
     return _create_folder(data, name, root, {c: i for i, c in enumerate(classes)})
+
+
+def nested_folders(dataset: Dataset) -> list[str]:
+    """Return the class folders that lie inside another class folder, below the root; their last names are classes."""
+    reader: Any = getattr(dataset, "reader", None)
+    if not isinstance(reader, ReaderImageFolder):
+        return []
+    folders = {os.path.dirname(path) for path, _ in reader.samples}
+    found = (os.path.relpath(folder, reader.root) for folder in folders)
+    return sorted(folder for folder in found if os.sep in folder)
+
+
+def _check_names(root: Path, dataset: Dataset) -> None:
+    """Refuse two folders of one name: timm counts them as one class."""
+    nested = nested_folders(dataset)
+    names = Counter(os.path.basename(folder) for folder in nested)
+    names.update(name for name in names if (root / name).is_dir())
+    if twice := [name for name, count in names.items() if count > 1]:
+        places = [folder for folder in nested if os.path.basename(folder) == twice[0]]
+        places += [twice[0]] * (len(places) < names[twice[0]])
+        raise TrainError(f"{root}: {' and '.join(sorted(places))} have one name, which would be one class")
 
 
 def _create_folder(data: DataRecipe, name: str, root: Path, numbers: Mapping[str, int] | None) -> Dataset:

@@ -69,6 +69,22 @@ def test_the_class_count_must_be_the_models(make_recipe):
         loaders(make_recipe(model={"num_classes": 10}))
 
 
+def test_a_folder_inside_a_class_folder_is_named(make_recipe, own_images):
+    inner = own_images / "train" / "ant" / "deep" / "er"
+    shutil.copytree(own_images / "train" / "bee", inner)
+    wanted = r"has 4 classes in 'train', but model.num_classes is 3; folders in folders are classes too: ant/deep/er$"
+    with pytest.raises(TrainError, match=wanted):
+        loaders(make_recipe(data={"root": str(own_images)}))
+
+
+@pytest.mark.parametrize(("places", "words"), [(("x/bee",), "bee and x/bee"), (("x/fly", "y/fly"), "x/fly and y/fly")])
+def test_two_folders_of_one_name_are_not_one_class(make_recipe, own_images, places, words):
+    for place in places:
+        shutil.copytree(own_images / "train" / "ant", own_images / "train" / place)
+    with pytest.raises(TrainError, match=f"train: {words} have one name, which would be one class"):
+        loaders(make_recipe(data={"root": str(own_images)}))
+
+
 def test_a_validation_class_that_was_not_trained_is_refused(make_recipe, own_images):
     (own_images / "val" / "ant").rename(own_images / "val" / "antelope")
     with pytest.raises(TrainError, match="val: class folder antelope not among the 3 classes"):
