@@ -10,13 +10,15 @@ import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
+from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
@@ -35,6 +37,7 @@ Transform = Callable[[Image.Image], Tensor]  # a PIL image -> (C, H, W) uint8
 SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # names of splits
 _FOLDERS = ("folder", "torch/image_folder", "torch/folder")
 _TARS = (".tar", ".tar.gz", ".tgz")
+_MORE_IMAGES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")  # besides timm's .png, .jpg, .jpeg
 
 
 class Digits(Dataset):
@@ -196,12 +199,24 @@ def _check_names(root: Path, dataset: Dataset) -> None:
 
 def _create_folder(data: DataRecipe, name: str, root: Path, numbers: Mapping[str, int] | None) -> Dataset:
     given = {} if numbers is None else {"class_map": dict(numbers)}
-    if name != "tars":
-        return _create(data, name, str(root), search_split=False, **given)
+    with _more_images():
+        if name != "tars":
+            return _create(data, name, str(root), search_split=False, **given)
+        try:
+            return ImageDataset(str(root), reader=ReaderImageInTar(str(root), **given))
+        except Exception as error:  # readers raise many types
+            raise TrainError(f"data.source {data.source} cannot open {root}: {first_line(error)}") from error
+
+
+@contextmanager
+def _more_images() -> Iterator[None]:
+    """Let timm's readers find more kinds of images than by default, for as long as one is made."""
+    before = get_img_extensions()
+    set_img_extensions((*before, *_MORE_IMAGES))
     try:
-        return ImageDataset(str(root), reader=ReaderImageInTar(str(root), **given))
-    except Exception as error:  # readers raise many types
-        raise TrainError(f"data.source {data.source} cannot open {root}: {first_line(error)}") from error
+        yield
+    finally:
+        set_img_extensions(before)
 
 
 def _decompressed(path: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from timm.data.readers import get_img_extensions
 
 from foveate.train import MissingPackageError, TrainError, load_recipe, mnist5k
 from foveate.train.data import build_loaders, build_val_loader
@@ -67,6 +68,20 @@ def test_class_folders_without_images_are_refused(make_recipe, own_images):
 def test_the_class_count_must_be_the_models(make_recipe):
     with pytest.raises(TrainError, match=r"has 3 classes in 'train', but model.num_classes is 10"):
         loaders(make_recipe(model={"num_classes": 10}))
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_all_kinds_of_images_are_found_and_timms_own_readers_are_left_alone(make_recipe, own_images, archived):
+    for file in (own_images / "val").glob("*/*.png"):
+        Image.open(file).save(file.with_suffix({"0": ".webp", "1": ".TIFF", "2": ".gif"}[file.stem]))
+        file.unlink()
+    if archived:
+        with tarfile.open(own_images / "val.tar", "w") as tar:
+            tar.add(own_images / "val", arcname=".")
+        shutil.rmtree(own_images / "val")
+    _, val, _ = loaders(make_recipe(data={"root": str(own_images), "val_split": "val"}))
+    assert sorted(t for _, batch in val for t in batch.tolist()) == [0] * 3 + [1] * 3 + [2] * 3
+    assert get_img_extensions() == (".png", ".jpg", ".jpeg")
 
 
 def test_a_folder_inside_a_class_folder_is_named(make_recipe, own_images):

@@ -82,7 +82,6 @@ BAD = {
     "32 bit floats.tiff": encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
 }
 IGNORED = {"notes.txt": b"not an image", "folder.jpg": None}
-READ = (".png", ".jpg", ".jpeg")  # by timm's reader of folders
 
 
 @pytest.fixture
@@ -91,9 +90,8 @@ def data(images: Path, tmp_path: Path) -> Path:
 
 
 def put(folder: Path, name: str, content: bytes | None) -> str:
-    """Write a file into class bee; what the reader of folders skips by its suffix gets a name that it reads."""
-    suffix = Path(name).suffix.lower()
-    path = folder / "bee" / (name if suffix in READ or name in IGNORED else f"{name}.png")
+    """Write a file into class bee."""
+    path = folder / "bee" / name
     if name == "dangling.jpg":
         path.symlink_to("nowhere")
     elif content is None:
