@@ -1,7 +1,7 @@
 """An Agent-CSwin of two stages on mnist5k: 7x7 and 4x4 maps, 9 and 4 agents.
 
 Command    foveate train agent_cswin_micro_1xb64_mnist5k
-Model      0.31 M parameters, 0.006 GMACs
+Model      0.31 M parameters, 0.0059 GMACs
 Published  -
 Ours       -
 """

@@ -2,7 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train agent_deit_tiny_8xb512_in1k --data IMAGENET \
            --launcher pytorch
-Model      6.0 M parameters, 1.2 GMACs
+Model      6.0 M parameters, 1.17 GMACs
 Published  74.9 top-1 (Han et al. 2023, arXiv:2312.08874; official repository)
 Ours       -
 Differs    nothing that is known

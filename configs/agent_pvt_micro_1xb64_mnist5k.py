@@ -1,7 +1,7 @@
 """An Agent-PVT of two stages on mnist5k: 7x7 and 4x4 maps, 9 and 4 agents.
 
 Command    foveate train agent_pvt_micro_1xb64_mnist5k
-Model      0.24 M parameters, 0.003 GMACs
+Model      0.24 M parameters, 0.0031 GMACs
 Published  -
 Ours       -
 """

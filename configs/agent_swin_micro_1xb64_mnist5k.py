@@ -1,7 +1,7 @@
 """An Agent-Swin of two stages on mnist5k: 7x7 and 4x4 maps, 9 and 4 agents.
 
 Command    foveate train agent_swin_micro_1xb64_mnist5k
-Model      0.28 M parameters, 0.005 GMACs
+Model      0.28 M parameters, 0.0054 GMACs
 Published  -
 Ours       -
 """

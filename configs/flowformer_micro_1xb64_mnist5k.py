@@ -1,7 +1,7 @@
 """A Flowformer of two stages on mnist5k: 8x8 and 4x4 tokens.
 
 Command    foveate train flowformer_micro_1xb64_mnist5k
-Model      0.21 M parameters, 0.005 GMACs
+Model      0.21 M parameters, 0.0054 GMACs
 Published  -
 Ours       -
 """

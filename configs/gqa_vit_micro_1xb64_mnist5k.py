@@ -1,7 +1,7 @@
 """A grouped-query ViT of four blocks on mnist5k: 16 tokens, 4 query heads, 2 key heads.
 
 Command    foveate train gqa_vit_micro_1xb64_mnist5k
-Model      0.19 M parameters, 0.003 GMACs
+Model      0.19 M parameters, 0.0033 GMACs
 Published  -
 Ours       -
 """

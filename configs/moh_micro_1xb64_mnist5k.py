@@ -1,7 +1,7 @@
 """A MoH-ViT of two stages on mnist5k: 7x7 tokens with aggregated attention, 4x4 with plain attention.
 
 Command    foveate train moh_micro_1xb64_mnist5k
-Model      0.28 M parameters, 0.007 GMACs
+Model      0.28 M parameters, 0.0072 GMACs
 Published  -
 Ours       -
 """

@@ -2,7 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train sparsifiner_deit_small_8xb168_in1k-phase1 \
            --data IMAGENET --launcher pytorch --cfg-options model.checkpoint=DEIT
-Model      22.3 M parameters, 4.8 GMACs
+Model      22.3 M parameters, 4.51 GMACs
 Published  -
 Ours       -
 Differs    DEIT is your own file of timm's deit_small_patch16_224, from which the model starts; the teacher is the same

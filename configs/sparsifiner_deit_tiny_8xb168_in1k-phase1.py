@@ -2,7 +2,7 @@
 
 Command    torchrun --no-python --nproc-per-node 8 foveate train sparsifiner_deit_tiny_8xb168_in1k-phase1 \
            --data IMAGENET --launcher pytorch --cfg-options model.checkpoint=DEIT
-Model      5.9 M parameters, 1.3 GMACs
+Model      5.9 M parameters, 1.21 GMACs
 Published  -
 Ours       -
 Differs    DEIT is your own file of timm's deit_tiny_patch16_224, from which the model starts; the teacher is the same

@@ -1,7 +1,7 @@
 """A short MobileNetV1 with subspace attention on mnist5k: a gate behind layer 4, another in place of layer 6.
 
 Command    foveate train ulsam_micro_1xb64_mnist5k
-Model      0.73 M parameters, 0.003 GMACs
+Model      0.73 M parameters, 0.0026 GMACs
 Published  -
 Ours       -
 """

@@ -1,7 +1,7 @@
 """A ViT with relative position biases on mnist5k: 7x7 tokens, 6 blocks.
 
 Command    foveate train vitrpb_micro_1xb64_mnist5k
-Model      0.2 M parameters, 0.012 GMACs
+Model      0.2 M parameters, 0.0115 GMACs
 Published  -
 Ours       -
 """

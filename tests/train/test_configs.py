@@ -111,8 +111,9 @@ def test_the_header_tells_the_size_of_the_model(name):
 @every_recipe
 def test_the_header_tells_the_multiply_adds(name):
     recipe = from_scratch(load_recipe(name))
-    net = build_net(recipe).eval()
-    assert read_entry(name).gmacs == pytest.approx(count_macs(net, torch.zeros(1, *input_size(recipe))) / 1e9, rel=0.02)
+    with torch.device("cpu" if recipe.data.source == "mnist5k" else "meta"):  # large ones without computing
+        macs = count_macs(build_net(recipe).eval(), torch.zeros(1, *input_size(recipe)))
+    assert read_entry(name).gmacs == pytest.approx(macs / 1e9, rel=0.02)
 
 
 def teacher_file(recipe, folder):
