@@ -177,7 +177,7 @@ REFUSED = [
     (["photo.png", *NAT, "--layer", "2", "-o", "a.png"], "--layer 2: the list has layers 0 to 1"),
     (
         ["photo.png", *NAT, "--layer", "stages.0.attn", "-o", "a.png"],
-        "no such layer; did you mean stages.1.blocks.0.attn",
+        "no such layer; did you mean stages.1.blocks",
     ),
     (["photo.png", *NAT, "--head", "4", "-o", "a.png"], "wanted a head from 0 to 3, got 4"),
     (["photo.png", *NAT, "--layer", "0", "--head", "2", "-o", "a.html"], "wanted a head from 0 to 1, got 2"),
@@ -217,6 +217,6 @@ def test_a_missing_package_is_named_before_the_model_is_opened(package, monkeypa
 
 def test_a_folder_without_permission_is_named(monkeypatch):
     os.mkdir("closed")
-    monkeypatch.setattr("foveate._files.os.access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr("foveate._files.os.access", lambda _, mode: not mode & os.W_OK)  # root may write anywhere
     result = run("photo.png", *NAT, "-o", "closed/look.png")
     assert result.exit_code == 2 and "no write permission" in result.stderr
