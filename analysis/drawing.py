@@ -39,7 +39,8 @@ def draw_views(
     """Draw the image with the query, and a panel for each view: what that query sees, or the gates.
 
     Keys of weight 0, which a query does not see, are left blank. The array of a panel's image is the weights on the
-    layer's map, (rows, columns), NaN where blank, and its colors reach from 0 to its largest number.
+    layer's map, (rows, columns), NaN where blank, and its colors reach from 0 to its largest number. Where a layer
+    before dropped the query, the title says so.
 
     Args:
         picture: (H, W, 3) uint8, the image that the model saw.
@@ -168,9 +169,12 @@ def _draw_attention(
     if not view.keys.is_placed:
         _draw_matrix(axis, view, head, at, name)
         return
+    _show_picture(axis, picture, faint=True)
+    if view.queries.is_placed and view.queries.at(*at) is None:
+        axis.set_title(_heading(view, name) + "\nthe query was dropped before", fontsize=8)
+        return
     query = view.query_at(*at)
     weights = _of_head(view.weights([query]), head)[0]
-    _show_picture(axis, picture, faint=True)
     _overlay(axis, view.keys.on_map(weights.masked_fill(weights == 0, torch.nan)), view.keys.cell, view.unit)
     notes = "" if view.queries.is_placed else f", {view.token} {query}"
     first = view.keys.prefix

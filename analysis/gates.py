@@ -21,9 +21,8 @@ from ..attention_ops.strip_gate import EfficientLocalAttention
 from ..attention_ops.subspace_gate import SubspaceAttention
 from ..backbones.ninformer import NinformerBlock
 from .capture import Call
-from .maps import AttentionMap
 from .places import Size
-from .views import AttentionView, Canvas, GateView, Grid, View, view_of
+from .views import AttentionView, Canvas, GateView, Grid, View
 
 FIELD = "effective field"
 CHUNK = 1 << 24  # numbers of the copies of a layer's input
@@ -31,13 +30,12 @@ CHUNK = 1 << 24  # numbers of the copies of a layer's input
 See = Callable[[list[View]], None]
 
 
-def gates_of_call(call: Call, one: AttentionMap, canvas: Canvas) -> list[View]:
+def gates_of_call(call: Call, queries: Grid) -> list[View]:
     """Return the gates that are arguments of a call: of heads (MoH), of outputs, of a token's messages."""
     names = {"gates": "gates", "gate": "gates"} | ({"weight": "messages"} if call.op == "reversed_attention" else {})
     found: list[View] = []
     for name, branch in names.items():
         if isinstance(gate := call.arguments.get(name), Tensor):  # (B, H, W, heads), (B, N, heads)
-            queries = view_of(one, canvas).queries
             values = gate.detach().float().cpu().flatten(0, -2).T.contiguous()  # (heads, tokens of all windows)
             found.append(_on_image(call.layer, call.op, branch, values, queries, "gate"))
     return found

@@ -159,8 +159,8 @@ def _rows(view: AttentionView, kept: Tensor) -> tuple[np.ndarray, np.ndarray, np
         units = (weights / largest.clamp(min=torch.finfo(torch.float32).tiny)[..., None] * STEPS).round()
         packed = (seen.sum(1), keys, units[:, rows, keys].clamp(min=0).int(), largest)
         chunks.append(tuple(part.numpy() for part in packed))
-    counts, keys, units, scales = (np.concatenate(parts, axis=-1) for parts in zip(*chunks, strict=True))
-    return np.concatenate([[0], counts.cumsum()]), keys, units, scales
+    counts, every_key, every_unit, scales = (np.concatenate(parts, axis=-1) for parts in zip(*chunks, strict=True))
+    return np.concatenate([[0], counts.cumsum()]), every_key, every_unit, scales
 
 
 # How much fits
@@ -175,6 +175,8 @@ def _kept(grid: Grid, step: int) -> Tensor:
     for axis in (0, 1):
         first = min(step // 2, (grid.size[axis] - 1) // 2)
         kept &= places[:, axis] % step == first % step
+    if not kept.any():  # tokens were dropped, and none lies on these lines
+        kept[len(kept) // 2] = True
     return number[kept | (places[:, 0] < 0)]
 
 

@@ -1,5 +1,6 @@
 """`foveate look IMAGE --model NAME -o OUT`: what a query position sees in every layer, as a picture or a page."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -116,7 +117,7 @@ def _parse_query(text: str | None) -> tuple[float, float] | None:
     return x, y
 
 
-def _check(output: Path | None, profiles: bool, cam: bool, target: int | None, options: dict[str, object]) -> None:
+def _check(output: Path | None, profiles: bool, cam: bool, target: int | None, options: Mapping[str, object]) -> None:
     """Refuse what cannot work before anything is loaded."""
     if target is not None and not cam:
         raise RequestError("--target: is the class of --grad-cam, which is not asked for")

@@ -223,6 +223,7 @@ class Page:
     def __init__(self, path) -> None:
         self.text = path.read_text()
         found = re.search(r"^const data = (\{.*\});$", self.text, re.MULTILINE)
+        assert found is not None
         self.data = json.loads(found[1])
         self.views = self.data["views"]
 

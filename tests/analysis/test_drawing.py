@@ -102,6 +102,15 @@ def test_gates_are_bars_matrices_or_maps():
     assert panels(figure)[1].get_xlabel() == "x, px"
 
 
+def test_a_query_that_was_dropped_is_told_in_the_title():
+    model = alive(small("dependencyvit_tiny", pruning_blocks=(0,), cpe_depth=0))
+    last = next(v for v in layer_views(model, X) if v.layer == "blocks.1.attn" and not v.branch)
+    left = {tuple(place) for place in last.queries.places.tolist()}
+    row, col = next((r, c) for r in range(4) for c in range(6) if (r, c) not in left)
+    figure = draw_views(PICTURE, [last], (8 * col + 1, 8 * row + 1), head=0)
+    assert panels(figure)[1].get_title().endswith("the query was dropped before") and not bars(figure)
+
+
 def test_padding_that_is_attended_lies_outside_of_the_image():
     view = next(v for v in layer_views(alive(small("fv_davit_tiny")), X) if v.op == "window_attention")
     axis = panels(draw_views(PICTURE, [view], head=0))[1]

@@ -13,8 +13,10 @@ FIELDS = {
 X = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 ATTENDING = [name for name in KINDS if not name.startswith(("van", "eca", "ela", "ulsam"))]
 # Whose keys may be no map of tokens.
-NO_MAP = ("channel_attention", "sparse_attention", "agent_attention", "dense_attention")
-NO_MAP += ("softmax", "scaled_dot_product_attention")
+NO_MAP = (
+    *("channel_attention", "sparse_attention", "agent_attention", "dense_attention"),
+    *("softmax", "scaled_dot_product_attention"),
+)
 # Rows that need not sum to 1: keys outside the map, clipped softmax, attention that is sent, weights without softmax,
 # one of two kinds of keys.
 NOT_WHOLE = ("halo", "dense_attention", "reversed", "flow", "cluster", "aggregated")
