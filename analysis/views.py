@@ -80,7 +80,7 @@ class AttentionView:
     _rows: Callable[[Tensor], Tensor] = field(repr=False)
 
     def weights(self, queries: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Return how much each query sees of each key of the whole layer: (heads, queries, keys), on the CPU.
+        """Return how much each query sees of each key of the whole layer: (heads, queries, keys), float32 at least.
 
         Cost: memory for heads * queries * keys numbers; time as in `AttentionMap.probabilities`. A field takes a
         forward and a backward pass of its layer per query.
@@ -95,7 +95,8 @@ class AttentionView:
         rows = torch.arange(count) if queries is None else torch.as_tensor(queries, dtype=torch.int64)
         if rows.dim() != 1 or bool(((rows < 0) | (rows >= count)).any()):
             raise ValueError(f"weights: {self.layer} has queries 0 to {count - 1}, got {queries}")
-        return self._rows(rows).cpu()
+        found = self._rows(rows).cpu()
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def query_at(self, x: float, y: float) -> int:
         """Return the query whose cell holds a pixel of the image; 0 where queries have no place.

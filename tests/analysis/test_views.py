@@ -316,6 +316,12 @@ def test_a_model_without_attention_and_gates_is_refused():
         layer_views(model, X)[0].weights([96])
 
 
+@pytest.mark.parametrize("name", ["nat_mini", "van_b0"])
+def test_models_of_low_precision_give_weights_in_float32(name):
+    view = layer_views(alive(small(name)).bfloat16(), X.bfloat16())[0]
+    assert view.weights([5]).dtype == torch.float32 and view.weights([5]).isfinite().all()
+
+
 def test_looking_leaves_no_hooks_and_no_mode():
     model = alive(small("van_b0")).train()
     layer_views(model, X)
