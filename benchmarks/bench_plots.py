@@ -40,6 +40,7 @@ def accuracy_figure(rows: Sequence[Row], mode: str, machine: str) -> "Figure":
         machine: title of the figure.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     panels: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
@@ -51,6 +52,8 @@ def accuracy_figure(rows: Sequence[Row], mode: str, machine: str) -> "Figure":
     for axis, ((batch, precision), group) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, group)
         axis.set(xlabel=f"{mode}, img/s", ylabel="published top-1 on ImageNet-1k, %", xscale="log")
+        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            ticks(StrMethodFormatter("{x:g}"))
         axis.set_title(f"batch {batch}, {precision}")
     return figure
 
@@ -63,10 +66,23 @@ def _draw_panel(axis: "Axes", rows: list[Row]) -> None:
     front = [points[i] for i in pareto_front(points)]
     style = {"linestyle": "--", "marker": "o", "markersize": 12, "fillstyle": "none", "color": "tab:red"}
     axis.plot(*zip(*front, strict=True), label=FRONT, **style)
-    for row, point in zip(rows, points, strict=True):
-        axis.annotate(row.cell.model, point, textcoords="offset points", xytext=(5, 5), fontsize=8)
+    for name, point in _labels(rows, points).items():
+        axis.annotate(name, point, textcoords="offset points", xytext=(7, 7), fontsize=8)
     axis.margins(0.2)
     axis.legend(fontsize=8)
+
+
+def _labels(rows: list[Row], points: Sequence[tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Return the fastest point of each model and size; the label has the size where a model has several."""
+    sizes: dict[str, set[int]] = {}
+    for row in rows:
+        sizes.setdefault(row.cell.model, set()).add(row.cell.px)
+    fastest: dict[str, tuple[float, float]] = {}
+    for row, point in zip(rows, points, strict=True):
+        model, px = row.cell.model, row.cell.px
+        name = model if len(sizes[model]) == 1 else f"{model} {px} px"
+        fastest[name] = max(point, fastest.get(name, point))
+    return fastest
 
 
 def growth_figure(rows: Sequence[Row], fits: Sequence[Growth], machine: str) -> "Figure":

@@ -77,7 +77,7 @@ def tabulate(rows: Sequence[Row], settings: BenchSettings, facts: Facts) -> Tabl
         table.add_column(name, no_wrap=True)
     numbers = ("batch", "px", "img/s", "p50 ms", "p95 ms", "memory MB", "GMAC/s", "of products", "top-1")
     for name in (*numbers, *(f"x {rival}" for rival in settings.against)):
-        table.add_column(name, justify="right", no_wrap=name in numbers)
+        table.add_column(name, justify="right", no_wrap=True)
     for record in records(rows, settings, facts):
         table.add_row(*_cells(record, settings))
     return table

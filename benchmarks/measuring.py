@@ -71,7 +71,7 @@ def training_step(
     """
     model.train()
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    dtype, run = PRECISIONS[precision], forward or model
+    dtype, run = PRECISIONS[precision], model if forward is None else forward  # `or` asks a compiled model for its len
 
     def step() -> None:
         model.zero_grad(set_to_none=True)

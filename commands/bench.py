@@ -152,7 +152,7 @@ def _run(settings: BenchSettings) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _print(rows: list[Row], settings: BenchSettings, facts: dict[str, Any], fits: Sequence[report.Growth]) -> None:
-    console = Console(width=max(Console().width, WIDTH + 12 * len(settings.against)))
+    console = Console(width=max(Console().width, WIDTH + sum(len(name) + 5 for name in settings.against)))
     _say(report.header_lines(facts))
     console.print(report.tabulate(rows, settings, facts))
     _say(notes(rows, settings))
