@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._graph.sizes import is_surely
+from ._graph.sizes import known
 from .aggregated import aggregated_attention
 from .losses import Loss
 from .resizing import pool_map
@@ -26,26 +26,29 @@ EIGHTHS = 8.0  # distances are in eighths of the map's side
 def axis_cells(length: int, pooled: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Number the distances from the tokens of an axis to the cells of adaptive pooling.
 
-    Where all cells have one size, every second half step is no distance; where a free size does not tell, all are kept.
-
     Returns:
         (length, pooled) int64, the number of a pair's distance; and (distances,) float32: token - middle of the cell.
     """
     cell = torch.arange(pooled, device=device)
     first, past = cell * length // pooled, ((cell + 1) * length + pooled - 1) // pooled
     twice = 2 * torch.arange(length, device=device)[:, None] - (first + past - 1)  # twice the distance
-    side = length // pooled
-    if torch.jit.is_scripting():
-        alike = side * pooled == length
-    else:
-        alike = is_surely(side * pooled == length)
-    if alike:
-        least, step, count = side + 1 - 2 * length, 2, 2 * length - side
-    else:
-        least, step = 1 - length - (pooled - 1) * length // pooled, 1
-        count = 2 * length - (length + pooled - 1) // pooled - least
+    least, step, count = half_steps(length, pooled)
     distances = (torch.arange(count, device=device) * step + least).float() / 2
     return (twice - least) // step, distances
+
+
+def half_steps(length: int, pooled: int) -> tuple[int, int, int]:
+    """Return which distances on an axis have a number, in halves of a token: the least, their step, and their count.
+
+    Where all cells have one size, every second half is no distance. Of a free size all halves between tokens are kept.
+    """
+    if not torch.jit.is_scripting() and not known(length, pooled):
+        return 2 - 2 * length, 1, 4 * length - 3
+    side = length // pooled
+    if side * pooled == length:
+        return side + 1 - 2 * length, 2, 2 * length - side
+    least = 1 - length - (pooled - 1) * length // pooled
+    return least, 1, 2 * length - (length + pooled - 1) // pooled - least
 
 
 class MohBase(nn.Module):

@@ -47,6 +47,7 @@ class AttentionLayout:
     widths: tuple[tuple[str, str], ...] = ()  # (attribute, role): channels of a head that the module keeps as a number
     value_widths: tuple[str, ...] = ()  # attributes that keep heads * channels of v
     cuts_heads: bool = True  # False: something else reads or adds to the heads' outputs channel by channel
+    kept: str | None = None  # the attribute that tells which heads of the full model are left: bit i for head i
     unless: tuple[tuple[str, str], ...] = ()  # (attribute, reason): where it is set, nothing is cut
     cuts_channels: bool = True  # False: channels of q, k, v are normalised or mixed with each other
 
@@ -62,6 +63,7 @@ class Prunable:
     depthwise: str | None = None
     gate: str | None = None  # channel and spatial gates, such as squeeze-and-excitation
     attentions: tuple[AttentionLayout, ...] = ()
+    glu: str | None = None  # gated units: fc1 writes gates, then values; dwconv reads gates; fc2 reads their products
     square: str | None = None  # modules all of whose convolutions map one width to itself, channel i to a gate of i
 
 

@@ -22,7 +22,7 @@ from .._weights import unwrap
 from ..attention_ops.moh import MohAggregatedAttention, MohAttention
 from ._build import StateDict, build, cfg, check_fits
 from ._layers import to_nchw, to_nhwc
-from ._pruning import AttentionLayout, Prunable
+from ._pruning import AttentionLayout, Projection, Prunable
 from ._staged import Stage, StageConfig, StagedBackbone
 
 register_notrace_module(MohAttention)
@@ -131,6 +131,14 @@ class MohStage(Stage):
         return self.norm(self.run_blocks(self.downsample(x)))
 
 
+OF_HEADS: dict[str, Any] = {
+    "per_head": (*(("temperature", 0), ("query_embedding", 0), ("cpb_fc2.weight", 0), ("cpb_fc2.bias", 0)),),
+    "kept": "kept_heads",  # gates are those of all heads, so that tokens choose as before
+    "cuts_channels": False,  # queries and keys are normalized
+}
+OF_LOCAL_KEYS = (("relative_pos_bias_local", 0), ("learnable_tokens", 0), ("learnable_bias", 0))
+
+
 class MohTransNeXt(StagedBackbone):
     """TransNeXt with mixtures of heads; maps are (B, H, W, C) inside."""
 
@@ -142,7 +150,16 @@ class MohTransNeXt(StagedBackbone):
         mlp=r".+\.mlp\.fc[12]\.weight",
         depthwise=r".+\.dwconv\.weight",
         gate=r".+\.attn\.wg(_[01])?\.weight",
-        attentions=(AttentionLayout(r".+\.attn", cuts_heads=False, cuts_channels=False),),  # gates count their heads
+        glu=r".+\.mlp",
+        attentions=(
+            AttentionLayout(r".+\.attn", "MohAttention", **OF_HEADS),
+            AttentionLayout(
+                r".+\.attn",
+                "MohAggregatedAttention",
+                projections=(Projection("q", ("q",)), Projection("kv", ("k", "v"))),
+                **{**OF_HEADS, "per_head": (*OF_HEADS["per_head"], *OF_LOCAL_KEYS)},
+            ),
+        ),
     )
 
     def make_stem(self, config: MohConfig, in_chans: int, **dd) -> nn.Module:

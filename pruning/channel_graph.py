@@ -40,6 +40,7 @@ class Place:
 
     tensor: str
     axis: int
+    entries: int = 1  # of a channel: with two, the second half of the axis repeats the order of the first
 
 
 @dataclass
@@ -80,13 +81,11 @@ def channel_graph(model: nn.Module) -> list[Channels]:
     Raises:
         PruningError: the model's family has no pruning declaration, or torch.fx cannot trace the model.
     """
-    square = declared(model).square
-    names = [name for name, _ in model.named_modules()]
-    squares = {name for name in names if square is not None and re.fullmatch(square, name)}
-    follower = _Follower(model, layouts_of(model), squares)
+    squares, glus = (_matching(model, pattern) for pattern in (declared(model).square, declared(model).glu))
+    follower = _Follower(model, layouts_of(model), squares, glus)
     with evaluating(model):
         try:
-            graph = _Tracer({*follower.attentions, *squares}).trace(model)
+            graph = _Tracer({*follower.attentions, *squares, *glus}).trace(model)
         except Exception as error:  # model code raises many types on proxies
             raise PruningError(f"{type(model).__name__} cannot be traced by torch.fx: {error}") from error
     for node in graph.nodes:
@@ -111,10 +110,13 @@ class _Tracer(fx.Tracer):
 class _Follower:
     """Walks the graph once; `carried[node]` is the set of channels of the node's tensor."""
 
-    def __init__(self, model: nn.Module, attentions: dict[str, list[AttentionLayout]], squares: set[str]) -> None:
+    def __init__(
+        self, model: nn.Module, attentions: dict[str, list[AttentionLayout]], squares: set[str], glus: set[str]
+    ) -> None:
         self.model = model
         self.attentions = attentions
         self.squares = squares
+        self.glus = glus
         self.made: list[Channels] = []
         self.carried: dict[fx.Node, Channels] = {}
         self.parent: dict[int, Channels] = {}
@@ -154,14 +156,14 @@ class _Follower:
         channels.fixed = channels.fixed or why
         return channels
 
-    def place(self, channels: Channels, layer: str, *parts: tuple[str, int]) -> Channels:
-        """Add axes of a layer's tensors to the set; missing biases are skipped."""
+    def place(self, channels: Channels, layer: str, *parts: tuple[str, int], entries: int = 1) -> Channels:
+        """Add axes of a layer's tensors, with so many entries a channel, to the set; missing biases are skipped."""
         module = self.model.get_submodule(layer)
         for name, axis in parts:
             tensor = getattr(module, name, None)
             if tensor is not None:
-                places = [Place(f"{layer}.{name}" if layer else name, axis)]
-                channels.absorb(Channels(size=tensor.shape[axis], places=places))
+                places = [Place(f"{layer}.{name}" if layer else name, axis, entries)]
+                channels.absorb(Channels(size=tensor.shape[axis] // entries, places=places))
         return channels
 
     def attribute(self, node: fx.Node) -> None:
@@ -194,6 +196,8 @@ class _Follower:
             return self.attention(name, self.attentions[name], channels)
         if name in self.squares:
             return self.square(name, channels)
+        if name in self.glus:
+            return self.glu(name, channels)
         if isinstance(module, nn.Linear | nn.Conv2d):
             return self.linear(name, module, channels)
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -231,12 +235,26 @@ class _Follower:
         out = f"{name}.{layout.out}"
         return self.place(self.new(writers=[out]), out, ("weight", 0), ("bias", 0))
 
+    def glu(self, name: str, channels: Channels) -> Channels:
+        self.place(channels, f"{name}.fc1", ("weight", 1))
+        hidden = self.new(writers=[f"{name}.fc1"])
+        self.place(hidden, f"{name}.fc1", ("weight", 0), ("bias", 0), entries=2)
+        self.place(hidden, f"{name}.dwconv", ("weight", 0), ("bias", 0))
+        self.place(hidden, f"{name}.fc2", ("weight", 1))
+        return self.place(self.new(writers=[f"{name}.fc2"]), f"{name}.fc2", ("weight", 0), ("bias", 0))
+
     def square(self, name: str, channels: Channels) -> Channels:
         for path, layer in self.model.get_submodule(name).named_modules():
             if isinstance(layer, nn.Conv2d):
                 axes = (("weight", 0), ("bias", 0)) if layer.groups > 1 else (("weight", 0), ("weight", 1), ("bias", 0))
                 self.place(channels, f"{name}.{path}", *axes)
         return channels
+
+
+def _matching(model: nn.Module, pattern: str | None) -> set[str]:
+    """Return the names of the modules that a pattern matches."""
+    names = (name for name, _ in model.named_modules())
+    return {name for name in names if pattern is not None and re.fullmatch(pattern, name)}
 
 
 def _takes_all(index: Any) -> bool:

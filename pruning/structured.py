@@ -127,7 +127,7 @@ def _cuts(
             stays[part.index[gone].flatten()] = False
         for attribute, step in structures.numbers.items():
             numbers.setdefault(attribute, _get(model, attribute))
-            numbers[attribute] -= step * len(gone)
+            numbers[attribute] -= step * len(gone) if isinstance(step, int) else sum(step[i] for i in gone.tolist())
         lengths |= structures.lengths
     numbers |= {attribute: int(kept[place].sum()) for attribute, place in lengths.items()}
     cuts: dict[str, dict[int, Tensor]] = {}

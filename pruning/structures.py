@@ -8,7 +8,7 @@ width      A channel of a residual stream whose channels are not normalized toge
            models.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,8 @@ class Structures:
     kind: str
     name: str  # of the module or layer
     slices: tuple[Slices, ...]
-    numbers: dict[str, int] = field(default_factory=dict)  # attribute -> its increase per structure
+    # attribute -> its increase per structure, one number for all or one for each
+    numbers: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
     lengths: dict[str, tuple[str, int]] = field(default_factory=dict)  # attribute -> the axis whose length it holds
 
     @property
@@ -112,8 +113,9 @@ def _by_kind(model: nn.Module, sets: list[Channels]) -> Iterator[tuple[str, str 
 
 def _whole(kind: str, channels: Channels) -> Structures:
     assert channels.size is not None
-    every = torch.arange(channels.size)[:, None]
-    return Structures(kind, channels.writers[0], tuple(Slices(p.tensor, p.axis, every) for p in channels.places))
+    every = {n: torch.arange(n * channels.size).view(n, -1).T for n in {p.entries for p in channels.places}}
+    slices = tuple(Slices(p.tensor, p.axis, every[p.entries]) for p in channels.places)
+    return Structures(kind, channels.writers[0], slices)
 
 
 def _why_none(model: nn.Module, sets: list[Channels], kind: str) -> str:
@@ -168,9 +170,16 @@ class _Heads:
             "heads",
             self.name,
             tuple(Slices(self._full(t), axis, index.flatten(1)) for t, axis, index in slices),
-            {f"{self.name}.{self.layout.heads}": 1},
+            {f"{self.name}.{self.layout.heads}": 1} | self._bits(),
             self._lengths(),
         )
+
+    def _bits(self) -> dict[str, int | tuple[int, ...]]:
+        """What every head adds to the number that tells which heads are left."""
+        if self.layout.kept is None:
+            return {}
+        kept = getattr(self.module, self.layout.kept)
+        return {f"{self.name}.{self.layout.kept}": tuple(1 << i for i in range(kept.bit_length()) if kept >> i & 1)}
 
     def channels(self, weights: Scores) -> list[Structures]:
         shared = [

@@ -66,7 +66,8 @@ def aggregated_attention_graph(
     outside = torch.stack([x.squeeze(-1) for x in near_inside], -1) == 0
     near = near.masked_fill(outside, -torch.inf).flatten(1, 2).transpose(1, 2)
     probs = torch.cat([near, logits], -1).softmax(-1)
-    linear = torch.einsum("bhwnd,ndk->bhwnk", u, tokens) + token_bias
+    linear = torch.bmm(u.flatten(0, 2).transpose(0, 1), tokens).transpose(0, 1)  # (B * H * W, heads, places)
+    linear = linear.unflatten(0, tuple(u.shape[:3])) + token_bias
     weights = probs.narrow(-1, 0, count).transpose(1, 2).unflatten(1, size) + linear
     local_out = sum(weights[..., i, None] * near_v[i] for i in range(count))
     out = product(probs.narrow(-1, count, pooled.k.shape[1]), values).transpose(1, 2).unflatten(1, size)

@@ -40,6 +40,10 @@ SMALL = {
     "ulsam_mobilenetv2": {"depths": (1, 2, 1, 1, 2, 2, 1), "insert": (3,), "replace": (8,)},
     "ninformer": {"dims": (16, 16), "depths": (1, 1), "hidden_dim": 24, "img_size": 40},
     "flowformer_cv": {"dims": (16, 32), "depths": (1, 2), "heads": 2, "img_size": 40},
+    "moh_transnext_small_75": {
+        "dims": (16, 32), "depths": (1, 2), "heads": (4, 8), "shared": (2, 1), "routed": (1, 3), "mlp_ratios": (2, 2),
+        "sr_ratios": (4, 1),
+    },
     "mixer_vit_tiny": {"dims": (16,) * 2, "depths": (1,) * 2, "heads": 2, "patch_size": 8},
     "agent_deit_tiny": {
         "dim": 16, "depth": 3, "heads": 2, "patch_size": 8, "agent_num": (4,) * 4, "img_size": 40, "agent_layer": 2
@@ -59,7 +63,8 @@ SMALL = {
     "davit_tiny": {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (2, 4)},
 }  # fmt: skip
 PX = 40  # not a multiple of the stride 32
-DOUBLE = ("fv_sehalonet33ts", "fv_haloregnetz_b")  # deep, and stirred: float32 noise grows to 1e-4 of the logits
+# deep, and stirred: float32 noise grows to 1e-4 of the logits; tokens choose heads by comparison
+DOUBLE = ("fv_sehalonet33ts", "fv_haloregnetz_b", "moh_transnext_small_75")
 KINDS = {  # what each can lose; the rest is refused
     "nat_mini": "heads channels mlp",
     "nat_small": "heads channels mlp",
@@ -88,6 +93,7 @@ KINDS = {  # what each can lose; the rest is refused
     "ulsam_mobilenetv2": "conv width",
     "ninformer": "mlp",
     "flowformer_cv": "heads mlp",
+    "moh_transnext_small_75": "heads mlp",
     "mixer_vit_tiny": "mlp",
     "agent_deit_tiny": "heads channels mlp",
     "agent_pvt_tiny": "heads mlp",
