@@ -28,6 +28,9 @@ def any_size_program(model: nn.Module, example: Tensor, any_batch: bool) -> torc
         ExportError: the model takes one size only, or torch needs an assumption that not every size meets.
     """
     least = least_side(model, example)
+    for strip in ((least, MOST_PX), (MOST_PX, least)):  # tables of positions may have an end
+        if (error := _error(model, example, *strip)) is not None:
+            raise ExportError(f"this model does not take images of every size: {error}")
     example = example[:, :, :1, :1].expand(-1, -1, *_odd_size(least)).contiguous()
     height, width = (torch.export.Dim(name, min=least) for name in ("height", "width"))
     free: dict[int, Any] = {2: height, 3: width} | ({0: torch.export.Dim("batch")} if any_batch else {})
@@ -62,9 +65,11 @@ def least_side(model: nn.Module, example: Tensor) -> int:
     return taken
 
 
-def _error(model: nn.Module, example: Tensor, side: int) -> str | None:
+def _error(model: nn.Module, example: Tensor, rows: int, columns: int | None = None) -> str | None:
+    """Return why the model takes no images of a size; they are square where only the rows are given."""
     try:
-        model(torch.zeros(1, example.shape[1], side, side))
+        with evaluating(model), torch.no_grad():
+            model(torch.zeros(1, example.shape[1], rows, rows if columns is None else columns))
     except Exception as error:  # models raise many types
         return first_line(error)
     return None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._torch import takes_sizes_of_one
 from ..attention_ops._graph.sizes import covering, is_surely, known
 from ..attention_ops._op import REGISTERED
 
@@ -25,6 +26,9 @@ _ASKS_FOR_LAYOUT: set[Callable[..., Any]] = {
     Tensor.flatten,
     Tensor.reshape,
 }
+
+
+_PRODUCTS: set[Callable[..., Any]] = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
 
 class SpelledOut(TorchFunctionMode):
@@ -40,6 +44,8 @@ class SpelledOut(TorchFunctionMode):
         if str(func).startswith("foveate."):
             with self:
                 return REGISTERED[str(func).split(".")[1]](*args, **kwargs)
+        if func in _PRODUCTS and takes_sizes_of_one() and args[0].dim() != args[1].dim():
+            return _product(*args)
         if not args or not isinstance(args[0], Tensor) or known(*args[0].shape):
             return func(*args, **kwargs)
         if func is Tensor.contiguous:
@@ -48,6 +54,8 @@ class SpelledOut(TorchFunctionMode):
             return func(_contiguous(args[0]), *args[1:], **kwargs)
         if func is F.avg_pool2d:
             return _average(*args, **kwargs)
+        if func is F.rms_norm and takes_sizes_of_one():
+            return _rms_norm(*args, **kwargs)
         if func is F.adaptive_avg_pool2d and (*args, *kwargs.values())[1:] in ((1,), ((1, 1),)):
             return args[0].mean((2, 3), keepdim=True)
         return func(*args, **kwargs)
@@ -61,6 +69,26 @@ def _contiguous(x: Tensor) -> Tensor:
             return torch.clone(x, memory_format=torch.contiguous_format)
         step = step * size
     return x
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """torch.matmul of tensors of different ranks, which asks whether free sizes are 1."""
+    few, many = sorted((a, b), key=Tensor.dim)
+    if few.dim() < 2 or (known(*a.shape) and known(*b.shape)):
+        return torch.matmul(a, b)
+    if few is b and b.dim() == 2:
+        return torch.mm(_contiguous(a).flatten(0, -2), b).unflatten(0, tuple(a.shape[:-1]))
+    few = few.expand(*many.shape[:-2], *few.shape[-2:])
+    a, b = (_contiguous(x).flatten(0, -3) for x in ((few, many) if many is b else (many, few)))
+    return torch.bmm(a, b).unflatten(0, tuple(many.shape[:-2]))
+
+
+def _rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """F.rms_norm, which asks how many numbers there are."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    least = torch.finfo(x.dtype).eps if eps is None else eps
+    out = x * torch.rsqrt(x.square().mean(axes, keepdim=True) + least)
+    return out if weight is None else out * weight
 
 
 def _average(

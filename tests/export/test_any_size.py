@@ -15,7 +15,18 @@ FREE = ("batch", "size")
 # odd, rectangular, tiny: smaller than a kernel, a window, a region; multiples of all strides and of none
 SIZES = [(8, 8), (9, 30), (16, 16), (17, 23), (32, 32), (33, 47), (35, 35), (40, 96), (48, 100), (64, 64), (65, 64)]
 SIZES += [(97, 33), (130, 70)]
-OF_ONE_SIZE = ("moh", "mixer_vit")  # their files are written for a size
+OF_SOME_SIZES = ("mixer_vit_tiny:nprf",)  # whose table of positions has an end
+MIXERS = {  # that have no family of their own, or other keywords
+    "agent": {"agents": 4},
+    "attention": {},
+    "circle": {"radius": 2, "proportional": True},
+    "flow": {},
+    "gated": {"gate": "linear"},
+    "nprf": {"features": 8, "relative": False},
+    "reversed": {},
+    "routing": {"clusters": 2, "variant": "lucidrains", "share_qk": True},
+    "sparsified": {"img_size": 64, "keep": 0.5, "basis": 8},
+}
 FEW = [(8, 9), (33, 47), (64, 64), (97, 40)]
 
 
@@ -67,11 +78,42 @@ def test_an_onnx_file_holds_for_every_size(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith(OF_ONE_SIZE)])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in OF_SOME_SIZES])
 def test_onnx_files_of_all_families_hold_for_every_size(name, tmp_path):
     model = net(name)
     path = export_onnx(model, tmp_path / "net.onnx", example=images(2, (64, 64)), dynamic=FREE)
     check(model, onnx_session(path), SIZES)
+
+
+@pytest.mark.slow
+def test_a_program_of_mixed_heads_holds_for_every_size(tmp_path):
+    """Positions are made in the graph, and pooled cells overlap where sizes do not divide."""
+    sizes = {"dims": (16, 32), "heads": (2, 4), "sr_ratios": (4, 2), "shared": (2, 1), "routed": (0, 2)}
+    model = net("moh_transnext_small_75", **sizes)
+    path = export_program(model, tmp_path / "net.pt2", example=images(2, (64, 64)), dynamic=FREE)
+    check(model, torch.export.load(path).module(), [(8, 9), (33, 47), (64, 64)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_onnx_files_of_all_mixers_hold_for_every_size(mixer, tmp_path):
+    model = net("mixer_vit_tiny", **{"mixer": mixer, "dims": (16,) * 2, "depths": (1,) * 2, **MIXERS[mixer]})
+    path = export_onnx(model, tmp_path / "net.onnx", example=images(2, (64, 64)), dynamic=FREE)
+    check(model, onnx_session(path), SIZES)
+
+
+def test_every_mixer_is_among_the_cases():
+    from foveate.attention_ops.mixers import MIXERS as KNOWN
+
+    assert set(MIXERS) == set(KNOWN)
+
+
+def test_a_table_of_positions_with_an_end_is_refused_with_the_models_words(tmp_path):
+    model = net("mixer_vit_tiny:nprf", dims=(16,), depths=(1,))
+    with pytest.raises(ExportError, match=r"does not take images of every size: Kernelized.* maps up to 32 x 32, got"):
+        export_program(model, tmp_path / "net.pt2", example=images(2, (64, 64)), dynamic=FREE)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.slow
