@@ -13,8 +13,9 @@ from ..export import Agreement, real_images
 from ..export.agreement import BATCH_SIZES, TOLERANCE
 from ..export.formats import FORMATS, Format, Request, check_output, write_verified
 from ..export.graphs import DYNAMIC
-from ..export.int8 import CALIBRATION_IMAGES, Int8Report, write_int8
+from ..export.int8 import Int8Report, write_int8
 from ..export.metadata import read_labels
+from ..export.presets import OF_TORCHAO, PRESETS, find_preset
 from ..fusion import keep_memory
 from ._models import open_model
 from ._options import (
@@ -60,6 +61,10 @@ def export_command(
     calibrate: Annotated[
         Path | None, typer.Option(help="Folder of images that --int8 observes activations on.")
     ] = None,
+    quantiser: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Settings of --int8: {', '.join(PRESETS)}.", show_default="default"),
+    ] = None,
     labels: Annotated[Path | None, typer.Option(help="Class names for the file, one a line.")] = None,
     weights_license: Annotated[
         str | None, typer.Option("--license", metavar="NAME", help="License of the weights, for a hub folder.")
@@ -69,6 +74,7 @@ def export_command(
     """Export a model and verify it against PyTorch on real images. A checkpoint of foveate train needs no MODEL."""
     kwargs = parse_model_args(model_arg)
     _check(output, file_format, tolerance, int8, calibrate)
+    _check_quantiser(quantiser, file_format, int8)
     free = _parse_dynamic(dynamic, file_format)
     if int8 and free != ("batch",):
         raise RequestError(f"--int8: a quantized file leaves the batch free and nothing else, got --dynamic {dynamic}")
@@ -83,8 +89,10 @@ def export_command(
     facts = {"weights": name_weights(model, checkpoint, pretrained)}
     if int8:
         assert calibrate is not None
-        observed = real_images(loaded, calibrate, count=CALIBRATION_IMAGES, img_size=img_size)
-        facts |= _int8_facts(write_int8(request, observed, images))
+        preset = find_preset(quantiser or "default")
+        observed = real_images(loaded, calibrate, count=preset.images, img_size=img_size)
+        facts |= {"quantiser": quantiser or "default"}
+        facts |= _int8_facts(write_int8(request, observed, images, preset))
         shape = observed.shape
     else:
         inputs = real_images(loaded, images, count=sum(BATCH_SIZES), img_size=img_size)
@@ -105,6 +113,15 @@ def _check(output: Path, file_format: Format, tolerance: float, int8: bool, cali
         known = ", ".join(name.value for name, entry in FORMATS.items() if entry.int8)
         raise RequestError(f"--int8: {file_format.value} holds float32 only; wanted one of {known}")
     check_output(output, file_format)
+
+
+def _check_quantiser(name: str | None, file_format: Format, int8: bool) -> None:
+    if name is None:
+        return
+    if not int8:
+        raise RequestError("--quantiser: has no effect without --int8")
+    if (ranges := find_preset(name).ranges) not in OF_TORCHAO and file_format is Format.AOTI:
+        raise RequestError(f"--quantiser {name}: torchao, which writes aoti, finds no ranges by {ranges}")
 
 
 def _parse_dynamic(text: str, file_format: Format) -> tuple[str, ...]:

