@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_models import EVERY, OF_TIMMS_CLASSES, alive, size_of_images, small
 from torch import nn
 from typer.testing import CliRunner
 
@@ -127,6 +128,21 @@ def test_the_outlier_free_preset_has_the_authors_ranges(tmp_path):
     first = next(node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "images")
     assert held[first.input[1]].item() == pytest.approx(observer.grid.scale.item(), rel=1e-5)
     assert held[first.input[2]].item() == observer.grid.zero_point.item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in EVERY if ":" not in n and n not in OF_TIMMS_CLASSES])  # these are too deep
+def test_an_int8_onnx_file_of_every_family_holds_int8_weights_and_stays_close(name, tmp_path):
+    model = alive(small(name))
+    size = size_of_images(name)
+    x = torch.randn(16, 3, *size, generator=torch.Generator().manual_seed(2))
+    source = export_onnx(model, tmp_path / "float32.onnx", example=x[:2])
+    path = quantize_onnx(source, tmp_path / "int8.onnx", x)
+    got, wanted = open_file(path).run(x)[0], model(x).detach()
+    assert 0 < (got - wanted).square().mean().sqrt() < 0.5 * wanted.std()
+    held = sum(value.size for value, _ in onnx_weights(path).values() if value.dtype == np.int8)
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert held >= 0.9 * sum(layer.weight.numel() for layer in layers)
 
 
 @pytest.mark.slow
