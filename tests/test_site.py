@@ -9,6 +9,7 @@ import sys
 import zlib
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import figures
 import gate_figures
@@ -51,7 +52,7 @@ def requests(kind: str) -> dict[str, list[str]]:
     return found
 
 
-def navigation(entry: object) -> set[str]:
+def navigation(entry: Any) -> set[str]:
     if isinstance(entry, str):
         return {entry}
     parts = entry.values() if isinstance(entry, dict) else entry
