@@ -62,7 +62,7 @@ def navigation(entry: Any) -> set[str]:
 # Public names
 
 
-@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=".".join)
+@pytest.mark.parametrize(("module", "name"), [pytest.param(*pair, id=".".join(pair)) for pair in PUBLIC])
 def test_a_public_name_has_a_docstring(module, name):
     thing = getattr(importlib.import_module(module), name)
     if not (inspect.isclass(thing) or callable(thing) or inspect.ismodule(thing)):
