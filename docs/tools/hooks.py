@@ -1,12 +1,14 @@
 """What MkDocs calls while it builds the site: figures, pages that are files of the repository, generated content."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import tables
 from content import fill
 from figures import FIGURES
 from links import PAGES, to_site
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from panels import draw
 
@@ -16,6 +18,23 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {page: source for source, page in PAGES.items() if source != "README.md"}  # generated pages
+
+
+_folder = TemporaryDirectory()
+
+
+@event_priority(100)  # before mkdocstrings reads its options
+def on_config(config: "MkDocsConfig") -> "MkDocsConfig":
+    """Let mkdocstrings find the package: the repository's folder may have any name."""
+    link = Path(_folder.name) / "foveate"
+    if not link.exists():  # `mkdocs serve` builds again and again
+        link.symlink_to(ROOT)
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_folder.name]
+    return config
+
+
+def on_shutdown() -> None:
+    _folder.cleanup()
 
 
 def on_files(files: Files, config: "MkDocsConfig") -> Files:
