@@ -15,10 +15,10 @@ import figures
 import gate_figures
 import interval_figures
 import links
+import model_rows as rows
+import page_tables as tables
 import pattern_figures
 import pytest
-import rows
-import tables
 import torch
 import yaml
 from content import REQUEST, fill

@@ -143,6 +143,14 @@ def test_the_wheel_of_the_sdist_is_the_wheel_of_the_repository(sdist, wheel, tmp
     assert [name for name in first.namelist() if again.read(name) != first.read(name)] == []
 
 
+def test_the_sdist_installs(sdist, tmp_path):
+    environment = install(sdist, tmp_path / "venv")
+    code = "from importlib.metadata import distribution as d; print(d('foveate').version, d('foveate').locate_file(''))"
+    version, place = run_installed(environment, "python", "-c", code).split()
+    assert version == foveate.__version__ and Path(place).is_relative_to(environment)
+    assert (Path(place) / "foveate/py.typed").exists() and (environment / "bin/foveate").exists()
+
+
 def test_the_wheel_states_version_license_and_extras(wheel):
     metadata = ZipFile(wheel).read(f"foveate-{foveate.__version__}.dist-info/METADATA").decode()
     lines = metadata.partition("\n\n")[0].splitlines()

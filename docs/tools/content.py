@@ -9,7 +9,7 @@
 import posixpath
 import re
 
-import tables
+import page_tables as tables
 from figures import FIGURES
 
 REQUEST = re.compile(r"^<!-- (figure|models|recipes|costs)(?:: (.*?))? -->$", re.MULTILINE)

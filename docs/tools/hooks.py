@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import tables
+import page_tables as tables
 from content import fill
 from figures import FIGURES
 from links import PAGES, to_site

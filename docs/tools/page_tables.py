@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from rows import model_row
+from model_rows import model_row
 
 import foveate
 from foveate import attention_ops
