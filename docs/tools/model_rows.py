@@ -1,40 +1,17 @@
-"""One row of facts for each model, as the tables of the documentation show it: what `foveate list` says."""
+"""The rows of the tables of models: what `foveate list` says, as text. "-" is not published."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import lru_cache
 
 from foveate.commands.list import Listed, find_models
 
+TITLES = ("model", "px", "parameters", "GMACs", "top-1, %", "license of the weights", "weights")
 NONE = "-"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One model; "-" is not published."""
-
-    name: str
-    params: str
-    gmacs: str  # of its default image size
-    top1: str  # %, of every set of weights
-    license: str
-    weights: str
-
-
-def model_row(name: str) -> Row:
-    """Return the facts of a model with all its sets of weights."""
-    sets = _by_model()[name]
-    first, gmacs = sets[0], sets[0].macs / 1e9
-    accuracies = dict.fromkeys(f"{entry.top1:.1f}" for entry in sets if entry.top1 is not None)
-    licenses = dict.fromkeys(entry.license for entry in sets if entry.license)
-    return Row(
-        name,
-        f"{first.params / 1e6:.1f} M",
-        f"{gmacs:.1f}" if gmacs >= 1 else f"{gmacs:.2f}",
-        " / ".join(accuracies) or NONE,
-        ", ".join(licenses) or NONE,
-        ", ".join(dict.fromkeys(map(_linked, sets))),
-    )
+def model_rows(name: str) -> list[tuple[str, ...]]:
+    """Return a row for each set of weights of a model, in the order of TITLES."""
+    return [_row(entry) for entry in _by_model()[name]]
 
 
 @lru_cache(maxsize=1)
@@ -45,6 +22,13 @@ def _by_model() -> dict[str, list[Listed]]:
     return dict(found)
 
 
-def _linked(entry: Listed) -> str:
-    label = entry.name.partition(".")[2] or "weights"
-    return f"[{label}]({entry.weights})" if entry.weights.startswith("http") else entry.weights
+def _row(entry: Listed) -> tuple[str, ...]:
+    gmacs = entry.macs / 1e9
+    counts = f"{entry.params / 1e6:.1f} M", f"{gmacs:.2f}" if gmacs < 10 else f"{gmacs:.1f}"
+    top1 = NONE if entry.top1 is None else f"{entry.top1:.1f}"
+    return f"`{entry.name}`", str(entry.px), *counts, top1, entry.license or NONE, _linked(entry.weights)
+
+
+def _linked(weights: str) -> str:
+    """Return a link where weights have a URL."""
+    return f"[download]({weights})" if weights.startswith("http") else weights

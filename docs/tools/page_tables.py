@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from model_rows import model_row
+from model_rows import TITLES, model_rows
 
 import foveate
 from foveate import attention_ops
@@ -35,9 +35,7 @@ def models(patterns: str) -> str:
         if not found:
             raise ValueError(f"models: no model matches {pattern!r}")
         names += [name for name in found if name not in names]
-    facts = map(model_row, names)
-    cells = ((f"`{r.name}`", r.params, r.gmacs, r.top1, r.license, r.weights) for r in facts)
-    return markdown(("model", "parameters", "GMACs", "top-1, %", "license of the weights", "weights"), cells)
+    return markdown(TITLES, (row for name in names for row in model_rows(name)))
 
 
 def recipes(patterns: str) -> str:
