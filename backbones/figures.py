@@ -16,6 +16,7 @@ import torch
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
 
 from .._files import atomic_path
+from .._timm import pretrained_cfg
 from ..attention_ops.macs import count_macs
 from . import list_models
 from .published import full_name
@@ -51,7 +52,7 @@ def count_figures(weights: str) -> Figures:
     """
     with torch.device("meta"):
         model = timm.create_model(weights).eval()
-        size = model.pretrained_cfg["input_size"]
+        size = pretrained_cfg(model)["input_size"]
         macs = count_macs(model, torch.zeros(1, *size))
     return Figures(weights.partition(".")[0], size[-1], sum(p.numel() for p in model.parameters()), macs)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._files import atomic_path
 from .bench import Row
@@ -64,7 +64,13 @@ def _draw_panel(axis: "Axes", rows: list[Row]) -> None:
         mine = [point for point, row in zip(points, rows, strict=True) if row.cell.engine == engine]
         axis.scatter(*zip(*mine, strict=True), marker=marker, label=engine)
     front = [points[i] for i in pareto_front(points)]
-    style = {"linestyle": "--", "marker": "o", "markersize": 12, "fillstyle": "none", "color": "tab:red"}
+    style: dict[str, Any] = {
+        "linestyle": "--",
+        "marker": "o",
+        "markersize": 12,
+        "fillstyle": "none",
+        "color": "tab:red",
+    }
     axis.plot(*zip(*front, strict=True), label=FRONT, **style)
     for name, point in _labels(rows, points).items():
         axis.annotate(name, point, textcoords="offset points", xytext=(7, 7), fontsize=8)

@@ -103,8 +103,8 @@ def draw(out: Path, scalars: list[dict], model: nn.Module, images: Tensor, targe
     for axis, i in zip(axes, chosen, strict=False):
         axis.imshow(_picture(images[i], config["mean"], config["std"]), cmap=chapter.colors)
         is_right = bool(answers[i] == targets[i])
-        title = f"{_short(chapter.labels[answers[i]])} {confidences[i]:.0%}"
-        title += "" if is_right else f"\nis {_short(chapter.labels[targets[i]])}"
+        title = f"{_short(chapter.labels[int(answers[i])])} {confidences[i]:.0%}"
+        title += "" if is_right else f"\nis {_short(chapter.labels[int(targets[i])])}"
         axis.set_title(title, fontsize=8, color="black" if is_right else "tab:red")
     with atomic_path(out) as part:
         figure.savefig(part, dpi=120)

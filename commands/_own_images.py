@@ -138,7 +138,7 @@ def _check(found: OwnImages) -> None:
 def _copy_class(files: Sequence[Path], target: Path, px: int, channels: int, copies: Copies) -> list[Path]:
     """Write the readable images of a class as 00000.png, 00001.png, ..., and name the others in `copies`."""
     target.mkdir(parents=True)
-    written = []
+    written: list[Path] = []
     for file in files:
         try:
             image = decode_image(file, channels)

@@ -52,6 +52,7 @@ def shown(value: str, count: int) -> list[str | None]:
 
 def default(name: str) -> Published | None:
     cfg = get_pretrained_cfg(name)
+    assert cfg is not None
     return published_top1(full_name(cfg), cfg.input_size[-1])
 
 

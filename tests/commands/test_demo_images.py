@@ -103,24 +103,25 @@ def test_large_images_are_copied_small(tmp_path):
         assert (image.size, image.mode) == ((72, 48), "RGB")
 
 
-def test_folders_that_are_split_already_stay_so(images, tmp_path, monkeypatch):
+def test_folders_that_are_split_already_stay_so_and_unreadable_images_are_named(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run("--images", images, *QUICK, "--out", "out")
-    assert done.exit_code == 0, done.output
-    summary = json.loads(Path("out/summary.json").read_text())
-    assert (summary["train_images"], summary["held_out_images"]) == (24, 9)
-    assert summary["split"] == "the folders of --images"
-
-
-def test_unreadable_images_are_named_and_left_out(own):
-    (own / "bee" / "3.png").write_text("no image")
-    (own / "cow" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    done = run("--images", own, *QUICK, "--out", "out")
+    shutil.copytree(images, "own")
+    shutil.rmtree("own/val/cow")  # a class without validation images
+    Path("own/train/bee/3.png").write_text("no image")
+    Path("own/val/ant/broken.jpg").write_bytes(b"\xff\xd8\xff")
+    done = run("--images", "own", *QUICK, "--out", "out")
     assert done.exit_code == 0, done.output
     assert done.stderr.count("\n") == 1 and "2 unreadable images left out" in done.stderr
-    assert "bee/3.png is not a readable image" in done.stderr and "cow/broken.jpg" in done.stderr
+    assert "bee/3.png is not a readable image" in done.stderr and "ant/broken.jpg" in done.stderr
     summary = json.loads(Path("out/summary.json").read_text())
-    assert len(summary["unreadable"]) == 2 and summary["train_images"] + summary["held_out_images"] == 29
+    assert (summary["train_images"], summary["held_out_images"], len(summary["unreadable"])) == (23, 6, 2)
+    assert summary["split"] == "the folders of --images" and summary["classes"] == list(CLASSES)
+
+
+def test_unreadable_images_are_left_out_before_the_split(own, tmp_path):
+    (own / "bee" / "3.png").write_text("no image")
+    copies = copy_images(find_images(own), tmp_path / "out", px=16, channels=3, seed=0)
+    assert copies.counts == {"train": 23, "val": 6} and len(copies.unreadable) == 1
 
 
 def test_without_a_model_the_weights_of_the_first_chapter_are_fine_tuned(own, digits):
