@@ -42,7 +42,11 @@ def half_steps(length: int, pooled: int) -> tuple[int, int, int]:
 
     Where all cells have one size, every second half is no distance. Of a free size all halves between tokens are kept.
     """
-    if not torch.jit.is_scripting() and not known(length, pooled):
+    if torch.jit.is_scripting():
+        free = False
+    else:
+        free = not known(length, pooled)
+    if free:
         return 2 - 2 * length, 1, 4 * length - 3
     side = length // pooled
     if side * pooled == length:
@@ -132,11 +136,11 @@ class MohBase(nn.Module):
         gates = torch.cat(parts, -1)
         if self.heads == self.all_heads:
             return gates
-        kept: list[int] = []
+        left: list[int] = []
         for i in range(self.all_heads):
             if (self.kept_heads >> i) % 2 == 1:
-                kept.append(i)
-        return torch.stack([gates[..., i] for i in kept], -1)
+                left.append(i)
+        return torch.stack([gates[..., i] for i in left], -1)
 
     @torch.jit.ignore
     def note_balance(self, chances: Tensor, mask: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def trained(
     return load_net(train(recipe, work_dir=folder, resume=True, cfg_options=changes).best_checkpoint)
 
 
-def digits(split: str) -> tuple[Tensor, Tensor]:
+def digits(split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
     """Return the images (N, 1, 28, 28), normalized, and the classes of "train" or "validation"."""
     images, targets = load_digits(split)
     return (images[:, None].float() / 255 - MEAN) / STD, targets

@@ -11,7 +11,7 @@ Size       Int8 file over float32 file. Files of digits models are mostly graph;
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,8 +53,8 @@ class Settings(ModelSettings):
 
     models: tuple[str, ...] = MODELS
     batch: int = 1
-    recipes: tuple[str, ...] = ()
-    runtimes: tuple[str, ...] = ("onnxruntime", "openvino")
+    recipes: Sequence[str] = ()
+    runtimes: Sequence[str] = ("onnxruntime", "openvino")
     runs: Path | None = None  # None: a temporary folder
     epochs: int | None = None  # None: the recipes'
 
@@ -203,10 +203,7 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path |
     parser.add_argument("--runs", type=Path, metavar="DIR", help="keep the digits runs in DIR, and take those there")
     parser.add_argument("--epochs", type=int, help="epochs of training (default: the recipes')")
 
-    def make(recipes: list[str], runtimes: list[str], **others: object) -> Settings:
-        return Settings(recipes=tuple(recipes), runtimes=tuple(runtimes), **others)  # type: ignore[arg-type]
-
-    return parse_model_settings(make, parser, arguments)  # type: ignore[type-var]
+    return parse_model_settings(Settings, parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,5 +1,7 @@
 """Small models of every family and of each kind of block: what each is built with."""
 
+from typing import Any
+
 import timm
 import torch
 from torch import nn
@@ -87,7 +89,10 @@ ONE_SIZE = {  # models of one image size, which most tests of SMALL change: thos
     "ninformer": {"dims": (16, 16), "depths": (1, 1), "hidden_dim": 24},
 }
 EVERY = {**KINDS, **FIXED, **ONE_SIZE}
-SIZES = {**{name: kwargs["img_size"] for name, kwargs in FIXED.items()}, "ninformer": (32, 32)}  # of the others
+SIZES: dict[str, Any] = {
+    **{name: kwargs["img_size"] for name, kwargs in FIXED.items()},
+    "ninformer": (32, 32),
+}  # of the others
 GATED = ("fv_halo", "fv_se", "fv_eca", "eca", "ela", "ulsam")
 OF_TIMMS_CLASSES = tuple(name for name in KINDS if name.startswith(GATED))
 VITS = tuple(name for name in KINDS if name.startswith(("gqa", "quantizable", "sparsifiner", "dependencyvit")))

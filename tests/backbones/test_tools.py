@@ -9,7 +9,15 @@ from small_models import EVERY, alive, size_of_images, small
 from torch import nn
 from torch.nn.utils import prune
 
-FAST = ("nat_mini", "van_b0", "biformer_tiny", "litv2_small", "fv_davit_tiny", "eca_resnet18", "ela_resnet18_b")
+FAST: tuple[str, ...] = (
+    "nat_mini",
+    "van_b0",
+    "biformer_tiny",
+    "litv2_small",
+    "fv_davit_tiny",
+    "eca_resnet18",
+    "ela_resnet18_b",
+)
 FAST += ("agent_deit_tiny", "moh_transnext_small_75", "flowformer_cv", "sparsifiner_deit_tiny", "ninformer")
 EVERY_KIND = pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
@@ -25,7 +33,7 @@ def loss_of_all_layers(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return a loss whose gradient every layer gets; predictors of connections learn from matrices, not from logits."""
     loss = model(x).square().sum()
     if hasattr(model, "dense_features"):
-        loss = loss + sum(matrix.square().sum() for matrix in model.dense_features(x)[1])
+        loss = loss + sum(matrix.square().sum() for matrix in model.dense_features(x)[1])  # type: ignore[operator]
     return loss
 
 
