@@ -129,6 +129,11 @@ def test_the_page_of_a_family_is_complete(page):
     assert f"({page.name})" in (DOCS / "families/index.md").read_text(encoding="utf-8")
 
 
+def test_what_concerns_one_family_is_on_its_page():
+    headings = re.findall(r"^## (.+)$", (DOCS / "models.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings == ["Create a model", "Behavior of all models", "What heads do"]
+
+
 # Generated content
 
 
