@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._input import update_model_args
@@ -12,6 +12,7 @@ __all__ = [
     "DepthwiseSeparableConv",
     "FeatureGetterNet",
     "InvertedResidual",
+    "SqueezeExcite",
     "decode_arch_def",
     "feature_info",
     "feature_take_indices",

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timm.layers import EcaModule, SEModule
+from timm.layers import CecaModule, EcaModule, EffectiveSEModule, SEModule
+from timm.layers.squeeze_excite import SqueezeExciteCl
 from torch import Tensor, nn
 
+from .._timm import SqueezeExcite
 from ..attention_ops import LargeKernelAttention
 from ..attention_ops.attention_pool import GaussianPool, LamaPool, gaussian_weights, lama_weights
 from ..attention_ops.channel_gate import EfficientChannelAttention
@@ -74,7 +76,7 @@ def _channel_gate(name: str, module: EfficientChannelAttention, x: Tensor, canva
 
 
 def _timms_gate(name: str, module: Any, x: Tensor, canvas: Canvas) -> list[View]:
-    """Squeeze and excite, timm's ECA: what its last activation returns."""
+    """Squeeze and excite, timm's ECA: the output of its last activation, which multiplies the map."""
     found: list[Tensor] = []
     with module.gate.register_forward_hook(lambda _, args, out: found.append(out)):
         type(module).forward(module, x)
@@ -167,6 +169,6 @@ VIEWS: dict[type[nn.Module], Callable[..., list[View]]] = {
     NinformerBlock: _token_mixer,
     LamaPool: _lama,
     GaussianPool: _gaussian,
-    SEModule: _timms_gate,
-    EcaModule: _timms_gate,
+    **dict.fromkeys((SEModule, EffectiveSEModule, SqueezeExcite, SqueezeExciteCl), _timms_gate),
+    **dict.fromkeys((EcaModule, CecaModule), _timms_gate),
 }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._modes import evaluating
 from ..attention_ops._attend import accumulator
 from .capture import SDPA, SOFTMAX, Call, Part, parts_of, watching
-from .places import Places, Size, Surroundings, as_pair, attribute, places_of_maps, places_of_tokens
+from .places import Places, Size, Surroundings, as_pair, attribute, places_of_maps, places_of_tokens, unrolled
 from .weights import value_weights
 
 GATHER, READ = "gather", "read"  # branches of agent attention
@@ -37,7 +37,7 @@ class AttentionMap:
         query_size, key_size: (rows, columns) of the tokens of one window; None where tokens have no place on a map.
         query_prefix, prefix: tokens before those of the map, class token and registers: of queries, of keys.
         windows: (rows, columns) of windows that attend by themselves, (1, 1) where the whole map does.
-        shift: (rows, columns) by which the map was rolled up and left before it was cut into windows.
+        shift: (rows, columns) by which the map was rolled up and left before it was padded and cut into windows.
         map_size: (rows, columns) of the layer's map without padding, in tokens of the finer of both maps.
     """
 
@@ -100,7 +100,8 @@ class AttentionMap:
             window = max(size[i], other[i])
             inside = (torch.arange(size[i], dtype=torch.float64) + 0.5) * window / size[i] - 0.5
             of_windows = torch.arange(self.windows[i], dtype=torch.float64)[:, None] * window + inside
-            axes.append((of_windows + self.shift[i]) % (window * self.windows[i]) if self.shift[i] else of_windows)
+            length = window * self.windows[i] if self.map_size is None else self.map_size[i]
+            axes.append(unrolled(of_windows, self.shift[i], length) if self.shift[i] else of_windows)
         rows = axes[0][:, None, :, None].expand(-1, self.windows[1], -1, size[1])
         cols = axes[1][None, :, None, :].expand(self.windows[0], -1, size[0], -1)
         places = torch.stack([rows, cols], -1).flatten(2, 3).flatten(0, 1)

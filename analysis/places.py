@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .capture import Call, Frame
@@ -54,6 +55,16 @@ class Surroundings:
     def shape_apart(self, size: Size) -> float:
         """How far the proportions of a map are from those of the images, as a logarithm."""
         return abs(math.log(size[0] / size[1]) - math.log(self.images.shape[-2] / self.images.shape[-1]))
+
+
+def unrolled(places: Tensor, shift: int, length: int) -> Tensor:
+    """Return where the tokens of an axis that was rolled by -shift, and then padded, lie on the map.
+
+    Args:
+        places: on the rolled axis, in tokens.
+        length: of the axis without padding, tokens; padding stays behind its end.
+    """
+    return torch.where(places < length, (places + shift) % length, places)
 
 
 def as_pair(value: Any) -> Size:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._errors import RequestError
 from .maps import READ, AttentionMap
-from .places import Size
+from .places import Size, unrolled
 
 PROBABILITY, WEIGHT = "probability", "weight"
 NOT_SOFTMAX = ("reversed_attention", "flow_attention", "cluster_attention")
@@ -90,12 +90,15 @@ class AttentionView:
 
         Raises:
             ValueError: a query is not there.
+            RequestError: a weight is not finite: the model's parameters, or the image, are not.
         """
         count = len(self.queries.places)
         rows = torch.arange(count) if queries is None else torch.as_tensor(queries, dtype=torch.int64)
         if rows.dim() != 1 or bool(((rows < 0) | (rows >= count)).any()):
             raise ValueError(f"weights: {self.layer} has queries 0 to {count - 1}, got {queries}")
         found = self._rows(rows).cpu()
+        if not bool(found.isfinite().all()):
+            raise RequestError(f"{self.title} has weights that are not finite")
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def query_at(self, x: float, y: float) -> int:
@@ -209,10 +212,12 @@ def _grid(one: AttentionMap, of: str, canvas: Canvas) -> Grid:
         return Grid((0, 0), (1.0, 1.0), torch.full((count, 2), -1), prefix)
     finer = [max(a, b) for a, b in zip(size, (one.query_size if of == "key" else one.key_size) or size, strict=True)]
     axes, cell, wholes = [], [], []
-    px = canvas.cell(one.map_size or (finer[0] * one.windows[0], finer[1] * one.windows[1]))
+    whole_map = one.map_size or (finer[0] * one.windows[0], finer[1] * one.windows[1])
+    px = canvas.cell(whole_map)
     for i in (0, 1):
         whole = size[i] * one.windows[i]
-        axes.append((torch.arange(whole) + one.shift[i] * size[i] // finer[i]) % whole)
+        shift, length = (tokens * size[i] // finer[i] for tokens in (one.shift[i], whole_map[i]))
+        axes.append(unrolled(torch.arange(whole), shift, length) if shift else torch.arange(whole))
         cell.append(px[i] * finer[i] / size[i])
         wholes.append(whole)
     rows = axes[0].view(one.windows[0], 1, size[0], 1).expand(-1, one.windows[1], -1, size[1])

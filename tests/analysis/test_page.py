@@ -143,7 +143,21 @@ def test_keys_move_the_query_by_a_token(opened, views):
     assert_shows(browser, view, None, view.query_at(22, 14))
 
 
+def test_an_image_wider_than_the_page_is_shown_smaller_and_the_query_follows(opened, views):
+    view = views["nat_mini"][0]
+    browser = opened(views["nat_mini"])
+    browser.execute_script("document.querySelector('main > div').style.width = '90px'")
+    sides = "const c = document.getElementById('view'); return [c.clientWidth, c.clientHeight]"
+    width, height = browser.execute_script(sides)
+    assert width <= 90 and abs(height / width - 32 / 48) < 0.05
+    for x, y in ((41, 21), (6, 30)):
+        point(browser, x, y)
+        assert_shows(browser, view, None, view.query_at(x, y))
+
+
 def test_class_tokens_and_agents_can_be_queries(opened, views):
+    from selenium.webdriver.common.keys import Keys
+
     of_model = views["agent_deit_tiny"]
     browser = opened(of_model, query=(20, 10))
     assert_shows(browser, of_model[0], None, of_model[0].query_at(20, 10))
@@ -152,6 +166,9 @@ def test_class_tokens_and_agents_can_be_queries(opened, views):
     assert float(browser.find_element("id", "before").text) == pytest.approx(
         float(of_model[0].weights([0])[:, 0, 0].mean()), abs=2e-4
     )
+    browser.find_element("id", "view").send_keys(Keys.ARROW_RIGHT)  # from the class token back to the image
+    assert_shows(browser, of_model[0], None, of_model[0].query_at(28, 10))
+    point(browser, 20, 10, click=True)
     choose(browser, "layer", 1, "input")
     assert of_model[1].branch == "gather"
     assert_shows(browser, of_model[1], None, of_model[1].query_at(20, 10))

@@ -6,10 +6,14 @@ import timm
 import torch
 from looking import PROJECT_TOLERANCE, Page, calls_of, on_whole_layer, weights_by_definition
 from small_models import FIXED, KINDS, ONE_SIZE, alive, small
+from timm.layers import CecaModule, EcaModule, EffectiveSEModule, SEModule
+from timm.layers.squeeze_excite import SqueezeExciteCl
+from torch import nn
 
 import foveate  # noqa: F401  (registers the models)
 from foveate._errors import RequestError
-from foveate.analysis import AttentionView, GateView, draw_views, layer_views, write_page
+from foveate._timm import SqueezeExcite
+from foveate.analysis import AttentionView, GateView, attention_maps, draw_views, layer_views, write_page
 from foveate.analysis.gates import FIELD
 
 X = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
@@ -124,6 +128,30 @@ def test_shifted_windows_see_their_neighbors_on_the_image():
         assert set(seen[:, 0].tolist()) == set(rows) == set(seen[:, 1].tolist())
 
 
+@pytest.mark.parametrize("query", [(0, 0), (5, 5), (13, 10), (15, 19)])
+def test_windows_that_are_rolled_and_then_padded_see_what_the_block_reads(query):
+    torch.manual_seed(0)
+    sizes = {"img_size": (64, 80), "window_size": 7, "embed_dim": 16, "depths": (2,), "num_heads": (2,)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **sizes).eval()  # 16 x 20 tokens, padded to 21 x 21
+    image = torch.randn(1, 3, 64, 80)
+    view, block = layer_views(model, image)[1], model.layers[0].blocks[1]
+    before = passed(block, model, image)[0].requires_grad_()
+    (grad,) = torch.autograd.grad(block(before)[0, query[0], query[1]].square().sum(), before)
+    read = {tuple(place) for place in (grad[0].abs().sum(-1) > 1e-12).nonzero().tolist()}
+    number = view.query_at(4 * query[1] + 1, 4 * query[0] + 1)
+    assert view.queries.places[number].tolist() == list(query)
+    seen = view.keys.places[(view.weights([number])[:, 0].sum(0) > 1e-20).nonzero().flatten()]
+    assert {place for place in map(tuple, seen.tolist()) if place[0] < 16 and place[1] < 20} == read
+    assert sorted(map(tuple, view.keys.places.tolist())) == [(r, c) for r in range(21) for c in range(21)]
+
+
+def test_positions_of_rolled_and_padded_windows_are_those_of_the_view():
+    sizes = {"img_size": (64, 80), "window_size": 7, "embed_dim": 16, "depths": (2,), "num_heads": (2,)}
+    model, image = timm.create_model("swin_tiny_patch4_window7_224", **sizes).eval(), torch.randn(1, 3, 64, 80)
+    shifted = attention_maps(model, image)[1]
+    assert torch.equal(shifted.positions().flatten(0, 1), layer_views(model, image)[1].keys.places.double())
+
+
 @pytest.mark.parametrize(
     ("name", "image", "wanted"),
     [
@@ -234,6 +262,23 @@ def test_channel_gates_are_what_the_channels_are_multiplied_with(name):
     assert views
 
 
+@pytest.mark.parametrize("kind", [SEModule, EffectiveSEModule, SqueezeExcite, SqueezeExciteCl, EcaModule, CecaModule])
+def test_gates_of_timms_layers_are_what_the_channels_are_multiplied_with(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(16)).eval()
+    last = kind is SqueezeExciteCl
+    x = torch.randn(1, 8, 12, 16) if last else torch.randn(1, 16, 8, 12)
+    (view,) = layer_views(model, x)
+    gate = view.values[0, 0] if last else view.values[0, 0][:, None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(x * gate, model(x))
+
+
+def test_gates_of_timms_mobile_networks_are_found():
+    model = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
+    assert {view.op for view in layer_views(model, X)} == {"channel gate"}
+
+
 def test_gates_of_rows_and_columns_are_what_the_map_is_multiplied_with():
     model = alive(small("ela_resnet18_b"))
     x = torch.randn(1, 3, 64, 96)
@@ -320,6 +365,14 @@ def test_a_model_without_attention_and_gates_is_refused():
 def test_models_of_low_precision_give_weights_in_float32(name):
     view = layer_views(alive(small(name)).bfloat16(), X.bfloat16())[0]
     assert view.weights([5]).dtype == torch.float32 and view.weights([5]).isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = alive(small("nat_mini"))
+    with torch.no_grad():
+        model.stages[0].blocks[0].attn.qkv.weight.fill_(torch.nan)
+    with pytest.raises(RequestError, match=r"stages\.0\.blocks\.0\.attn has weights that are not finite"):
+        layer_views(model, X)[0].weights()
 
 
 def test_looking_leaves_no_hooks_and_no_mode():
