@@ -11,6 +11,18 @@ from typing import Any
 
 from ._errors import RequestError, first_line
 
+IMAGE_SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+)
 PART = ".part"  # suffix of the temporary folders; a killed process may leave one
 
 IS_FOLDER = "is a folder"

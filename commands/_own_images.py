@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
-from timm.utils.misc import natural_key
 
 from .._errors import RequestError
 from .._files import atomic_path
 from ..export import ExportError
 from ..export.inputs import decode_image, image_files
-from ..train.sources import SYNONYMS
+from ..train.sources import SYNONYMS, class_key
 
 TRAIN, VAL = "train", "val"
+SPLITS = {"test", "testing", *(name for names in SYNONYMS for name in names)}  # folders that are no classes
 VAL_SHARE = 0.2  # of the images of a class
 LARGER = 1.5  # side of a copy over that of the model's images: random crops take a part of it
 MOST_NAMED = 5  # unreadable files
@@ -52,11 +52,11 @@ class Copies:
 def find_images(folder: Path) -> OwnImages:
     """Find class folders, in `folder` or in its folders train and val; any timm synonym of the two names is known.
 
-    Images are files with the suffix of an image, in a class folder or below it. Hidden folders are left out.
+    Images are files with the suffix of an image, in a class folder or below it. Hidden files and folders are left out.
 
     Raises:
-        RequestError: no such folder, no class folders, a single class, a class with too few images, or a validation
-            class that has no training images.
+        RequestError: no such folder, no class folders, folders of other splits only, a single class, a class with too
+            few images, or a validation class that has no training images.
     """
     if not folder.is_dir():
         raise RequestError(f"--images {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
@@ -65,6 +65,7 @@ def find_images(folder: Path) -> OwnImages:
         found = OwnImages(folder, _class_files(train), _class_files(val))
     else:
         found = OwnImages(folder, _class_files(folder), None)
+        _check_no_splits(found)
     _check(found)
     return found
 
@@ -108,14 +109,26 @@ def describe_unreadable(names: Sequence[str]) -> str:
 
 def _class_files(folder: Path) -> Files:
     folders = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    return {path.name: _image_files(path) for path in sorted(folders, key=lambda path: natural_key(path.name))}
+    return {path.name: _image_files(path) for path in sorted(folders, key=lambda path: class_key(path.name))}
 
 
 def _image_files(folder: Path) -> list[Path]:
     try:
-        return image_files(folder)
+        files = image_files(folder)
     except ExportError:  # there is none
         return []
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _check_no_splits(found: OwnImages) -> None:
+    """Refuse folders such as train and test, with class folders inside: they would be two classes."""
+    names = [name for name, files in found.train.items() if files]
+    nested = [n for n in names if any(path.parent.parent != found.folder for path in found.train[n])]
+    if nested and all(name.lower() in SPLITS for name in names):
+        raise RequestError(
+            f"--images {found.folder}: wanted class folders, or the folders train and val, got {', '.join(names)}: "
+            f"rename them, or give {found.folder / nested[-1]}"
+        )
 
 
 def _check(found: OwnImages) -> None:
@@ -131,7 +144,7 @@ def _check(found: OwnImages) -> None:
         )
     if len(found.train) < 2:
         raise RequestError(f"{where}: {wanted}, for two classes or more; found one, {found.classes[0]!r}")
-    if found.val is not None and (strangers := [name for name in found.val if name not in found.train]):
+    if strangers := [name for name, files in (found.val or {}).items() if files and name not in found.train]:
         raise RequestError(f"{where}: class {strangers[0]!r} has validation images but no training images")
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg, is_model, resolve_model_input_args
 from torch import Tensor
 
-from .._errors import RequestError, did_you_mean
+from .._errors import RequestError, did_you_mean, first_line
 from .._files import atomic_path
 from .._timm import pretrained_cfg
 from ..attention_ops.macs import count_macs
@@ -102,6 +102,22 @@ def widened(start: Start, folder: Path) -> Start:
     with atomic_path(folder / "start.safetensors") as part:
         save_file(weights, part)
     return replace(start, checkpoint=folder / "start.safetensors", widens=False)
+
+
+def check_start(start: Start, classes: int) -> None:
+    """Build the model, load its weights, and run it on one image of zeros, before any file is written.
+
+    Raises:
+        TrainError: the model cannot be built, or the weights are another model's.
+        RequestError: it does not take images of this size.
+    """
+    recipe = load_recipe(_recipe(start, Path(), classes, classes, 0, 1))
+    net = build_net(recipe).eval()
+    try:
+        with torch.inference_mode():
+            net(torch.zeros(1, *input_size(recipe)))
+    except Exception as error:  # models raise many types
+        raise RequestError(f"{start.model} refuses images of {start.px} px: {first_line(error)}") from error
 
 
 def fine_tuning(start: Start, root: Path, classes: int, images: int, seed: int, epochs: int | None) -> Recipe:

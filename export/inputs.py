@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from .._digits import MissingDigitsError, read_digits
 from .._errors import first_line
-from .._files import UnreadableFileError, check_regular
+from .._files import IMAGE_SUFFIXES, UnreadableFileError, check_regular
 from .._memory import check_images_fit
 from .errors import ExportError
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _MODES = {1: "L", 3: "RGB"}  # channels of the model's input -> Pillow's mode
 
 
@@ -78,9 +77,7 @@ def real_images(
         ExportError: no image, an unreadable image, or a model whose input has neither 1 nor 3 channels.
     """
     config = data_config(model, img_size)
-    mode = _MODES.get(config["input_size"][0])
-    if mode is None:
-        raise ExportError(f"images have 1 or 3 channels, the model needs {config['input_size'][0]}")
+    mode = image_mode(config["input_size"][0])
     check_fits(count, config["input_size"])
     pictures = _digits(count) if folder is None else islice(cycle(image_files(Path(folder))), count)
     decoded = [
@@ -94,7 +91,7 @@ def real_images(
 
 
 def decode_image(picture: Path | bytes, channels: int) -> Image.Image:
-    """Decode an image with Pillow, as grey or RGB values.
+    """Decode an image with Pillow, as gray or RGB values.
 
     Args:
         picture: a file, or its content.
@@ -103,9 +100,18 @@ def decode_image(picture: Path | bytes, channels: int) -> Image.Image:
     Raises:
         ExportError: not a regular file, or not a readable image.
     """
+    return _decoded(picture, image_mode(channels))
+
+
+def image_mode(channels: int) -> str:
+    """Return Pillow's mode of images with 1 or 3 channels.
+
+    Raises:
+        ExportError: another number of channels.
+    """
     if channels not in _MODES:
         raise ExportError(f"images have 1 or 3 channels, the model needs {channels}")
-    return _decoded(picture, _MODES[channels])
+    return _MODES[channels]
 
 
 def _decoded(picture: Path | bytes, mode: str) -> Image.Image:
@@ -129,9 +135,9 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         ExportError: there is none.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ExportError(f"no image in {folder}; looked for {' '.join(sorted(_SUFFIXES))}")
+        raise ExportError(f"no image in {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     return files
 
 

@@ -21,11 +21,12 @@ from timm.data import ImageDataset, create_dataset
 from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from .._errors import did_you_mean, first_line
-from .._files import atomic_path
+from .._files import IMAGE_SUFFIXES, atomic_path
 from .errors import MissingPackageError, TrainError
 from .lists import SUFFIXES as LISTS
 from .lists import open_list, read_class_map
@@ -37,7 +38,6 @@ Transform = Callable[[Image.Image], Tensor]  # a PIL image -> (C, H, W) uint8
 SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # names of splits
 _FOLDERS = ("folder", "torch/image_folder", "torch/folder")
 _TARS = (".tar", ".tar.gz", ".tgz")
-_MORE_IMAGES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")  # besides timm's .png, .jpg, .jpeg
 
 
 class Digits(Dataset):
@@ -164,6 +164,8 @@ def _open_folder(
         root = _decompressed(root)
     dataset = _create_folder(data, name, root, numbers)
     _check_names(root, dataset)
+    if classes is None and numbers is None and not name.startswith("torch/"):
+        return _in_order(data, name, root, dataset)
     if classes is None or numbers is not None or (found := class_names(dataset) or []) == list(classes):
         return dataset
     if strangers := set(found) - set(classes):
@@ -174,6 +176,23 @@ def _open_folder(
             "use data.source 'folder'"
         )
     return _create_folder(data, name, root, {c: i for i, c in enumerate(classes)})
+
+
+def _in_order(data: DataRecipe, name: str, root: Path, dataset: Dataset) -> Dataset:
+    """Number classes that timm's key does not tell apart ("A" and "a", "1" and "01") by their names.
+
+    timm takes them from a set, in another order in every process.
+    """
+    found = class_names(dataset) or []
+    ordered = sorted(found, key=class_key)
+    if ordered == found:
+        return dataset
+    return _create_folder(data, name, root, {label: number for number, label in enumerate(ordered)})
+
+
+def class_key(name: str) -> tuple[list[int | str], str]:
+    """Return the key that class folders are sorted by: timm's, which reads numbers, and then the name."""
+    return natural_key(name), name
 
 
 def nested_folders(dataset: Dataset) -> list[str]:
@@ -212,7 +231,7 @@ def _create_folder(data: DataRecipe, name: str, root: Path, numbers: Mapping[str
 def _more_images() -> Iterator[None]:
     """Let timm's readers find more kinds of images than by default, for as long as one is made."""
     before = get_img_extensions()
-    set_img_extensions((*before, *_MORE_IMAGES))
+    set_img_extensions(tuple(dict.fromkeys((*before, *IMAGE_SUFFIXES))))
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from foveate.commands._own_start import (
     LEAST_EPOCHS,
     LUMA,
     MOST_EPOCHS,
+    check_start,
     fine_tuning,
     start_from_name,
     start_from_run,
@@ -228,11 +229,89 @@ def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, monkeypatch):
     }
     make(Path("split/train"), cat=2, dog=1)
     cases[make(Path("split/val"), cat=1, cow=1).parent] = "class 'cow' has validation images but no training images"
+    make(Path("halves/train"), cat=3, dog=3)
+    cases[make(Path("halves/test"), cat=2, dog=2).parent] = (
+        "wanted class folders, or the folders train and val, got test, train: rename them, or give halves/train"
+    )
+    cases[make(Path("only/Train"), cat=3, dog=3).parent] = "or the folders train and val, got Train"
     before = sorted(Path().iterdir())
     for folder, message in cases.items():
         done = run("--images", folder, *QUICK)
         assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, (folder, done.output)
     assert sorted(Path().iterdir()) == before
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+    assert find_images(make(tmp_path, train=3, bus=3, test=2)).classes == ["bus", "test", "train"]
+
+
+def test_hidden_files_and_empty_folders_are_no_images(tmp_path):
+    make(tmp_path / "train", cat=2, dog=2)
+    make(tmp_path / "val", cat=1, cow=0)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train/cat/._0.png")
+    make(tmp_path / "train/dog", **{".ipynb_checkpoints": 3})
+    found = find_images(tmp_path)
+    assert {name: len(files) for name, files in found.train.items()} == {"cat": 2, "dog": 2}
+    copies = copy_images(found, tmp_path / "out", px=8, channels=3, seed=0)
+    assert copies.counts == {"train": 4, "val": 1}
+
+
+def test_class_names_keep_their_order_spaces_and_letters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a cat", "B", "b", "Zoë", "10", "9"]
+    make(Path("own"), **dict.fromkeys(names, 3))
+    done = run("--images", "own", *QUICK, "--out", "out")
+    assert done.exit_code == 0, done.output
+    classes = json.loads(Path("out/summary.json").read_text())["classes"]
+    assert classes == ["9", "10", "a cat", "B", "b", "Zoë"]
+    net = timm.create_model("local-dir:out/model", pretrained=True)
+    assert net.pretrained_cfg["label_names"] == classes
+
+
+def test_gif_and_webp_files_are_images(tmp_path):
+    for path in list(make(tmp_path / "own", cat=2, dog=2).rglob("*.png")):
+        Image.open(path).convert("L").save(path.with_suffix(".gif" if path.stem == "0" else ".webp"))
+        path.unlink()
+    copies = copy_images(find_images(tmp_path / "own"), tmp_path / "out", px=8, channels=3, seed=0)
+    assert copies.counts == {"train": 2, "val": 2} and copies.unreadable == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "ninformer", "--img-size", "33"), "33"),
+        (("--model", "test_resnet", "--checkpoint", "other.pth"), "other.pth"),
+    ],
+)
+def test_a_model_that_cannot_start_is_refused_before_images_are_copied(own, options, message):
+    torch.save(timm.create_model("test_vit").state_dict(), "other.pth")
+    done = run("--images", own, *options, "--out", "out")
+    assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.output
+    assert not Path("out").exists()
+
+
+def test_a_model_that_refuses_the_size_is_named(monkeypatch):
+    class Refusing(torch.nn.Module):
+        def forward(self, x):
+            raise AssertionError(f"wanted 160 px, got {x.shape[-1]}")
+
+    monkeypatch.setattr("foveate.commands._own_start.build_net", lambda recipe: Refusing())
+    with pytest.raises(RequestError, match="test_vit refuses images of 64 px: wanted 160 px, got 64"):
+        check_start(start_from_name("test_vit", None, False, 64), 3)
+
+
+def test_the_report_holds_few_images_of_all_classes(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "MOST_HELD_OUT", 8)
+    net = timm.create_model("test_resnet", num_classes=3)
+    images, classes = demo._held_out_copies(own, list(CLASSES), 3, net)  # 10 of each class: every fourth
+    assert len(images) == len(classes) == 8 and set(classes.tolist()) == {0, 1, 2}
+
+
+def test_a_checkpoint_of_the_first_chapter_may_be_named_with_its_model(digits):
+    checkpoint = list_epochs(digits)[0]
+    assert demo._start("nat", checkpoint, False, 32, own=False).model == "nat_mini"
+    with pytest.raises(RequestError, match="is a checkpoint of nat_mini, not of van"):
+        demo._start("van", checkpoint, False, 32, own=False)
 
 
 def test_a_class_without_readable_images_is_refused_and_nothing_is_copied(own, tmp_path):
@@ -252,10 +331,12 @@ def test_a_class_without_readable_images_is_refused_and_nothing_is_copied(own, t
         (("--pretrained",), "--pretrained: name a model of timm with --model"),
         (("--out", "own/out"), "--out own/out is inside --images"),
         (("--out", "own"), "--out own is inside --images"),
+        (("--out", "link/out"), "--out link/out is inside --images"),
         (("--epochs", "0"), "Invalid value for '--epochs'"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_work(own, options, message):
+    Path("link").symlink_to(own)
     done = run("--images", "own", *options)
     assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.output
     assert not Path("foveate-demo-images").exists()

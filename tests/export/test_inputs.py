@@ -6,7 +6,9 @@ import timm
 import torch
 from PIL import Image
 
+from foveate._files import IMAGE_SUFFIXES
 from foveate.export import ExportError, real_images
+from foveate.export.inputs import image_files
 
 
 @pytest.fixture
@@ -36,6 +38,13 @@ def test_the_models_own_preprocessing_applies(net, folder):
 def test_images_are_taken_by_name_and_again_from_the_start(net, folder):
     first, second, third = real_images(net, folder, count=3, img_size=32)
     assert torch.equal(first, third) and not torch.equal(first, second)
+
+
+def test_the_images_of_a_folder_are_of_all_kinds_that_training_finds(tmp_path):
+    for suffix in IMAGE_SUFFIXES:
+        (tmp_path / f"a{suffix.upper()}").touch()
+    assert {".gif", ".webp", ".png"} < set(IMAGE_SUFFIXES)
+    assert {path.suffix.lower() for path in image_files(tmp_path)} == set(IMAGE_SUFFIXES)
 
 
 def test_a_model_with_one_channel_gets_grey_images(folder):

@@ -12,6 +12,7 @@ from timm.data.readers import get_img_extensions
 from foveate.train import MissingPackageError, TrainError, load_recipe, mnist5k
 from foveate.train.data import build_loaders, build_val_loader
 from foveate.train.images import Collate
+from foveate.train.sources import class_names, open_images
 
 
 def loaders(recipe, **options):
@@ -82,6 +83,21 @@ def test_all_kinds_of_images_are_found_and_timms_own_readers_are_left_alone(make
     _, val, _ = loaders(make_recipe(data={"root": str(own_images), "val_split": "val"}))
     assert sorted(t for _, batch in val for t in batch.tolist()) == [0] * 3 + [1] * 3 + [2] * 3
     assert get_img_extensions() == (".png", ".jpg", ".jpeg")
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_classes_that_differ_in_case_or_zeros_are_in_the_order_of_their_names(make_recipe, own_images, archived):
+    names = ["01", "1", "AA", "Aa", "aA", "aa", "bee"]
+    for name in names:
+        shutil.copytree(own_images / "train" / "ant", own_images / "cases" / name)
+    path = own_images / "cases"
+    if archived:
+        path = own_images / "cases.tar"
+        with tarfile.open(path, "w") as tar:
+            tar.add(own_images / "cases", arcname=".")
+    data = load_recipe(make_recipe(model={"num_classes": 7})).data
+    assert class_names(open_images(data, path)) == names
+    assert class_names(open_images(data, path, names)) == names
 
 
 def test_a_folder_inside_a_class_folder_is_named(make_recipe, own_images):
