@@ -33,7 +33,7 @@ from ..analysis import (
 )
 from ..analysis.cam import check_grad_cam
 from ..analysis.drawing import check_head, check_matplotlib, check_query
-from ..export.inputs import decode_image, image_files
+from ..export.inputs import decode_image, image_files, image_mode
 from ..export.metadata import Metadata, metadata_of
 from ._models import open_model
 from ._options import Checkpoint, ImgSize, ModelArgs, Pretrained, name_weights, parse_model_args
@@ -87,6 +87,8 @@ def look_command(
     at = _parse_query(query)
     options = {"--layer": layer, "--head": head, "--query": query, "--rollout": rollout, "--grad-cam": cam}
     _check(output, profiles, cam, target, options)
+    if output is not None and output.exists() and image.exists() and output.samefile(image):
+        raise RequestError(f"-o {output}: is the image, which would be lost")
     images = _images(image, profiles, whole)
     loaded, metadata = _open(model, checkpoint, pretrained, img_size, images[0] if whole else None, model_arg)
     check_query(at, metadata.input_size[1:])
@@ -190,11 +192,8 @@ def _whole_size(loaded: nn.Module, metadata: Metadata, image: Image.Image) -> tu
 def _inputs(images: list[Image.Image], metadata: Metadata) -> Tensor:
     """(B, C, H, W), preprocessed."""
     transform = create_transform(**metadata.transform_args)
-    channels = metadata.input_size[0]
-    modes = {1: "L", 3: "RGB"}
-    if channels not in modes:
-        raise RequestError(f"images have 1 or 3 channels, the model needs {channels}")
-    return torch.stack([transform(image.convert(modes[channels])) for image in images])
+    mode = image_mode(metadata.input_size[0])
+    return torch.stack([transform(image.convert(mode)) for image in images])
 
 
 def _picture(inputs: Tensor, metadata: Metadata) -> Tensor:

@@ -154,7 +154,7 @@ def test_profiles_of_a_folder_are_plotted(net, figures):
     assert len(figures[0].axes[2].collections[0].get_offsets()) == 6  # 2 heads and 4 heads
 
 
-def test_a_grey_model_sees_a_grey_image(figures):
+def test_a_gray_model_sees_a_gray_image(figures):
     done("photo.png", *NAT[:4], *NAT[6:], "--model-arg", "in_chans=1", "-o", "look.png")
     picture = np.asarray(figures[0].axes[0].images[0].get_array())
     assert (picture[..., 0] == picture[..., 2]).all() and picture.std() > 0
@@ -169,6 +169,8 @@ REFUSED = [
     (["photo.png", *NAT, "-o", "a.jpg"], "wanted a file ending in .png or .html, got a.jpg"),
     (["photo.png", *NAT, "-o", "gone/a.png"], "the folder gone does not exist"),
     (["photo.png", *NAT, "-o", "folder.png"], "-o folder.png: is a folder"),
+    (["photo.png", *NAT, "-o", "photo.png"], "-o photo.png: is the image, which would be lost"),
+    (["photo.png", *NAT, "-o", "folder.png/../photo.png"], "is the image, which would be lost"),
     (["photo.png", *NAT, "--query", "3", "-o", "a.png"], "--query: wanted two numbers x,y, got '3'"),
     (["photo.png", *NAT, "--query", "3,x", "-o", "a.png"], "--query: wanted two numbers"),
     (["photo.png", *NAT, "--query", "32,3", "-o", "a.png"], "0 <= x < 32 and 0 <= y < 32, got 32,3"),
