@@ -19,7 +19,7 @@ class Buffers:
         self.views: dict[tuple[str, torch.Size], Tensor] = {}
 
     def take(self, name: str, shape: torch.Size) -> Tensor:
-        """Return uninitialised memory, the same for a name and shape each time. Ask for the largest shape first."""
+        """Return uninitialized memory, the same for a name and shape each time. Ask for the largest shape first."""
         if (name, shape) not in self.views:
             if name not in self.buffers or self.buffers[name].numel() < shape.numel():
                 self.buffers[name] = self.like.new_empty(shape.numel(), dtype=self.dtype)

@@ -1,9 +1,9 @@
 """Aggregated attention: the keys around a query and a pooled map in one softmax, with heads that tokens may skip.
 
 Papers     Shi 2024, arXiv:2311.17132 (TransNeXt); Jin et al. 2024, arXiv:2410.11842 (MoH, the gates).
-Semantics  queries and keys are normalised; a query sees the kernel_rows x kernel_cols tokens around it that lie on the
-           map, and all pooled tokens, in one softmax. The local values get one more weight, linear in the normalised
-           query and not normalised. A gate multiplies each head of each token. With local keys, the logarithm of the
+Semantics  queries and keys are normalized; a query sees the kernel_rows x kernel_cols tokens around it that lie on the
+           map, and all pooled tokens, in one softmax. The local values get one more weight, linear in the normalized
+           query and not normalized. A gate multiplies each head of each token. With local keys, the logarithm of the
            number of keys is rounded to float32 in every dtype, as in the authors' code.
 We differ  a pair of a token and a head whose gate is 0 has the result 0, and gradients of 0, also of its gate: the
            tiled body leaves such pairs out where they are most of all pairs. The bias of pooled keys is a table and
@@ -54,11 +54,11 @@ def aggregated_attention(
     has no double backward.
 
     Args:
-        q: (B, H, W, heads, head_dim), not normalised.
-        pooled_k: (B, P, heads, head_dim), not normalised; pooled_v: (B, P, heads, value_dim). P = Ph * Pw tokens, row
+        q: (B, H, W, heads, head_dim), not normalized.
+        pooled_k: (B, P, heads, head_dim), not normalized; pooled_v: (B, P, heads, value_dim). P = Ph * Pw tokens, row
             by row. For attention of all tokens to all tokens, these are the map's own keys and values.
         local_k, local_v: (B, H, W, heads, head_dim or value_dim); None: no local keys.
-        embedding: (heads, head_dim), added to the normalised queries.
+        embedding: (heads, head_dim), added to the normalized queries.
         temperature: (heads,), above 0.
         pooled_bias: (heads, rows, columns), a table of biases.
         bias_rows: (H, Ph) int64, the row of the table for a row of the map and one of the pooled map.

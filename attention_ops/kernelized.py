@@ -1,6 +1,6 @@
-"""Kernelised attention with relative positions: positive random features in place of a softmax.
+"""Kernelized attention with relative positions: positive random features in place of a softmax.
 
-Paper      Luo et al. 2021, arXiv:2106.12566 (NPRF: normalised, so that few features suffice), equations 5 and 10.
+Paper      Luo et al. 2021, arXiv:2106.12566 (NPRF: normalized, so that few features suffice), equations 5 and 10.
 Semantics  z_i = phi(q_i) sum_j e^b(j - i) phi(k_j)^T v_j / (phi(q_i) sum_j e^b(j - i) phi(k_j)^T), with
            phi(x) = exp(omega x - |x|^2 / 2) and x of length 1. No authors' code is known.
 Forms      "dense" multiplies features pair by pair; "fft" makes the sums over j by Fourier transforms, in float64: in
@@ -225,7 +225,7 @@ declare(
 
 @register_mixer("nprf")
 class KernelizedAttention(nn.Module):
-    """Multi-head kernelised attention with relative positions, a token mixer (see mixers.py).
+    """Multi-head kernelized attention with relative positions, a token mixer (see mixers.py).
 
     The table of biases is that of `map_size`; smaller maps use its middle, larger ones are refused.
 

@@ -49,7 +49,7 @@ class AttentionLayout:
     cuts_heads: bool = True  # False: something else reads or adds to the heads' outputs channel by channel
     kept: str | None = None  # the attribute that tells which heads of the full model are left: bit i for head i
     unless: tuple[tuple[str, str], ...] = ()  # (attribute, reason): where it is set, nothing is cut
-    cuts_channels: bool = True  # False: channels of q, k, v are normalised or mixed with each other
+    cuts_channels: bool = True  # False: channels of q, k, v are normalized or mixed with each other
 
 
 @dataclass(frozen=True)

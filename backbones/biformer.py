@@ -321,8 +321,8 @@ SHARES = {
 
 def _notes(share: str) -> tuple[str, ...]:
     return (
-        f"The authors' link, reported dead: https://api.onedrive.com/v1.0/shares/s!{share}/root/content. Whoever has "
-        "the file loads it with pretrained=True, pretrained_cfg_overlay=dict(file=...).",
+        f"The authors' link, reported dead: https://api.onedrive.com/v1.0/shares/s!{share}/root/content. Load a "
+        "local file with pretrained=True, pretrained_cfg_overlay=dict(file=...).",
     )
 
 

@@ -1,7 +1,7 @@
 """DependencyViT: tokens send messages to their parents, by reversed attention; unimportant tokens can be dropped.
 
 Paper      Ding et al. 2023, arXiv:2304.03282.
-Status     second-hand: the authors' repository (dingmyu/DependencyViT) holds a licence and no code. This follows
+Status     second-hand: the authors' repository (dingmyu/DependencyViT) holds a license and no code. This follows
            huggingface/pytorch-image-models pull request 2062, whose author reached about 73 top-1 with the tiny model,
            about 2 points below the paper, and writes that the real model needs further deviations. Treat accuracies of
            the paper as not reproduced.

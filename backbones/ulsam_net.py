@@ -1,7 +1,7 @@
 """ULSAM: MobileNets with ultra-lightweight subspace attention between, or in place of, some blocks.
 
 Paper      Saini, Jha, Das, Mittal, Mohan 2020, arXiv:2006.15102.
-Official   https://github.com/Nandan91/ULSAM (no licence file): the layer; no networks, no weights, no recipe.
+Official   https://github.com/Nandan91/ULSAM (no license file): the layer; no networks, no weights, no recipe.
 Layers     are counted from 1, the stem; every depthwise-separable or inverted-residual block is one more: 2 to 14 in
            MobileNetV1, 2 to 18 in MobileNetV2. `insert=(12,)` puts a gate behind layer 12, `replace=(14, 17)` puts
            gates in place of layers 14 and 17. Which layers the paper chose was derived from its counts of parameters

@@ -26,7 +26,7 @@ _LEFT = (0, 5, 6)  # columns of text
 
 @dataclass(frozen=True)
 class Listed:
-    """One set of weights, or a model without any. Fields that nobody published are None."""
+    """One set of weights, or a model without any. Unpublished fields are None."""
 
     name: str
     model: str

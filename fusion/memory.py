@@ -11,8 +11,8 @@ _NEVER = 2**31 - 1
 def keep_memory() -> bool:
     """Tell glibc to keep what tensors free, for this process; return whether it could be told.
 
-    glibc maps every buffer above 32 MB anew, and the system then zeroes its pages at each forward pass: with 8 images
-    of 224 px that costs timm's ResNet-50 and Swin-T a fifth to a third of their time on a CPU. Afterwards buffers up to
+    glibc mmaps every allocation above 32 MB, and the system zeroes its pages at each forward pass: with 8 images of
+    224 px that costs timm's ResNet-50 and Swin-T a fifth to a third of their time on a CPU. Afterwards buffers up to
     1 GB come from the heap, which is not trimmed: resident memory stays at its peak until the process ends.
 
     The same without this call: MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647 in the environment,

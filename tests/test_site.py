@@ -210,7 +210,7 @@ def test_figures_hold_finite_numbers_with_a_pattern(panels):
 
 
 def test_weights_of_a_query_sum_to_one(panels):
-    whole = ("nat", "biformer", "litv2", "agent-attention", "mixer-vit", "clear", "kernelised")
+    whole = ("nat", "biformer", "litv2", "agent-attention", "mixer-vit", "clear", "kernelized")
     for name in whole:
         for panel in panels[name]:
             torch.testing.assert_close(panel.values.sum(), torch.tensor(1.0), msg=f"{name}: {panel.title}")

@@ -30,7 +30,7 @@ FIGURES: dict[str, Callable[[], list[Panel]]] = {
     "mixer-vit": patterns.biased,
     "clear": patterns.circle,
     "routing": patterns.clusters,
-    "kernelised": patterns.kernelized,
+    "kernelized": patterns.kernelized,
     "dcal": patterns.rollout,
     "pooling": gates.pooling,
     "intervals": intervals.per_query,

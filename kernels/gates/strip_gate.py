@@ -5,7 +5,7 @@ Tensors    x, out: (B, C, H, W) of any strides; strips (sums or gates of rows, o
 Grid       B * tiles of channels * tiles of rows * tiles of columns; a program sums or gates one tile.
 Numerics   sums, convolution, norm and gates in fp32, sums in two stages of fixed order; one rounding on store.
 Memory     forward reads x twice and writes once; backward reads x once and grad twice, and writes once. The strips are
-           (H + W) / (H * W) of a map: torch convolves and normalises them.
+           (H + W) / (H * W) of a map: torch convolves and normalizes them.
 """
 
 import math

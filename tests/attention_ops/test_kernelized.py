@@ -1,4 +1,4 @@
-"""Kernelised attention against a dense restatement of the paper; Fourier transforms against products."""
+"""Kernelized attention against a dense restatement of the paper; Fourier transforms against products."""
 
 import pytest
 import recorded
