@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from recipes import EVERYTHING
@@ -256,7 +257,12 @@ def test_real_signals_at_random_steps_within_epochs(recipe, tmp_path, number, pr
         time.sleep(draw.uniform(0, 0.2))
         if part.poll() is not None:
             break
-        os.killpg(part.pid, number)
+        if number == signal.SIGKILL:  # torchrun's processes are in sessions of their own
+            started = psutil.Process(part.pid).children(recursive=True)
+            for process in (part, *started):
+                process.kill()
+        else:
+            os.killpg(part.pid, number)
         out, _ = part.communicate(timeout=120)
         stopped += 1
         if number == signal.SIGTERM and processes == 1:
