@@ -11,8 +11,10 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from .._errors import RequestError, first_line
 from .._files import atomic_path
 from .._version import __version__
+from ..analysis import draw_views, layer_views, write_figure
 from ..export import Agreement, export_onnx, save_hub, verify
 from ..train import TrainResult, evaluate, load_net, read_scalars
 
@@ -45,11 +47,12 @@ class Demo:
     images: int
     agreement: Agreement
     parameters: int
+    not_drawn: str | None  # why there is no attention.png
     seconds: float  # of the whole chapter
 
 
 def finish(out: Path, trained: TrainResult, chapter: Chapter, seed: int, elapsed: Callable[[], float]) -> Demo:
-    """Evaluate, save and export; write model/ (timm hub), model.onnx, report.png and summary.json.
+    """Evaluate, save and export; write model/ (timm hub), model.onnx, report.png, attention.png and summary.json.
 
     Raises:
         ExportError: the exported file cannot be written, or does not agree with the model.
@@ -62,6 +65,7 @@ def finish(out: Path, trained: TrainResult, chapter: Chapter, seed: int, elapsed
         export_onnx(loaded, part, img_size=images.shape[-1])
         agreement = verify(loaded, part, images[:VERIFIED_IMAGES], batch_sizes=_batches(len(images)))
     draw(out / "report.png", read_scalars(trained.log), loaded, images, targets, chapter)
+    not_drawn = draw_attention(out / "attention.png", loaded, images[:1])
     result = Demo(
         title=chapter.title,
         trained=trained,
@@ -70,6 +74,7 @@ def finish(out: Path, trained: TrainResult, chapter: Chapter, seed: int, elapsed
         images=scores.images,
         agreement=agreement,
         parameters=sum(p.numel() for p in loaded.parameters()),
+        not_drawn=not_drawn,
         seconds=elapsed(),
     )
     with atomic_path(out / "summary.json") as part:
@@ -108,6 +113,19 @@ def draw(out: Path, scalars: list[dict], model: nn.Module, images: Tensor, targe
         axis.set_title(title, fontsize=8, color="black" if is_right else "tab:red")
     with atomic_path(out) as part:
         figure.savefig(part, dpi=120)
+
+
+def draw_attention(out: Path, model: nn.Module, image: Tensor) -> str | None:
+    """Draw what the center of an image (1, C, H, W) sees in every layer, or return why there is no such picture."""
+    config = resolve_data_config(model=model)
+    shown = torch.as_tensor(_picture(image[0], config["mean"], config["std"])).mul(255).to(torch.uint8)
+    picture = shown[..., None].expand(-1, -1, 3) if shown.dim() == 2 else shown
+    try:
+        figure = draw_views(picture, layer_views(model, image))
+    except RequestError as error:
+        return first_line(error)
+    write_figure(figure, out)
+    return None
 
 
 def _draw_curves(figure: Any, scalars: list[dict]) -> None:
@@ -171,6 +189,7 @@ def facts_of(out: Path, result: Demo, what: str) -> dict[str, str]:
         "timm hub folder": str(out / "model"),
         "ONNX file": str(out / "model.onnx"),
         "curves and images": str(out / "report.png"),
+        "attention": str(out / "attention.png") if result.not_drawn is None else f"not drawn: {result.not_drawn}",
         "summary": str(out / "summary.json"),
         "total time": f"{result.seconds:.0f} s",
     }

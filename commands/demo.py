@@ -92,7 +92,7 @@ def demo_command(
 
 
 def run_demo(out: Path, model: DemoModel = DemoModel.NAT, seed: int = 0) -> Demo:
-    """Train, evaluate, save and export; write train/, model/ (timm hub), model.onnx, report.png and summary.json.
+    """Train, evaluate, save and export; write what `finish` writes, and train/.
 
     Raises:
         TrainError: training cannot start.

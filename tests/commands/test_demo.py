@@ -37,11 +37,19 @@ def test_the_demo_trains_saves_exports_verifies_and_draws(model, one_epoch, tmp_
     assert summary["recipe"] == f"{model}_micro_1xb64_mnist5k" and summary["seed"] == 3
     assert summary["top1_percent"] > 20  # ten classes, one epoch
     assert 0 < summary["onnx_largest_difference_in_std"] < 1e-4
-    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("report.png", "attention.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert (out / "model.onnx").stat().st_size > 100_000
     net = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True).eval()
     assert net(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
-    assert sorted(p.name for p in out.iterdir()) == ["model", "model.onnx", "report.png", "summary.json", "train"]
+    written = ["attention.png", "model", "model.onnx", "report.png", "summary.json", "train"]
+    assert sorted(p.name for p in out.iterdir()) == written
+
+
+def test_a_model_without_attention_has_no_such_picture(tmp_path):
+    net = timm.create_model("test_convnext", num_classes=3).eval()
+    why = _demo_report.draw_attention(tmp_path / "attention.png", net, torch.zeros(1, 3, 64, 64))
+    assert why and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_own_images_train_a_model_that_is_exported_verified_and_drawn(own, monke
     assert summary["weights"].startswith("random") and 0 < summary["onnx_largest_difference_in_std"] < 1e-4
     assert "of 6 validation images" in done.stdout and "24 for training" in done.stdout
     assert sorted(path.name for path in out.iterdir()) == [
-        *("images", "model", "model.onnx", "report.png", "summary.json", "train")
+        *("attention.png", "images", "model", "model.onnx", "report.png", "summary.json", "train")
     ]
     net = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True).eval()
     assert net.pretrained_cfg["label_names"] == list(CLASSES) and net(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
