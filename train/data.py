@@ -18,7 +18,7 @@ from torchvision import transforms
 
 from .errors import TrainError
 from .images import Collate, Images
-from .interrupt import outlive_signals
+from .interrupt import loader_context, outlive_signals
 from .policies import black_at_0_bits
 from .recipe import DataRecipe, Recipe
 from .samplers import EpochSampler
@@ -73,6 +73,7 @@ def _stream_loaders(recipe: Recipe, pin_memory: bool) -> tuple[DataLoader, DataL
 def _stream_loader(recipe: Recipe, pin_memory: bool, *, training: bool) -> DataLoader:
     transform, collate = (train_transform if training else val_transform)(recipe), Collate(recipe.model.num_classes)
     options = {"pin_memory": pin_memory, "worker_init_fn": outlive_signals}
+    options |= {"multiprocessing_context": loader_context(recipe.data.workers)}
     return stream_loader(recipe, transform, collate, training=training, **options)
 
 
@@ -203,4 +204,5 @@ def _loader(recipe: Recipe, dataset: Images, sampler: Sampler, pin_memory: bool,
         collate_fn=Collate(recipe.model.num_classes, multi_label=recipe.loss.multi_label),
         pin_memory=pin_memory,
         worker_init_fn=outlive_signals,
+        multiprocessing_context=loader_context(recipe.data.workers),
     )

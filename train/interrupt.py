@@ -5,9 +5,11 @@ call or a write leaves an inconsistent state. So the first Ctrl-C is raised afte
 immediately. SIGTERM, SIGUSR1 and SIGHUP, with which schedulers announce the end of a job, ask for a checkpoint.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import Any
 
@@ -75,6 +77,30 @@ def outlive_signals(worker: int) -> None:
     for number in (signal.SIGINT, *_ENDING):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_at_the_second)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # see `loader_context`
+
+
+def loader_context(workers: int) -> BaseContext | None:
+    """Return a DataLoader's `multiprocessing_context`, whose workers start with signals held back.
+
+    Between its fork and `outlive_signals` a worker would die of a signal to the whole group, and the run with it.
+    None, torch's default, where there are no workers or they are not forked.
+    """
+    if workers == 0 or multiprocessing.get_start_method() != "fork":
+        return None
+    context = multiprocessing.get_context("fork")
+
+    class HeldProcess(context.Process):  # type: ignore[name-defined]  # a class that the context holds
+        def start(self) -> None:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+            try:
+                super().start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    held = type("HeldContext", (type(context),), {"Process": HeldProcess})
+    return held()
 
 
 def _end_at_the_second(number: int, frame: FrameType | None) -> None:

@@ -1,10 +1,12 @@
 """Signals are remembered until a step has ended, and handlers are restored to what they were."""
 
+import multiprocessing
+import os
 import signal
 
 import pytest
 
-from foveate.train.interrupt import Signals, outlive_signals
+from foveate.train.interrupt import Signals, loader_context, outlive_signals
 from foveate.train.together import Flags
 
 
@@ -61,3 +63,19 @@ def test_a_loader_worker_outlives_one_signal_to_the_whole_group():
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def _starts_while_the_group_gets_a_signal():
+    os.kill(os.getpid(), signal.SIGTERM)
+    outlive_signals(0)
+    os._exit(7)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers are not forked")
+def test_a_loader_worker_outlives_a_signal_that_arrives_while_it_starts():
+    context, before = loader_context(1), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    process = context.Process(target=_starts_while_the_group_gets_a_signal)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 7 and signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    assert loader_context(0) is None  # torch refuses a context without workers
