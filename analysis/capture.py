@@ -120,6 +120,18 @@ def attends(op: str) -> bool:
     return any(wanted <= names.keys() for wanted in ({"q", "k", "v"}, {"high", "low"}, {"pooled_k", "pooled_v"}))
 
 
+def folded_heads(call: Call) -> int | None:
+    """Return the number of heads of a call of scaled_dot_product_attention on (B * heads, N, d), as in timm's SAM.
+
+    None where heads have an axis of their own.
+    """
+    if call.op != SDPA or call.arguments["query"].dim() != 3:
+        return None
+    counts = (getattr(frame.module, "num_heads", None) for frame in reversed(call.frames))
+    heads = next((count for count in counts if isinstance(count, int)), 1)
+    return heads if len(call.arguments["query"]) % heads == 0 else 1
+
+
 @contextlib.contextmanager
 def watching(model: nn.Module, see: Replace) -> Iterator[None]:
     """Inside, `see` gets every call of attention that the model makes, and returns what the model goes on with."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modes import evaluating
-from .capture import SDPA, SOFTMAX, Call, branches_of, watching
+from .capture import SDPA, SOFTMAX, Call, branches_of, folded_heads, watching
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _heads_of(model: nn.Module, images: Tensor, layers: Sequence[str] | None) ->
     def see(call: Call, out: Any) -> Any:
         if layers is None or call.layer in layers:
             if call.op in (SDPA, SOFTMAX):
-                found[call.layer, ""] = 0, out.shape[-3]
+                found[call.layer, ""] = 0, folded_heads(call) or out.shape[-3]
             else:
                 for branch, heads in branches_of(call).items():
                     found[call.layer, branch] = heads.start, heads.stop - heads.start
@@ -97,9 +97,10 @@ def _silence(layer: str, head: int) -> Any:
     def see(call: Call, out: Any) -> Any:
         if call.layer != layer:
             return out
-        axis = -3 if call.op in (SDPA, SOFTMAX) else -2
-        first = out[0] if isinstance(out, tuple) else out
-        silent = first.index_fill(axis, torch.tensor([head], device=first.device), 0)
+        first, folded = out[0] if isinstance(out, tuple) else out, folded_heads(call)
+        axis = 0 if folded else -3 if call.op in (SDPA, SOFTMAX) else -2
+        places = range(head, len(first), folded) if folded else [head]
+        silent = first.index_fill(axis, torch.tensor(places, device=first.device), 0)
         return (silent, *out[1:]) if isinstance(out, tuple) else silent
 
     return see

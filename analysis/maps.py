@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._modes import evaluating
 from ..attention_ops._attend import accumulator
-from .capture import SDPA, SOFTMAX, Call, Part, parts_of, watching
+from .capture import SDPA, SOFTMAX, Call, Part, folded_heads, parts_of, watching
 from .places import Places, Size, Surroundings, as_pair, attribute, places_of_maps, places_of_tokens, unrolled
 from .weights import value_weights
 
@@ -247,6 +247,10 @@ def _of_softmax(call: Call, known: Surroundings) -> AttentionMap:
 def _of_sdpa(call: Call, known: Surroundings) -> AttentionMap:
     given = call.arguments
     q, k, mask = given["query"].detach(), given["key"].detach(), given.get("attn_mask")
+    if heads := folded_heads(call):  # (B * heads, N, d)
+        if mask is not None and mask.dim() == 3 and len(mask) == len(q):
+            mask = mask.unflatten(0, (-1, heads))
+        q, k = (tokens.unflatten(0, (-1, heads)) for tokens in (q, k))
     scale = q.shape[-1] ** -0.5 if given.get("scale") is None else given["scale"]
     wide = accumulator(q.dtype)
     if given.get("enable_gqa"):
@@ -263,6 +267,6 @@ def _of_sdpa(call: Call, known: Surroundings) -> AttentionMap:
             logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part.to(wide)
         return logits.softmax(-1).flatten(0, -4)
 
-    batch, heads, queries, keys = math.prod(q.shape[:-3]), q.shape[-3], q.shape[-2], k.shape[-2]
+    batch, queries, keys = math.prod(q.shape[:-3]), q.shape[-2], k.shape[-2]
     places = places_of_tokens(call, batch // len(known.images), queries, keys, known)
-    return _made(call, known, (batch, heads, queries, keys), places, rows_of)
+    return _made(call, known, (batch, q.shape[-3], queries, keys), places, rows_of)

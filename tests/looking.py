@@ -35,7 +35,7 @@ def weights_by_definition(call, out) -> dict[str, torch.Tensor]:
     """
     a = {name: _double(value) for name, value in call.arguments.items()}
     if call.op == SDPA:
-        return {"": _of_sdpa(a)}
+        return {"": _of_sdpa(a, call.frames[-1].module)}
     if call.op == SOFTMAX:
         return {"": out.double()}
     return {branch: _by_head(rows) for branch, rows in OPS[call.op](a).items()}
@@ -58,8 +58,10 @@ def _eye(k):
     return of_key.expand(*k.shape[:-1], count)
 
 
-def _of_sdpa(a):
+def _of_sdpa(a, layer):
     q, k, mask = a["query"], a["key"], a.get("attn_mask")
+    if q.dim() == 3:  # timm's SAM: (B * heads, N, d)
+        q, k, mask = (x.unflatten(0, (-1, layer.num_heads)) for x in (q, k, mask))
     k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
     scale = q.shape[-1] ** -0.5 if a.get("scale") is None else a["scale"]
     logits = torch.einsum("...qd,...kd->...qk", q, k) * scale

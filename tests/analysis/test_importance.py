@@ -53,6 +53,20 @@ def test_silencing_equals_zeroed_columns_of_the_projection():
     assert abs(effects["stages.1.blocks.0.attn", 1].loss_increase - loss) < 1e-5
 
 
+def test_heads_that_share_an_axis_with_images_are_silenced_in_all_of_them():
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "depth": 1, "embed_dim": 24, "num_heads": 3, "window_size": 0, "global_attn_indexes": (0,)}
+    model, x = timm.create_model("samvit_base_patch16_224", num_classes=5, **sizes).eval(), torch.randn(2, 3, 64, 64)
+    effects = head_effects(model, [(x, Y)])
+    assert [effect.head for effect in effects] == [0, 1, 2]
+    full = model(x).log_softmax(-1)
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight[:, 8:16] = 0  # head 1 of three
+    without = model(x).log_softmax(-1)
+    loss = (full - without).gather(1, Y[:, None]).mean().item()
+    assert abs(effects[1].loss_increase - loss) < 1e-5
+
+
 def test_two_batches_are_averaged_by_image():
     model = alive(small("nat_mini", num_classes=5))
     layer = ["stages.0.blocks.0.attn"]

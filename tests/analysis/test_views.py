@@ -30,6 +30,10 @@ TIMM = {
     "vit_tiny_patch16_224": {"img_size": (48, 64), "depth": 2, "embed_dim": 24, "num_heads": 3},
     "deit_tiny_distilled_patch16_224": {"img_size": 48, "depth": 2, "embed_dim": 24, "num_heads": 3},
     "vit_small_patch16_dinov3": {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 48},
+    "samvit_base_patch16_224": {
+        **{"img_size": 96, "depth": 2, "embed_dim": 24, "num_heads": 3},
+        **{"window_size": 4, "global_attn_indexes": (1,)},
+    },
     "swin_tiny_patch4_window7_224": {"img_size": (56, 84), "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)},
 }
 
