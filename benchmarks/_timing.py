@@ -20,6 +20,7 @@ import torch
 from rich.console import Console, RenderableType
 
 from .._errors import first_line
+from .._version import __version__
 
 FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
 REPORT_COLUMNS = 140
@@ -139,7 +140,7 @@ def machine_facts(device: str = "cpu") -> dict[str, str | int | float]:
         facts["load_average"] = round(os.getloadavg()[0], 1)
     if device.startswith("cuda"):
         facts["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    facts |= {name: version(name) for name in ("foveate", "torch", "timm")}
+    facts |= {"foveate": __version__, **{name: version(name) for name in ("torch", "timm")}}
     return facts | {
         "python": platform.python_version(),
         "system": platform.system(),

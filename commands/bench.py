@@ -94,7 +94,7 @@ def _models(given: Sequence[str] | None) -> tuple[str, ...]:
     if not given:
         return MODELS
     found: dict[str, None] = {}
-    for name in given:
+    for name in (text.removeprefix(_RIVALS) for text in given):
         matching = list_models(name) if any(c in name for c in "*?[") else [name]
         if not matching:
             raise RequestError(f"no model matches {name!r}" + did_you_mean(name, list_models()))

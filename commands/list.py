@@ -75,9 +75,10 @@ def find_models(pattern: str) -> list[Listed]:
         RequestError: nothing matches.
     """
     every = [_listed(model, cfg) for model in list_models() for cfg in weights_of(model)]
-    found = [e for e in every if fnmatchcase(e.name, pattern) or fnmatchcase(e.name, f"*{pattern}*")]
+    wanted = pattern.lower()
+    found = [e for e in every if fnmatchcase(e.name, wanted) or fnmatchcase(e.name, f"*{wanted}*")]
     if not found:
-        raise RequestError(f"no model matches {pattern!r}" + did_you_mean(pattern, list_models()))
+        raise RequestError(f"no model matches {pattern!r}" + did_you_mean(wanted, list_models()))
     return found
 
 

@@ -2,11 +2,13 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import foveate
 from foveate.benchmarks import bench_report, measuring
 from foveate.commands import bench as command
 from foveate.commands.main import app
@@ -78,8 +80,35 @@ def test_rounds_and_threads_are_those_of_the_options():
         torch.set_num_threads(before)
 
 
+def test_the_entries_of_the_files_are_documented():
+    done = run(
+        *TINY,
+        "--against",
+        "timm:test_efficientnet",
+        "--sweep",
+        "--size",
+        "32,48,64",
+        "--csv",
+        "a.csv",
+        "--json",
+        "a.json",
+    )
+    assert done.exit_code == 0, done.output
+    page = (Path(foveate.__file__).parent / "docs/measure.md").read_text(encoding="utf-8")
+    with open("a.json") as file:
+        data = json.load(file)
+    with open("a.csv", newline="") as file:
+        names = set(next(csv.reader(file)))
+    assert names == {*data["run"], *data["cells"][0]} - {"seconds"}
+    for whole, part in (("test_efficientnet", "NAME"), ("float32", "PRECISION")):
+        names = {name.replace(whole, part) for name in names}
+    names = names - {"foveate", "torch", "timm", "python", "system"} | {"run", "growth", *data["growth"][0]}
+    assert {name for name in names if f"`{name}`" not in page} == set()
+
+
 def test_a_pattern_names_our_models_and_nothing_is_a_default():
     assert command._models(["van_b[01]", "resnet50"]) == ("van_b0", "van_b1", "resnet50")
+    assert command._models(["timm:resnet50", "van_b0", "resnet50"]) == ("resnet50", "van_b0")
     assert command._models([]) == command._models(None) == command.MODELS
 
 

@@ -1,6 +1,7 @@
 """`foveate list`: models with their figures, weights and licenses, and the op bodies of this machine."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_weights_of_other_sizes_have_figures_of_their_own():
         ("van_b[01]*", {"van_b0", "van_b1"}),
         ("transnext_small", {"moh_transnext_small_75", "moh_transnext_small_80"}),
         ("in1k_448", {"agent_deit_small"}),
+        ("VAN_B[01]*", {"van_b0", "van_b1"}),
     ],
 )
 def test_a_pattern_is_a_part_of_a_name_or_a_shell_pattern(pattern, names):
@@ -95,6 +97,13 @@ def test_the_table_has_a_line_per_weights_and_the_bodies():
     ]
     assert "7 models; op bodies on this machine:" in done.stdout
     assert "fused (Triton)" in done.stdout and "neighborhood_attention" in done.stdout
+
+
+def test_the_entries_of_the_json_are_documented():
+    page = (Path(foveate.__file__).parent / "docs/measure.md").read_text(encoding="utf-8")
+    data = json.loads(run("van_b0", "--json").stdout)
+    names = {*data, *data["models"][0], *data["bodies"][0]}
+    assert {name for name in names if f"`{name}`" not in page} == set()
 
 
 def test_an_unknown_name_is_one_line_with_close_names():
