@@ -85,7 +85,13 @@ def look_command(
 ) -> None:
     """Draw what a query sees in every layer of a model: a PNG, or an HTML page whose query follows the pointer."""
     at = _parse_query(query)
-    options = {"--layer": layer, "--head": head, "--query": query, "--rollout": rollout, "--grad-cam": cam}
+    options: dict[str, object] = {
+        "--layer": layer,
+        "--head": head,
+        "--query": query,
+        "--rollout": rollout,
+        "--grad-cam": cam,
+    }
     _check(output, profiles, cam, target, options)
     if output is not None and output.exists() and image.exists() and output.samefile(image):
         raise RequestError(f"-o {output}: is the image, which would be lost")
