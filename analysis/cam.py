@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._errors import RequestError
 from .._modes import evaluating
 from .places import Surroundings
-from .views import GateView
+from .views import Canvas, GateView
 
 OP = "Grad-CAM"
 
@@ -22,7 +22,8 @@ def grad_cam(model: nn.Module, image: Tensor, target: int | None = None) -> Gate
 
     Paper: Selvaraju et al. 2017, arXiv:1610.02391, by the package grad-cam, which scales the map to 0..1. It is taken
     at the model's last feature map, or, in transformers of tokens, at the first norm of the last block: after that
-    block's attention, a class token reads no patch.
+    block's attention, a class token reads no patch. A map of padded patches or strides reaches beyond the image; that
+    part is cut off.
 
     Cost: two forward passes and a backward pass. Gradients of the parameters are left as they are.
 
@@ -44,13 +45,15 @@ def grad_cam(model: nn.Module, image: Tensor, target: int | None = None) -> Gate
         if target is not None and not 0 <= target < logits.shape[1]:
             raise RequestError(f"Grad-CAM: the model has classes 0 to {logits.shape[1] - 1}, got {target}")
         wanted = int(logits.argmax()) if target is None else target
-        name, layer, to_map = _feature_map(model, image)
+        name, layer, to_map, (height, width) = _feature_map(model, image)
     with evaluating(model), _keeping_gradients(model), torch.enable_grad():
         cam = GradCAM(model=model, target_layers=[layer], reshape_transform=to_map)
+        cam.get_target_width_height = lambda _: (width, height)
         try:  # not as a context manager, which prints some errors and goes on
             found = cam(image.detach().clone().requires_grad_(), targets=[ClassifierOutputTarget(wanted)])
         finally:
             cam.activations_and_grads.release()
+    found = found[:, : image.shape[2], : image.shape[3]]
     return GateView(
         name, OP, f"class {wanted}", torch.from_numpy(found).float(), ("map",), ("y", "x"), (1.0, 1.0), "Grad-CAM"
     )
@@ -65,8 +68,11 @@ def check_grad_cam() -> None:
 ToMap = Callable[[Tensor], Tensor]
 
 
-def _feature_map(model: nn.Module, image: Tensor) -> tuple[str, nn.Module, ToMap]:
-    """The name and module whose output is looked at, and what makes (B, C, H, W) of it."""
+def _feature_map(model: nn.Module, image: Tensor) -> tuple[str, nn.Module, ToMap, tuple[int, int]]:
+    """The name and module whose output is looked at, what makes (B, C, H, W) of it, and its (height, width) in px.
+
+    The size is the image's at least: maps whose strides drop the last pixels are stretched over them.
+    """
     infos: Any = getattr(model, "feature_info", None) or ()
     info = next((dict(i) for i in reversed(list(infos)) if isinstance(i, dict) and i.get("module")), None)
     modules = dict(model.named_modules())
@@ -81,7 +87,11 @@ def _feature_map(model: nn.Module, image: Tensor) -> tuple[str, nn.Module, ToMap
         model(image)
     if not shapes or shapes[0] is None:
         raise RequestError(f"Grad-CAM: {name} of {type(model).__name__} gives no tensor")
-    return name, modules[name], _to_map(model, image, name, tuple(shapes[0]), info)
+    to_map = _to_map(model, image, name, tuple(shapes[0]), info)
+    rows, cols = to_map(torch.empty(shapes[0], device="meta")).shape[2:]
+    cell = Canvas.of(model, image).cell((rows, cols))
+    size = max(image.shape[2], round(rows * cell[0])), max(image.shape[3], round(cols * cell[1]))
+    return name, modules[name], to_map, size
 
 
 def _to_map(model: Any, image: Tensor, name: str, shape: tuple[int, ...], info: dict[str, Any]) -> ToMap:

@@ -19,7 +19,7 @@ def few_threads(one_thread):
     """Use one thread: the models are tiny."""
 
 
-def by_formula(model, module, to_map, image, target) -> np.ndarray:
+def by_formula(model, module, to_map, image, target, size=None) -> np.ndarray:
     """Means of the gradient weigh the channels; ReLU, scaled to 0..1, enlarged, as the package does."""
     kept = []
     handle = module.register_forward_hook(lambda _, args, out: kept.append(out))
@@ -32,7 +32,7 @@ def by_formula(model, module, to_map, image, target) -> np.ndarray:
     for _ in range(2):  # the package scales each layer's map, and their mean
         cam = cam - cam.min()
         cam = cam / (1e-7 + cam.max())
-        cam = cv2.resize(cam, (image.shape[-1], image.shape[-2]))
+        cam = cv2.resize(cam, (size or image.shape[-2:])[::-1])
     return cam
 
 
@@ -51,6 +51,14 @@ def test_grad_cam_equals_its_formula(name, module, to_map):
     expected = by_formula(model, model.get_submodule(module), to_map, X, 3)
     assert (view.layer, view.branch, view.axes, view.cell) == (module, "class 3", ("y", "x"), (1.0, 1.0))
     np.testing.assert_allclose(view.values[0], expected, rtol=0, atol=1e-4)
+
+
+def test_a_map_of_padded_patches_is_cut_off_at_the_image():
+    model, image = alive(small("gqa_vit_tiny", num_classes=5)), torch.randn(1, 3, 30, 50)  # padded to 32 x 56
+    view = grad_cam(model, image, target=3)
+    tokens = model.get_submodule("blocks.1.norm1")
+    padded = by_formula(model, tokens, lambda x: x[:, 1:].transpose(1, 2).unflatten(2, (4, 7)), image, 3, size=(32, 56))
+    np.testing.assert_allclose(view.values[0], padded[:30, :50], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SMALL)
