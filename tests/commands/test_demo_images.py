@@ -68,8 +68,9 @@ def test_own_images_train_a_model_that_is_exported_verified_and_drawn(own, monke
     assert summary["weights"].startswith("random") and 0 < summary["onnx_largest_difference_in_std"] < 1e-4
     assert "of 6 validation images" in done.stdout and "24 for training" in done.stdout
     assert sorted(path.name for path in out.iterdir()) == [
-        *("attention.png", "images", "model", "model.onnx", "report.png", "summary.json", "train")
+        *("images", "model", "model.onnx", "report.png", "summary.json", "train")
     ]
+    assert "not drawn: saw neither attention" in done.stdout  # test_resnet has none
     net = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True).eval()
     assert net.pretrained_cfg["label_names"] == list(CLASSES) and net(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
     answered = CliRunner().invoke(app, ["predict", str(out / "model.onnx"), str(own / "bee" / "0.png")])
