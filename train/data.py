@@ -205,4 +205,6 @@ def _loader(recipe: Recipe, dataset: Images, sampler: Sampler, pin_memory: bool,
         pin_memory=pin_memory,
         worker_init_fn=outlive_signals,
         multiprocessing_context=loader_context(recipe.data.workers),
+        # Started once a run, not once an epoch: a fork may hang while a thread of torch.distributed enters Python.
+        persistent_workers=recipe.data.workers > 0,
     )

@@ -256,3 +256,18 @@ def test_more_workers_than_a_machine_can_use_are_refused(make_recipe, monkeypatc
     monkeypatch.setattr("os.cpu_count", lambda: 10)
     with pytest.raises(TrainError, match=r"data.workers: wanted at most 40 loader processes on 10 CPUs, got 41"):
         loaders(make_recipe(data={"workers": 41}))
+
+
+def test_workers_are_started_once_a_run_and_draw_as_this_process_does(make_recipe):
+    """A worker that is forked in each epoch may hang while threads of torch.distributed run."""
+    recipe = make_recipe(augment={"randaugment": "rand-m9-mstd0.5-inc1", "scale": (0.3, 1.0), "hflip": 0.5})
+    drawn = {}
+    for workers in (0, 1):
+        train, val, _ = loaders(recipe, **{"data.workers": workers})
+        assert train.persistent_workers == val.persistent_workers == bool(workers)
+        drawn[workers] = []
+        for epoch in range(3):
+            train.sampler.set_epoch(epoch)
+            drawn[workers] += [(images.clone(), targets.clone()) for images, targets in train]
+    for (a, b), (c, d) in zip(drawn[0], drawn[1], strict=True):
+        assert torch.equal(a, c) and torch.equal(b, d)
