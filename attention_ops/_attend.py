@@ -19,15 +19,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def records_gradients(*tensors: Tensor | None) -> bool:
-    """Say whether autograd would record an operation on these tensors."""
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
-
-
 class EagerBody:
     """A forward pass with a custom backward pass; an instance holds all arguments that are not tensors.
 
@@ -52,7 +43,11 @@ class EagerBody:
         raise NotImplementedError
 
     def __call__(self, *tensors: Tensor | None) -> Any:
-        return _Eager.apply(self, *tensors) if records_gradients(*tensors) else self.forward(*tensors)
+        if torch.is_grad_enabled():
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    return _Eager.apply(self, *tensors)
+        return self.forward(*tensors)
 
 
 class _Eager(torch.autograd.Function):

@@ -1,14 +1,14 @@
 """Agent attention in eager torch: two runs of SDPA, and a backward pass that keeps no logits.
 
-In training, probabilities that are no larger than the queries are kept instead: a backward pass that computes them
-again takes 1.1 to 1.6 times as long.
+Probabilities that are no larger than the queries are computed as they are: SDPA is no faster with so few keys, and a
+backward pass that computes them again takes 1.1 to 1.6 times as long.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._attend import EagerBody, accumulator, records_gradients
+from ._attend import EagerBody, accumulator
 from ._graph.agent import agent_attention_graph
 
 CHUNK_LOGITS = 1 << 19  # alive at once in the backward pass, per thread; see tiled_attention.py
@@ -17,9 +17,8 @@ CHUNK_LOGITS = 1 << 19  # alive at once in the backward pass, per thread; see ti
 def agent_attention_tiled(
     q: Tensor, k: Tensor, v: Tensor, agents: Tensor, bias_to: Tensor | None, bias_from: Tensor | None, scale: float
 ) -> Tensor:
-    """SDPA through the agents."""
-    keeps = agents.shape[1] <= q.shape[3] and q.dtype == accumulator(q.dtype)
-    if keeps and records_gradients(q, k, v, agents, bias_to, bias_from):
+    """Products for few agents, SDPA for many; the same with and without gradients."""
+    if agents.shape[1] <= q.shape[3] and q.dtype == accumulator(q.dtype):
         return _with_probabilities(q, k, v, agents, bias_to, bias_from, scale)
     return AgentBody(scale)(q, k, v, agents, bias_to, bias_from)
 

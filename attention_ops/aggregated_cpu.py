@@ -1,8 +1,8 @@
 """Aggregated attention on a CPU: chunks of map rows, and only the pairs of a token and a head whose gate is not 0.
 
 A chunk holds the logits of some rows of some images, so that memory grows with the map and not with its square; the
-backward pass computes a chunk again, unless one chunk is all. Where gates leave out enough pairs, the tokens that each
-head keeps are put side by side: heads of about equal numbers of tokens form one batch of products.
+backward pass computes a chunk again, unless one chunk of pooled keys is all. Where gates leave out enough pairs, the
+tokens that each head keeps are put side by side: heads of about equal numbers of tokens form one batch of products.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._attend import EagerBody, accumulator, records_gradients
+from ._attend import EagerBody, accumulator
 from ._graph.aggregated import aggregated_attention_graph, gated, log_keys_seen, offsets, pair_bias
 from .aggregated_parts import Local, Pooled
 from .neighbors import NeighborDots, Neighbors, NeighborSums, PutRows, TakeRows, sums
@@ -320,4 +320,4 @@ def aggregated_attention_tiled(
     tensors = (*maps, embedding, temperature, pooled.table, local.bias, local.tokens, local.token_bias)
     logits = q.shape[:4].numel() * pooled.k.shape[1]
     small = not local.given and logits <= torch.get_num_threads() * CHUNK_LOGITS and q.dtype == accumulator(q.dtype)
-    return body.graph(*tensors) if small and records_gradients(*tensors) else body(*tensors)
+    return body.graph(*tensors) if small else body(*tensors)

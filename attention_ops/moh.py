@@ -17,7 +17,7 @@ from ._graph.sizes import known
 from .aggregated import aggregated_attention
 from .losses import Loss
 from .resizing import pool_map
-from .tiling import larger
+from .tiling import larger, map_size
 
 LEAST_SUM = 1.1920929e-07  # float32's eps: the least sum of kept gates
 EIGHTHS = 8.0  # distances are in eighths of the map's side
@@ -153,7 +153,7 @@ class MohBase(nn.Module):
 
     def bias(self, x: Tensor, pooled: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """The table of position biases of a map (B, H, W, C), (heads, R, C), and the cells of rows and columns."""
-        height, width = x.shape[1], x.shape[2]
+        height, width = map_size(x)
         unit = [height, width] if self.coordinate_size is None else self.coordinate_size
         rows, of_rows = axis_cells(height, pooled[0], x.device)
         cols, of_cols = axis_cells(width, pooled[1], x.device)
@@ -186,7 +186,7 @@ class MohAttention(MohBase):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
-        table, rows, cols = self.bias(x, (x.shape[1], x.shape[2]))
+        table, rows, cols = self.bias(x, map_size(x))
         out = aggregated_attention(
             q,
             k.flatten(1, 2),
@@ -246,7 +246,8 @@ class MohAggregatedAttention(MohBase):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
-        pooled = self.pooled_size(x.shape[1], x.shape[2])
+        height, width = map_size(x)
+        pooled = self.pooled_size(height, width)
         smaller = pool_map(self.act(self.sr(x.permute(0, 3, 1, 2))), pooled[0], pooled[1])
         smaller = self.norm(smaller.permute(0, 2, 3, 1)).flatten(1, 2)  # (B, P, C)
         pooled_k, pooled_v = self.kv(smaller).unflatten(-1, (2, self.heads, -1)).unbind(2)

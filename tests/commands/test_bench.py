@@ -47,7 +47,7 @@ def test_a_run_prints_header_and_table_and_writes_files(kept):
         data = json.load(file)
     (cell,) = data["cells"]
     assert line["model"] == cell["model"] == "test_resnet" and float(line["p50_ms"]) == cell["p50_ms"] > 0
-    assert data["run"]["threads"] == torch.get_num_threads() and data["run"]["command"].startswith("foveate ")
+    assert data["run"]["threads"] == torch.get_num_threads() and data["run"]["command"].startswith("foveate")
     assert kept == ["commands.bench"]
 
 
