@@ -28,8 +28,15 @@ from .streams import stream_loader
 _WORKERS_PER_CPU, _FEW_WORKERS = 4, 32
 
 
-def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoader, DataLoader, list[str] | None]:
+def build_loaders(
+    recipe: Recipe, *, pin_memory: bool = False, keeps_workers: bool = False
+) -> tuple[DataLoader, DataLoader, list[str] | None]:
     """Return the training loader, the validation loader, and the class names where the source has any.
+
+    Args:
+        pin_memory: of torch's loaders.
+        keeps_workers: start workers once, not in each epoch; the caller ends them with `end_workers`. Streams start
+            theirs in each epoch.
 
     Raises:
         TrainError: the data cannot be opened, or the number of classes is not model.num_classes.
@@ -43,7 +50,7 @@ def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoad
     val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
     images = Images(train, _shape(recipe), "skip", recipe.data.max_unreadable)
     sampler = EpochSampler(images, recipe.seed, recipe.batch_size, recipe.augment.repeats)
-    loader = _loader(recipe, images, sampler, pin_memory, drop_last=True)
+    loader = _loader(recipe, images, sampler, pin_memory, keeps_workers, drop_last=True)
     if not len(loader):
         raise TrainError(
             f"data: the training split gives each process {len(sampler)} images, fewer than one "
@@ -51,7 +58,15 @@ def build_loaders(recipe: Recipe, *, pin_memory: bool = False) -> tuple[DataLoad
         )
     if recipe.accumulate > len(loader):
         raise TrainError(f"accumulate: {recipe.accumulate} batches per step, but an epoch has {len(loader)} batches")
-    return loader, _val_loader(recipe, val, pin_memory), classes
+    return loader, _val_loader(recipe, val, pin_memory, keeps_workers), classes
+
+
+def end_workers(*loaders: DataLoader) -> None:
+    """End the workers of loaders that keep them: at the end of Python nothing would tell them to stop."""
+    for loader in loaders:
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]  # an error's traceback may hold it
+        loader._iterator = None
 
 
 def build_val_loader(recipe: Recipe, classes: Sequence[str] | None, *, pin_memory: bool = False) -> DataLoader:
@@ -60,7 +75,7 @@ def build_val_loader(recipe: Recipe, classes: Sequence[str] | None, *, pin_memor
         return _stream_loader(recipe, pin_memory, training=False)
     val = open_split(recipe.data, recipe.data.val_split, val_transform(recipe), fixed=True, classes=classes)
     _check_classes(recipe.data, recipe.data.val_split, val, recipe.model.num_classes)
-    return _val_loader(recipe, val, pin_memory)
+    return _val_loader(recipe, val, pin_memory, keeps_workers=False)
 
 
 def _stream_loaders(recipe: Recipe, pin_memory: bool) -> tuple[DataLoader, DataLoader, list[str] | None]:
@@ -189,12 +204,14 @@ def _check_workers(workers: int) -> None:
         raise TrainError(f"data.workers: wanted at most {most} loader processes on {cpus} CPUs, got {workers}")
 
 
-def _val_loader(recipe: Recipe, dataset: Dataset, pin_memory: bool) -> DataLoader:
+def _val_loader(recipe: Recipe, dataset: Dataset, pin_memory: bool, keeps_workers: bool) -> DataLoader:
     images = Images(dataset, _shape(recipe), "mark")
-    return _loader(recipe, images, DefaultSampler(images, shuffle=False), pin_memory, drop_last=False)
+    return _loader(recipe, images, DefaultSampler(images, shuffle=False), pin_memory, keeps_workers, drop_last=False)
 
 
-def _loader(recipe: Recipe, dataset: Images, sampler: Sampler, pin_memory: bool, *, drop_last: bool) -> DataLoader:
+def _loader(
+    recipe: Recipe, dataset: Images, sampler: Sampler, pin_memory: bool, keeps_workers: bool, *, drop_last: bool
+) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size=recipe.batch_size,
@@ -205,6 +222,6 @@ def _loader(recipe: Recipe, dataset: Images, sampler: Sampler, pin_memory: bool,
         pin_memory=pin_memory,
         worker_init_fn=outlive_signals,
         multiprocessing_context=loader_context(recipe.data.workers),
-        # Started once a run, not once an epoch: a fork may hang while a thread of torch.distributed enters Python.
-        persistent_workers=recipe.data.workers > 0,
+        # In each epoch, a fork may hang while a thread of torch.distributed enters Python.
+        persistent_workers=keeps_workers and recipe.data.workers > 0,
     )

@@ -52,7 +52,7 @@ def build_parts(recipe: Recipe, checkpoint: Path | None, place: torch.device, sa
     model = Classifier(recipe, net, teacher).to(place)
     check_runs(model, recipe)
     check_phase(model, recipe)
-    train_loader, val_loader, classes = build_loaders(recipe, pin_memory=place.type == "cuda")
+    train_loader, val_loader, classes = build_loaders(recipe, pin_memory=place.type == "cuda", keeps_workers=True)
     done = 0 if checkpoint is None else read_checkpoint(checkpoint)["meta"]["epoch"]
     for line in describe_run(Run(recipe, model, train_loader, val_loader, get_dist_info()[1], place, notes, done)):
         say(line)

@@ -26,7 +26,7 @@ from .checkpoints import (
     read_checkpoint,
     recipe_of,
 )
-from .data import build_val_loader
+from .data import build_val_loader, end_workers
 from .dcal import DcalLosses
 from .describe import scale_rate
 from .engine import RecipeRunner
@@ -270,7 +270,10 @@ def _run(parts: Parts, work_dir: Path, checkpoint: Path | None, launcher: str, c
             cfg=Config(recipe_data(recipe)),
         )
         with closing(runner):
-            runner.train()
+            try:
+                runner.train()
+            finally:
+                end_workers(parts.train_loader, parts.val_loader)
 
 
 def _optional_hooks(recipe: Recipe, launcher: str) -> list[Hook]:

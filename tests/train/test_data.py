@@ -2,6 +2,7 @@
 
 import shutil
 import tarfile
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from timm.data.readers import get_img_extensions
 
 from foveate.train import MissingPackageError, TrainError, load_recipe, mnist5k
-from foveate.train.data import build_loaders, build_val_loader
+from foveate.train.data import build_loaders, build_val_loader, end_workers
 from foveate.train.images import Collate
 from foveate.train.sources import class_names, open_images
 
@@ -258,16 +259,21 @@ def test_more_workers_than_a_machine_can_use_are_refused(make_recipe, monkeypatc
         loaders(make_recipe(data={"workers": 41}))
 
 
-def test_workers_are_started_once_a_run_and_draw_as_this_process_does(make_recipe):
+def test_kept_workers_draw_as_this_process_does_and_end_when_told(make_recipe):
     """A worker that is forked in each epoch may hang while threads of torch.distributed run."""
     recipe = make_recipe(augment={"randaugment": "rand-m9-mstd0.5-inc1", "scale": (0.3, 1.0), "hflip": 0.5})
     drawn = {}
     for workers in (0, 1):
-        train, val, _ = loaders(recipe, **{"data.workers": workers})
-        assert train.persistent_workers == val.persistent_workers == bool(workers)
-        drawn[workers] = []
+        train, _, _ = build_loaders(load_recipe(recipe, {"data.workers": workers}), keeps_workers=True)
+        drawn[workers], processes = [], set()
         for epoch in range(3):
             train.sampler.set_epoch(epoch)
             drawn[workers] += [(images.clone(), targets.clone()) for images, targets in train]
+            processes |= set(active_children())
+        assert len(processes) == workers  # the same one in all epochs
+        held = train._iterator  # as the traceback of an error does
+        end_workers(train)
+        assert train._iterator is None and (held is None) == (workers == 0)
+        assert not any(process.is_alive() for process in processes)
     for (a, b), (c, d) in zip(drawn[0], drawn[1], strict=True):
         assert torch.equal(a, c) and torch.equal(b, d)
