@@ -33,6 +33,13 @@ def check_matplotlib() -> None:
         raise RequestError('pictures need matplotlib: pip install "foveate[look]"')
 
 
+def picture_of(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(C, H, W), preprocessed, of one or three channels -> (H, W, 3) uint8, with the normalization undone."""
+    shift, factor = (torch.tensor(numbers)[:, None, None] for numbers in (mean, std))
+    pixels = ((image * factor + shift) * 255).round().clamp(0, 255).to(torch.uint8)
+    return pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous()
+
+
 def draw_views(
     picture: Tensor, views: Sequence[View], query: tuple[float, float] | None = None, head: int | None = None
 ) -> "Figure":

@@ -3,7 +3,7 @@
 Paper      Han et al. 2023, arXiv:2312.08874 (Agent Attention); the host is PVT, Wang et al. 2021, arXiv:2102.12122.
 Official   https://github.com/LeapLabTHU/Agent-Attention (no license stated); its checkpoints load as they are.
 Semantics  of the authors' classification code at the image size that the model is built for, and of their segmentation
-           code at any other: position embeddings and biases are rebuild_agent, convolutions floor odd sizes.
+           code at any other: position embeddings and biases are resized, convolutions floor odd sizes.
 """
 
 import re

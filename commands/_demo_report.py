@@ -15,6 +15,7 @@ from .._errors import RequestError, first_line
 from .._files import atomic_path
 from .._version import __version__
 from ..analysis import draw_views, layer_views, write_figure
+from ..analysis.drawing import picture_of
 from ..export import Agreement, export_onnx, save_hub, verify
 from ..train import TrainResult, evaluate, load_net, read_scalars
 
@@ -118,10 +119,8 @@ def draw(out: Path, scalars: list[dict], model: nn.Module, images: Tensor, targe
 def draw_attention(out: Path, model: nn.Module, image: Tensor) -> str | None:
     """Draw what the center of an image (1, C, H, W) sees in every layer, or return why there is no such picture."""
     config = resolve_data_config(model=model)
-    shown = torch.as_tensor(_picture(image[0], config["mean"], config["std"])).mul(255).to(torch.uint8)
-    picture = shown[..., None].expand(-1, -1, 3) if shown.dim() == 2 else shown
     try:
-        figure = draw_views(picture, layer_views(model, image))
+        figure = draw_views(picture_of(image[0], config["mean"], config["std"]), layer_views(model, image))
     except RequestError as error:
         return first_line(error)
     write_figure(figure, out)

@@ -13,6 +13,7 @@ from timm.models import PretrainedCfg
 from .._errors import RequestError, did_you_mean
 from .._torch import has_bfloat16_products
 from ..attention_ops._op import OPS, Impl
+from ..attention_ops.calibration import name_of
 from ..backbones import list_models
 from ..backbones.figures import recorded_figures, weights_of
 from ..backbones.published import FILE_ONLY, OTHERS_LOAD, full_name, published_top1
@@ -142,7 +143,7 @@ def _products() -> Iterator[Body]:
     """Yield what multiplies in the op `dense` and in fused models, by dtype."""
     report = cpu_report()
     for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
+        name = name_of(dtype)
         shapes = [key for key in report.rates if key[0] == name]
         faster = [f"{key[1]}x{key[2]}x{key[3]}" for key in shapes if report.takes_product(*key[1:], dtype)]
         why = None

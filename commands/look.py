@@ -32,7 +32,7 @@ from ..analysis import (
     write_page,
 )
 from ..analysis.cam import check_grad_cam
-from ..analysis.drawing import check_head, check_matplotlib, check_query
+from ..analysis.drawing import check_head, check_matplotlib, check_query, picture_of
 from ..export.inputs import decode_image, image_files, image_mode
 from ..export.metadata import Metadata, metadata_of
 from ._models import open_model
@@ -111,7 +111,8 @@ def look_command(
         if output is None:
             _list(views)
             return
-        facts |= _write(views, _picture(inputs, metadata), output, at, head, f"{metadata.architecture}: {image.name}")
+        picture = picture_of(inputs[0], metadata.mean, metadata.std)
+        facts |= _write(views, picture, output, at, head, f"{metadata.architecture}: {image.name}")
     print_facts(f"foveate look: {type(loaded).__name__}", facts | {"written": str(output)})
 
 
@@ -200,13 +201,6 @@ def _inputs(images: list[Image.Image], metadata: Metadata) -> Tensor:
     transform = create_transform(**metadata.transform_args)
     mode = image_mode(metadata.input_size[0])
     return torch.stack([transform(image.convert(mode)) for image in images])
-
-
-def _picture(inputs: Tensor, metadata: Metadata) -> Tensor:
-    """(H, W, 3) uint8: the first image as the model sees it, with its normalization undone."""
-    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (metadata.mean, metadata.std))
-    pixels = ((inputs[0] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous()
 
 
 def _views(

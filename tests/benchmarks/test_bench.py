@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bench_rows import row
 
 from foveate._errors import RequestError
 from foveate.benchmarks import bench
-from foveate.benchmarks.bench import BenchSettings, Cell, Row, measure, notes, own_px, relative_speed
+from foveate.benchmarks.bench import BenchSettings, measure, notes, own_px, relative_speed
 from foveate.benchmarks.bench_report import records
 from foveate.benchmarks.measuring import create_model, prepare_call, product_rate, random_images, training_step
 from foveate.export import ExportError, MissingExtraError
@@ -15,15 +16,7 @@ from foveate.export import ExportError, MissingExtraError
 TINY = {"models": ("test_resnet",), "batches": (2,), "sizes": (32,), "rounds": 1}
 
 
-@pytest.fixture(autouse=True)
-def own_calibration(monkeypatch, tmp_path, one_thread):
-    """Measure no products, and leave the user's file of them alone."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("FOVEATE_PRODUCTS", "torch")
-
-
-def row(model="van_b0", engine="eager", px=224, batch=8, seconds=(0.5,), **kwargs) -> Row:
-    return Row(Cell(model, engine, "float32", batch, px), macs=10**9, seconds=list(seconds), **kwargs)
+pytestmark = pytest.mark.usefixtures("without_calibration")
 
 
 # cells

@@ -7,11 +7,12 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
+from bench_rows import row
 from matplotlib.colors import to_hex
 
 from foveate.attention_ops.macs import count_macs
 from foveate.benchmarks._fit import growth_exponent
-from foveate.benchmarks.bench import BenchSettings, Cell, Row, measure
+from foveate.benchmarks.bench import BenchSettings, Row, measure
 from foveate.benchmarks.bench_plots import FRONT, accuracy_figure, growth_figure, pareto_front, write_png
 from foveate.benchmarks.bench_report import (
     describe_growth,
@@ -24,16 +25,7 @@ from foveate.benchmarks.bench_report import (
 )
 from foveate.benchmarks.measuring import create_model, random_images
 
-
-@pytest.fixture(autouse=True)
-def own_calibration(monkeypatch, tmp_path, one_thread):
-    """Measure no products, and leave the user's file of them alone."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("FOVEATE_PRODUCTS", "torch")
-
-
-def row(model="van_b0", engine="eager", px=224, batch=8, seconds=(0.5,), **kwargs) -> Row:
-    return Row(Cell(model, engine, "float32", batch, px), macs=10**9, seconds=list(seconds), **kwargs)
+pytestmark = pytest.mark.usefixtures("without_calibration")
 
 
 def test_the_exponent_of_a_power_is_found():
