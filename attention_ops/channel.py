@@ -14,6 +14,7 @@ from ._attend import accumulator
 from ._checks import check_qkv, why_no_attention_kernel
 from ._graph.tiles import product
 from ._op import Impl, declare, run
+from .packed import unpack
 
 OP = "channel_attention"
 
@@ -106,7 +107,7 @@ class ChannelAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        first, second, third = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
+        first, second, third = unpack(self.qkv(x).unflatten(-1, (3, self.heads, -1)), 3)  # (B, H, W, heads, head_dim)
         if self.by_tokens:
             first = first * (x.shape[1] * x.shape[2]) ** -0.5  # not as the op's scale: an exported graph knows no size
             out = channel_attention(first, second, third, scale=1.0)

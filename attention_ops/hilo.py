@@ -16,6 +16,7 @@ from ._checks import check_alike, check_at_least
 from ._graph.sizes import is_known
 from ._graph.window import hilo_attention_graph
 from ._op import OPS, Impl, SymSize, Tensors, declare, run
+from .packed import unpack
 from .tiling import crop, pad_to_windows
 from .window import why_not_fused as why_no_window_kernel
 from .window import (
@@ -205,7 +206,7 @@ class HiLoAttention(nn.Module):
         nothing = x.new_empty([x.shape[0], x.shape[1], x.shape[2], 0, self.head_dim])
         high = [nothing, nothing, nothing]
         if self.h_qkv is not None:
-            high = self.h_qkv(x).unflatten(-1, (3, self.high_heads, self.head_dim)).unbind(3)
+            high = unpack(self.h_qkv(x).unflatten(-1, (3, self.high_heads, self.head_dim)), 3)
             nothing = high[0][:, :, :, :0]
         low = [nothing, nothing, nothing]
         if self.l_q is not None and self.l_kv is not None:

@@ -29,6 +29,7 @@ from .neighborhood_cpu import (
     neighborhood_attention_lse_tiled,
     neighborhood_attention_tiled,
 )
+from .packed import unpack
 from .tiling import AxisWindow, crop
 
 OP = "neighborhood_attention"
@@ -300,7 +301,7 @@ class NeighborhoodAttention2d(nn.Module):
             x = F.pad(x, [0, 0, 0, max(least_w - width, 0), 0, max(least_h - height, 0)])
         else:
             x = pad_to_least(x, least_h, least_w)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
+        q, k, v = unpack(self.qkv(x).unflatten(-1, (3, self.heads, -1)), 3)  # (B, H, W, heads, head_dim)
         out = neighborhood_attention(
             q,
             k,

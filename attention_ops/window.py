@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..kernels._launch import why_no_triton
 from ..kernels.local.plan import Pattern
 from ._attend import accumulator, sdpa
 from ._checks import check_at_least, check_device, check_qkv, pair, why_no_attention_kernel, why_no_local_kernel
@@ -24,6 +25,7 @@ from ._graph.window import window_attention_graph, window_attention_lse_graph
 from ._op import Impl, Pair, Size, SymSize, declare, run
 from .clipped_attention import ClippedAttention
 from .dense_attention import check_gate
+from .packed import unpack
 from .shifted_windows import ClippedWindows, Windows, on_rolled_maps
 from .tile_plan import TileMask, plan_tiles
 from .tiled_attention import TiledAttention, TiledAttentionLse
@@ -325,6 +327,11 @@ declare(
 )
 
 
+def is_read_in_place(x: Tensor) -> bool:
+    """Say whether Triton kernels read the windows of maps like `x` where they lie; other bodies copy them."""
+    return why_no_triton(x) is None
+
+
 class WindowAttention2d(nn.Module):
     """Multi-head window attention with its projections, on channels-last maps.
 
@@ -378,7 +385,7 @@ class WindowAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         height, width = x.shape[1], x.shape[2]
         x = cover_with_windows(x, self.window_size)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
+        q, k, v = unpack(self.qkv(x).unflatten(-1, (3, self.heads, -1)), 3)  # (B, H, W, heads, head_dim)
         out = window_attention(q, k, v, self.window_size, clip=self.clip, scale=self.scale)
         return self.proj_drop(crop(self.proj(out.flatten(3)), height, width))
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..attention_ops import AgentAttention, window_attention
 from ..attention_ops._graph.sizes import known
 from ..attention_ops.agent_layer import check_heads, init_linear
+from ..attention_ops.packed import unpack
 from ..attention_ops.tiling import crop, cut_regions, join_regions, pad_to_windows
 from ._agent import (
     AGENT,
@@ -182,7 +183,7 @@ class SwinWindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         height, width = x.shape[1], x.shape[2]
         x = pad_to_windows(x, [self.window, self.window])
-        q, k, v = self.qkv(x).unflatten(-1, [3, self.heads, -1]).unbind(3)
+        q, k, v = unpack(self.qkv(x).unflatten(-1, [3, self.heads, -1]), 3)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # type: ignore[index]
         out = window_attention(
             q, k, v, [self.window, self.window], shift=[self.shift, self.shift], bias=bias, scale=self.scale

@@ -21,6 +21,7 @@ from .._timm import pretrained_cfg
 from .._weights import unwrap
 from ..attention_ops import BiLevelRoutingAttention, BiLevelRoutingAttentionNchw, window_attention
 from ..attention_ops.bi_level_routing import RegionPool, Routing, lepe
+from ..attention_ops.packed import unpack
 from ._build import StateDict, build, cfg, check_fits
 from ._layers import DepthwiseMlp, MapGELU, layer_scale, scaled, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
@@ -101,7 +102,7 @@ class DenseLepeAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
+        q, k, v = unpack(self.qkv(x).unflatten(-1, (3, self.heads, -1)), 3)  # (B, H, W, heads, head_dim)
         size = [x.shape[1], x.shape[2]]
         out = window_attention(q, k, v, size, scale=self.scale).flatten(3)
         if self.lepe is not None:

@@ -14,13 +14,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from .._weights import unwrap
 from ..attention_ops import ChannelAttention, WindowAttention2d, window_attention
+from ..attention_ops.packed import unpack
 from ..attention_ops.tiling import cover_with_windows, crop
+from ..attention_ops.window import is_read_in_place
 from ._build import StateDict, build, cfg, check_fits
 from ._layers import pad_to_multiples, to_channels_last, to_nchw, to_nhwc
 from ._pruning import AttentionLayout, Prunable
@@ -79,15 +82,24 @@ class DavitDownsample(nn.Module):
 
 @register_notrace_module
 class TileAttention(WindowAttention2d):
-    """Window attention that cuts the map before the projections: one copy of x in place of three of q, k and v."""
+    """Window attention that cuts the map before the projections: one copy of x in place of three of q, k and v.
+
+    Triton kernels read windows where they lie: for them nothing is cut.
+    """
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
+        if torch.jit.is_scripting():
+            return self.cut(x)
+        else:  # TorchScript compiles the first branch only
+            return super().forward(x) if is_read_in_place(x) else self.cut(x)
+
+    def cut(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         size = x.shape[1:3]
         rows, cols = self.window_size[0], self.window_size[1]
         x = cover_with_windows(x, self.window_size)
         grid = [x.shape[1] // rows, x.shape[2] // cols]
         x = x.unflatten(2, (grid[1], cols)).unflatten(1, (grid[0], rows)).transpose(2, 3)  # (B, gy, gx, wy, wx, C)
-        q, k, v = self.qkv(x.flatten(0, 2)).unflatten(-1, (3, self.heads, -1)).unbind(3)
+        q, k, v = unpack(self.qkv(x.flatten(0, 2)).unflatten(-1, (3, self.heads, -1)), 3)
         out = window_attention(q, k, v, self.window_size, scale=self.scale)
         x = self.proj_drop(self.proj(out.flatten(3))).unflatten(0, (-1, grid[0], grid[1]))
         return crop(x.transpose(2, 3).flatten(3, 4).flatten(1, 2), size[0], size[1])

@@ -22,6 +22,7 @@ from .._weights import unwrap
 from ..attention_ops import NeighborhoodAttention2d, neighborhood_attention
 from ..attention_ops._graph.local import neighborhood_attention_up_to
 from ..attention_ops._graph.sizes import known, sides
+from ..attention_ops.packed import unpack
 from ..attention_ops.tiling import map_size, pad_to_windows
 from ._build import StateDict, build, cfg, check_fits, resize_rpb
 from ._layers import layer_scale, pad_to_multiples, scaled, to_channels_last, to_nchw, to_nhwc
@@ -141,7 +142,7 @@ class DenseAttention2d(NeighborhoodAttention2d):
     rpb: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
+        q, k, v = unpack(self.qkv(x).unflatten(-1, (3, self.heads, -1)), 3)  # (B, H, W, heads, head_dim)
         if torch.jit.is_scripting():
             out = self.attend(q, k, v)
         elif known(*sides(x)):

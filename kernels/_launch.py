@@ -125,9 +125,9 @@ def without_autocast(body: Callable[..., R]) -> Callable[..., R]:
     """
 
     @wraps(body)
-    def run(x: Tensor, *args) -> R:
+    def run(x: Tensor, *args, **kwargs) -> R:
         with no_autocast(x):
-            return body(x, *args)
+            return body(x, *args, **kwargs)
 
     return run
 
@@ -172,14 +172,19 @@ def eager_forward(
     return call
 
 
-def eager_backward(op: CustomOpDef) -> Callable[..., tuple[Tensor, ...]]:
-    """Return a function that calls a backward op; in eager mode without the dispatcher, unless a graph is created."""
+def eager_backward(op: CustomOpDef, **eager: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a function that calls a backward op; in eager mode without the dispatcher, unless a graph is created.
+
+    Args:
+        op: all inputs positional; returns a tuple of tensors.
+        eager: more arguments of the op's Python in that case, for what the dispatcher does not allow.
+    """
     body = body_of(op)
 
     def call(*inputs: Any) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() or not in_eager_mode(inputs):
             return op(*inputs)
-        return body(*inputs)
+        return body(*inputs, **eager)
 
     return call
 

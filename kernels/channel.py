@@ -26,6 +26,7 @@ from ._launch import (
     token_steps,
     without_autocast,
 )
+from .packed import separate, together
 
 LOG2_E = math.log2(math.e)
 LEAST_CHUNK = 256  # tokens of one program's sum, below which its partial sum costs as much as its reads
@@ -224,10 +225,10 @@ def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("foveate::channel_attention_backward", mutates_args=())
 @without_autocast
 def channel_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, probs: Tensor, grad: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, probs: Tensor, grad: Tensor, scale: float, packed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv, with the strides of q, k and v where these are dense."""
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    """Return dq, dk and dv: contiguous, or `packed` as q, k and v are, which the dispatcher does not allow."""
+    dq, dk, dv = (together if packed else separate)(q, k, v)
     if not q.numel():
         return dq, dk, dv
     with on_device(q):
@@ -239,12 +240,12 @@ def channel_attention_backward(
 
 
 @channel_attention_backward.register_fake
-def _(q, k, v, probs, grad, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(q, k, v, probs, grad, scale, packed=False):
+    return separate(q, k, v)
 
 
 refuse_second_derivative(channel_attention_backward, "channel_attention")
-call_backward = eager_backward(channel_attention_backward)
+call_backward = eager_backward(channel_attention_backward, packed=True)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -19,6 +19,7 @@ from .._launch import (
     refuse_second_derivative,
     without_autocast,
 )
+from ..packed import separate, together
 from .backward import local_dkv_kernel, local_dq_kernel
 from .bias import bias_tiles
 from .bias_gradient import local_bias_kernel, table_gradient
@@ -179,7 +180,8 @@ def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, d
         q, k, v, q if bias is None else bias, out, grad, lse, dq, dk, dv, dq if sums is None else sums,
         *strides, sizes.heads, kernel.tiles, launch.pattern.dilation, sizes.queries,
         units, shares, launch.scale, launch.scale * LOG2_E, CELLS=_cells(bias), BIAS_GRAD=dbias is not None,
-        ALIKE=len({*strides[:3]}) == len({*strides[3:]}) == 1, UNIT=unit, **kernel.constants,
+        ALIKE=len({*strides[:3]}) == len({*strides[3:5]}) == len({*strides[5:]}) == 1 and strides[5] in strides,
+        PACKED=strides[5] == strides[0], UNIT=unit, **kernel.constants,
     )  # fmt: skip
     if sums is not None and dbias is not None:
         table_gradient(sums, dbias, launch.pattern, kernel.plan, sizes.queries, None)
@@ -226,10 +228,14 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None,
     out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, bias_grad: bool,
     kind: str, keys: list[int], reach: list[int], stride: list[int], dilation: list[int], causal: list[bool],
-    shift: list[int], scale: float,
+    shift: list[int], scale: float, packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return gradients of q, k, v, bias, rel_h, rel_w; an empty tensor for what is not given or not needed."""
-    dq, dk, dv, dbias, drel_h, drel_w = _empty_gradients(q, k, v, bias if bias_grad else None, rel_h, rel_w)
+    """Return gradients of q, k, v, bias, rel_h, rel_w; an empty tensor for what is not given or not needed.
+
+    Those of q, k and v are contiguous, or `packed` as q, k and v are, which the dispatcher does not allow.
+    """
+    dq, dk, dv = (together if packed else separate)(q, k, v)
+    dbias, drel_h, drel_w = _empty_tables(q, bias if bias_grad else None, rel_h, rel_w)
     if out.numel() == 0:
         return dq, dk, dv, dbias.zero_(), drel_h.zero_(), drel_w.zero_()
     q, k, v, grad = (_contiguous_dim(t) for t in (q, k, v, grad))
@@ -255,18 +261,17 @@ def _backward(
     return dq, dk, dv, dbias, drel_h, drel_w
 
 
-def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor | None) -> tuple[Tensor, ...]:
-    maps = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    return *maps, *(q.new_empty(0) if t is None else t.new_empty(t.shape) for t in tables)
+def _empty_tables(q: Tensor, *tables: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(q.new_empty(0) if t is None else t.new_empty(t.shape) for t in tables)
 
 
 @_backward.register_fake
 def _(q, k, v, bias, rel_h, rel_w, out, lse, grad, grad_lse, bias_grad, *pattern):
-    return _empty_gradients(q, k, v, bias if bias_grad else None, rel_h, rel_w)
+    return *separate(q, k, v), *_empty_tables(q, bias if bias_grad else None, rel_h, rel_w)
 
 
 refuse_second_derivative(_backward, "local_attention")
-call_backward = eager_backward(_backward)
+call_backward = eager_backward(_backward, packed=True)
 
 
 def _save(ctx, inputs, output) -> None:

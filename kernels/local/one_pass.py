@@ -5,7 +5,8 @@ Tensors    as in backward.py; sums: (programs of a head, heads, M, N) fp32, the 
 Grid       heads * dilation groups * shares, heads fastest: a program walks over images (windows: and tiles).
 Numerics   as in backward.py. The mask is a bias of -inf, made once a program. Every sum has a fixed order, no atomics.
 Memory     reads q, k, v, out, grad once and writes dq, dk, dv once; logits, and the bias' gradient, stay on chip. Where
-           q, k, v have the strides of q and the other maps those of out (ALIKE), fewer offsets leave registers free.
+           q, k, v have the same strides, and so have out and grad, and dq, dk, dv have one of the two (ALIKE; PACKED:
+           those of q), fewer offsets leave registers free.
 """
 
 import math
@@ -109,8 +110,8 @@ def local_backward_kernel(
     q_strides, k_strides, v_strides, out_strides, grad_strides, dq_strides, dk_strides, dv_strides,
     heads, tiles, dilation, size, units, shares, scale, scale_log2,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, PAD: tl.constexpr,
-    PAD_V: tl.constexpr, CELLS: tl.constexpr, BIAS_GRAD: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,
+    PAD_V: tl.constexpr, CELLS: tl.constexpr, BIAS_GRAD: tl.constexpr, ALIKE: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     q_strides, k_strides = in_elements(q_strides, UNIT), in_elements(k_strides, UNIT)
     v_strides, out_strides = in_elements(v_strides, UNIT), in_elements(out_strides, UNIT)
@@ -154,13 +155,14 @@ def local_backward_kernel(
             dbias += dlogits
         rounded = dlogits.to(q.dtype)
         dv = tl.dot(tl.trans(probs.to(grad.dtype)), grad, input_precision=PRECISION)  # [M, DV]
-        dv_offs = out_offs if ALIKE else map_offsets(row, col, group_y, group_x, dilation, dv_strides)
+        shared_offs = q_offs if PACKED else out_offs
+        dv_offs = shared_offs if ALIKE else map_offsets(row, col, group_y, group_x, dilation, dv_strides)
         store_tokens(of_head(dv_ptr, dv_strides, image, head), dv_offs, mine, dv, DIM_V, PAD_V)
         dk = tl.dot(tl.trans(rounded), q, input_precision=PRECISION)  # [M, D]
-        dk_offs = out_offs if ALIKE else map_offsets(row, col, group_y, group_x, dilation, dk_strides)
+        dk_offs = shared_offs if ALIKE else map_offsets(row, col, group_y, group_x, dilation, dk_strides)
         store_tokens(of_head(dk_ptr, dk_strides, image, head), dk_offs, mine, dk * scale, DIM, PAD)
         dq = tl.dot(rounded, k, input_precision=PRECISION)
-        dq_offs = out_offs if ALIKE else map_offsets(row, col, group_y, group_x, dilation, dq_strides)
+        dq_offs = shared_offs if ALIKE else map_offsets(row, col, group_y, group_x, dilation, dq_strides)
         store_tokens(of_head(dq_ptr, dq_strides, image, head), dq_offs, mine, dq * scale, DIM, PAD)
     if BIAS_GRAD:
         cells = tl.program_id(0).to(tl.int64) * (M * M) + m[:, None] * M + m[None, :]

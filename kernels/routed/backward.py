@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import eager_backward, on_device, power_of_2, refuse_second_derivative, without_autocast
+from ..packed import separate, together
 from .inverse import InverseRoutes, invert_routes
 from .invert import launch_inverse
 from .plan import MOST_INVERTED, Regions, constants, region_tiles
@@ -148,10 +149,11 @@ def routed_attention_backward(
     region: list[int],
     key_region: list[int],
     scale: float,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv, contiguous, in the dtype of q."""
+    """Return dq, dk and dv: contiguous, or `packed` as q, k and v are, which the dispatcher does not allow."""
     cut = Regions(tuple(grid), tuple(region), tuple(key_region))
-    dq, dk, dv = _empty_grads(q, k, v)
+    dq, dk, dv = (together if packed else separate)(q, k, v)
     if not q.numel():
         return dq, dk, dv
     delta, routes = torch.empty_like(lse), routes.contiguous()
@@ -165,16 +167,12 @@ def routed_attention_backward(
 
 
 @routed_attention_backward.register_fake
-def _(q, k, v, routes, out, lse, grad, grid, region, key_region, scale):
-    return _empty_grads(q, k, v)
+def _(q, k, v, routes, out, lse, grad, grid, region, key_region, scale, packed=False):
+    return separate(q, k, v)
 
 
 refuse_second_derivative(routed_attention_backward, "routed_attention")
-call_backward = eager_backward(routed_attention_backward)
-
-
-def _empty_grads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+call_backward = eager_backward(routed_attention_backward, packed=True)
 
 
 def _of_a_region(x: Tensor, cut: Regions) -> tuple[int, int, int]:

@@ -97,4 +97,6 @@ def test_a_real_ctrl_c_with_worker_processes_exits_with_130_and_no_traceback(com
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert said.startswith("foveate train: interrupted; ") and said.count("\n") == 1
+    *warnings, last = said.splitlines()  # libraries may warn when they are imported
+    assert last.startswith("foveate train: interrupted; ") and all("foveate" not in line for line in warnings)
+    assert "Traceback" not in said

@@ -75,7 +75,7 @@ def launch_all(case: Case, dtype: torch.dtype = torch.bfloat16) -> list[str]:
     ((q, k, v, *tables), pattern) = calls[0][:6], calls[0][6:]
     with Record() as record:
         out, lse = body_of(local._forward)(q, k, v, *tables, *pattern)
-        body_of(local._backward)(q, k, v, *tables, out, lse, out, None, True, *pattern)
+        body_of(local._backward)(q, k, v, *tables, out, lse, out, None, True, *pattern, packed=True)
     return record.names
 
 
