@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from of_triton import OLD
 
 from foveate.kernels import channel
 from foveate.kernels.gates import channel_gate, strip_gate
@@ -69,6 +70,6 @@ def test_gates_read_16_bytes_at_a_time_without_spills(compile_for, layout, capab
     kernels = compile_for(capability, gates, x, meta(1, 1, 5))
     assert len(kernels) == 9
     for kernel in kernels:
-        assert kernel.stack_bytes == 0 and kernel.registers <= 128, (kernel.name, kernel.registers)
+        assert kernel.stack_bytes == 0 and kernel.registers <= (150 if OLD else 128), (kernel.name, kernel.registers)
         if kernel.name in ("sums_kernel", "gate_kernel"):
             assert kernel.count(r"ld\.global\.v[48]") > 0, kernel.name

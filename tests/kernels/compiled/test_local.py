@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from of_triton import OLD, instructions, stack_bytes
 
 from foveate.benchmarks._machine_code import Compiled
 from foveate.benchmarks.gpu_first_hour.sweep import Setting, forced
@@ -133,22 +134,20 @@ def broken_bounds(compile_for, shared_limit_bytes, name, kernel, capability, dim
     exponentials = sum(op.startswith("MUFU.EX2") for op in found.loops[0])
     rows = 2 if kernel == "forward" else 0  # a thread holds pieces of two rows; each is rescaled once
     wide = capability == 90 and plan.owners == 64  # what a warpgroup's product takes
+    around = AROUND_THE_LOOP.get((name, kernel, dim, capability), 0)
+    bound = BOUNDS[name, kernel][dim // 64][capability // 90]
     holds = {
         "spills in the loop": (found.loop_spills(), found.loop_spills() == []),
-        "stack": (found.stack_bytes, found.stack_bytes <= stack_limit_bytes(name, kernel, capability, dim)),
+        "stack": (found.stack_bytes, found.stack_bytes <= stack_bytes(around)),
         # two blocks on a multiprocessor
         "shared memory": (found.shared_bytes, found.shared_bytes <= shared_limit_bytes[capability] // 2),
         "asynchronous copies": (found.count(r"cp\.async"), (found.count(r"cp\.async") > 0) != one_turn),
         "warps": (found.warps, found.warps == plan.owners // 16),
         "wgmma": (capability, (found.count(r"wgmma\.mma_async") > 0) == wide),
         "exponentials": (exponentials, exponentials == logits // (32 * found.warps) + rows),
-        "instructions a logit": (per_logit, per_logit <= BOUNDS[name, kernel][dim // 64][capability // 90]),
+        "instructions a logit": (per_logit, per_logit <= instructions(bound)),
     }
     return {bound: value for bound, (value, held) in holds.items() if not held}
-
-
-def stack_limit_bytes(name, kernel, capability, dim) -> int:
-    return AROUND_THE_LOOP.get((name, kernel, dim, capability), 0)
 
 
 @pytest.mark.parametrize("dim", [32, 64])
@@ -170,14 +169,15 @@ def test_strides_and_gradients_of_log_sum_exps_stay_out_of_the_loop(compile_for,
     for kernel, launch in {"dq": launch_dq, "dkv": lambda: call.run("dkv")}.items():
         found, plan = compile_for(capability, launch)[-1], call.launch.of(kernel).plan
         bound = BOUNDS["neighborhood", kernel][0][capability // 90]
-        assert found.loop_instructions_per(plan.owners * plan.walked) <= bound and found.stack_bytes == 0
+        assert found.loop_instructions_per(plan.owners * plan.walked) <= instructions(bound)
+        assert found.stack_bytes <= stack_bytes()
 
 
 @pytest.mark.parametrize(
     ("setting", "bound"),
     [
         (Setting((4, 8), (2, 16), 2, 1), "asynchronous copies"),
-        (Setting((8, 8), (8, 16), 4, 3), "stack"),
+        (Setting((8, 8), (8, 16), 4, 3), "shared memory" if OLD else "stack"),
         (Setting((4, 8), (1, 16), 2, 3), "instructions a logit"),
     ],
     ids=["one stage", "tiles too large", "tiles too small"],
@@ -258,7 +258,8 @@ def test_heads_of_8_times_an_odd_number_of_channels_are_loaded_in_vectors(compil
     call = Call(CASES["neighborhood"], dim, torch.bfloat16)
     found, plan = compile_local(compile_for, capability, call.run, kernel), call.launch.of(kernel).plan
     assert found.count(r"cp\.async\.c[ga]") > 0 and found.loop_spills() == []
-    assert found.loop_instructions_per(plan.owners * plan.walked) <= ODD_WIDTHS[dim, kernel][capability // 90]
+    bound = ODD_WIDTHS[dim, kernel][capability // 90]
+    assert found.loop_instructions_per(plan.owners * plan.walked) <= instructions(bound)
 
 
 # float32 with all its digits: instructions a logit, on (sm_80: FMA, sm_90)
@@ -283,8 +284,10 @@ def test_float32_takes_tensor_cores_of_sm_90_where_they_save_instructions(
     found, plan = compile_local(compile_for, capability, call.run, kernel), call.launch.of(kernel).plan
     on_tensor_cores = capability == 90 and kernel != "dbias" and (dim > 32 or plan.owners == 64)
     assert (found.count(r"wgmma\.mma_async|mma\.sync") > 0) == on_tensor_cores
-    assert found.loop_spills() == []
-    assert found.loop_instructions_per(plan.owners * plan.walked) <= FULL_PRECISION[name, kernel, dim][capability // 90]
+    fits = not (OLD and kernel == "dkv" and capability == 80)  # by FMA, which needs most registers
+    assert (found.loop_spills() == []) == fits
+    bound = FULL_PRECISION[name, kernel, dim][capability // 90]
+    assert found.loop_instructions_per(plan.owners * plan.walked) <= instructions(bound)
 
 
 # Head_dims of 65 to 128 need most shared memory; sm_86, sm_89 and sm_120 give a block 99 KB.
