@@ -29,11 +29,21 @@ LSE_DOC = """Run `{0}`, and return the log-sum-exp of the logits too, for `merge
 def lse_variant(promise: Callable[P, Tensor]) -> Callable[P, tuple[Tensor, Tensor]]:
     """Return the public function `NAME_lse`: the arguments of `promise`, and one more result."""
     name, signature = f"{promise.__name__}_lse", inspect.signature(promise)
+    parameters = signature.parameters.values()
+    names = tuple(signature.parameters)
+    positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, Tensor]:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return run(name, dict(bound.arguments))
+        given = dict(zip(names, args, strict=False))
+        arguments = {**defaults, **given, **kwargs}
+        if (
+            len(args) > positional
+            or len(given) + len(kwargs) > len({**given, **kwargs})
+            or len(arguments) != len(names)
+        ):
+            signature.bind(*args, **kwargs)  # raises TypeError
+        return run(name, *(arguments[key] for key in names))
 
     results = tuple[Tensor, Tensor]
     vars(call)["__signature__"] = signature.replace(return_annotation=results)

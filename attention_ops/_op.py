@@ -302,9 +302,10 @@ def _schema(promise: Callable[..., Any], without: tuple[str, ...] = ()) -> str:
     return f"({', '.join(words)}) -> {outputs}"
 
 
-def run(name: str, arguments: dict[str, Any]) -> Any:
-    """Call the op `name` with the arguments of its public function, as `locals()` gives them on the first line."""
+def run(name: str, *values: Any) -> Any:
+    """Call the op `name` with all arguments of its public function, in the order of its signature."""
     op = OPS[name]
+    arguments = dict(zip(op.defaults, values, strict=True))
     for key in op.pairs:
         if arguments[key] is not None:
             arguments[key] = pair(name, key, arguments[key])

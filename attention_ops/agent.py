@@ -53,7 +53,7 @@ def agent_attention(
         ValueError: shapes, dtypes or devices disagree.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, agents, bias_to, bias_from, scale, impl)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, agents: Tensor, bias_to: Tensor | None, bias_from: Tensor | None) -> None:

@@ -76,7 +76,24 @@ def aggregated_attention(
         ValueError: shapes, dtypes or devices disagree, or some of the local arguments are missing.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(
+        OP,
+        q,
+        pooled_k,
+        pooled_v,
+        local_k,
+        local_v,
+        embedding,
+        temperature,
+        pooled_bias,
+        bias_rows,
+        bias_cols,
+        local_bias,
+        tokens,
+        token_bias,
+        gates,
+        impl,
+    )
 
 
 def _check(

@@ -38,7 +38,7 @@ def channel_attention(
         ValueError: shapes, dtypes or devices disagree.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, scale, impl)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -37,7 +37,7 @@ def channel_gate(x: Tensor, weight: Tensor, *, impl: Impl | str = Impl.AUTO) -> 
         ValueError: x is not a map, or weight is not (1, 1, k) with k odd.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, x, weight, impl)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

@@ -61,7 +61,7 @@ def circle_attention(
         ValueError: shapes, dtypes or devices disagree, radius is below 1, or cells do not divide the map.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, radius, cell_weight, text_k, text_v, scale, impl)
 
 
 circle_attention_lse = lse_variant(circle_attention)

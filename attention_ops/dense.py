@@ -54,7 +54,7 @@ def dense(
         ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
         NotImplementedError: `impl="fused"`.
     """
-    return run(OP, locals())
+    return run(OP, x, weight, bias, activation, residual, impl)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> None:

@@ -57,7 +57,7 @@ def dense_attention(
         ValueError: shapes, dtypes or devices disagree, or clip is out of range.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, mask, clip, gate, scale, impl)
 
 
 def check_tokens(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:

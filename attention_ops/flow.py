@@ -46,7 +46,7 @@ def flow_attention(q: Tensor, k: Tensor, v: Tensor, *, form: str = "vision", imp
         ValueError: shapes, dtypes or devices disagree, or the form is unknown.
         NotImplementedError: `impl="fused"`.
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, form, impl)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, form: str) -> None:

@@ -57,7 +57,7 @@ def grouped_query_attention(
         IndexError: key_heads is out of range, on a CPU.
         NotImplementedError: `impl="fused"`.
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, key_heads, scale, impl)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_heads: Tensor) -> None:

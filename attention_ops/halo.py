@@ -64,7 +64,7 @@ def halo_attention(
         ValueError: shapes, dtypes or devices disagree, or a size is out of range.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, block_size, halo, stride, rel_h, rel_w, scale, impl)
 
 
 halo_attention_lse = lse_variant(halo_attention)

@@ -55,7 +55,7 @@ def hilo_attention(
         ValueError: shapes, dtypes or devices disagree, or window_size does not divide the map.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, high, low, window_size, scale, impl)
 
 
 def _check(high: Sequence[Tensor], low: Sequence[Tensor], window_size: tuple[int, int]) -> None:

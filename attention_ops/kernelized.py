@@ -62,7 +62,7 @@ def kernelized_attention(
         ValueError: shapes, dtypes or devices disagree, or the form is unknown.
         NotImplementedError: `impl="fused"`.
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, omega, size, rel, prefix_tokens, normalize, form, impl)
 
 
 def _check(

@@ -53,7 +53,7 @@ def large_kernel_attention(
         ValueError: a weight does not fit x, a kernel is even, or dilation is below 1.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, x, local_weight, local_bias, dilated_weight, dilated_bias, point_weight, point_bias, dilation, impl)
 
 
 class Convolutions(NamedTuple):

@@ -82,7 +82,7 @@ def neighborhood_attention(
             the map is shorter than kernel_size * dilation.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, kernel_size, dilation, stride, rpb, is_causal, scale, impl)
 
 
 def neighborhood_attention_lse(
@@ -113,7 +113,7 @@ def neighborhood_attention_lse(
     Raises:
         ValueError, NotImplementedError: in the cases of `neighborhood_attention`.
     """
-    return run(OP_LSE, locals())
+    return run(OP_LSE, q, k, v, kernel_size, dilation, stride, rpb, is_causal, scale, impl)
 
 
 def _check(

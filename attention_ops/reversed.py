@@ -53,7 +53,7 @@ def reversed_attention(
         ValueError: shapes, dtypes or devices disagree.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, weight, scale, impl)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> None:

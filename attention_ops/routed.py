@@ -139,7 +139,7 @@ def routed_attention(
             range. Kernels do not raise for a route out of range: the results of its region are NaN.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, routes, region_size, kv_region_size, scale, impl)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions) -> None:

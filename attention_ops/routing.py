@@ -102,7 +102,9 @@ def cluster_attention(
         ValueError: shapes, dtypes or devices disagree.
         NotImplementedError: `impl="fused"`.
     """
-    return run(OP, locals())
+    return run(
+        OP, q, k, v, q_members, k_members, memory_k, memory_v, key_mask, is_causal, self_logit, count_eps, scale, impl
+    )
 
 
 def _check(

@@ -47,7 +47,7 @@ def sparse_attention(
         ValueError: shapes, dtypes or devices disagree.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, columns, scale, impl)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, columns: Tensor) -> None:

@@ -56,7 +56,7 @@ def strip_gate(
         ValueError: a weight does not fit x, k is even, or norm_groups does not divide C.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, x, weight, norm_weight, norm_bias, norm_groups, eps, impl)
 
 
 def _check(x: Tensor, norm: StripNorm) -> None:

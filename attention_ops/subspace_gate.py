@@ -54,7 +54,7 @@ def subspace_gate(
         ValueError: x is not a map, or a weight does not fit its channels.
         NotImplementedError: `impl="fused"`.
     """
-    return run(OP, locals())
+    return run(OP, x, channel_scale, channel_shift, weight, bias, impl)
 
 
 def _check(x: Tensor, channel_scale: Tensor, channel_shift: Tensor, weight: Tensor, bias: Tensor) -> None:

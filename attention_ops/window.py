@@ -80,7 +80,7 @@ def window_attention(
             range.
         NotImplementedError: `impl="fused"` where the kernel cannot run (the message says why).
     """
-    return run(OP, locals())
+    return run(OP, q, k, v, window_size, shift, bias, mask, clip, gate, scale, impl)
 
 
 def window_attention_lse(
@@ -112,7 +112,7 @@ def window_attention_lse(
     Raises:
         ValueError, NotImplementedError: in the cases of `window_attention`.
     """
-    return run(OP_LSE, locals())
+    return run(OP_LSE, q, k, v, window_size, shift, bias, mask, scale, impl)
 
 
 def _check(

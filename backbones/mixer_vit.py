@@ -76,7 +76,7 @@ class PatchStem(nn.Module):
 
 
 @register_notrace_module
-class MapMixer(nn.Module):
+class ChannelsLastMixer(nn.Module):
     """A token mixer on channels-last maps."""
 
     def __init__(self, mixer: nn.Module) -> None:
@@ -95,7 +95,9 @@ class MixerBlock(nn.Module):
         if "proj_drop" in inspect.signature(MIXERS[config.mixer]).parameters:
             keywords["proj_drop"] = drop
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = MapMixer(create_mixer(config.mixer, dim, config.heads, map_size=config.map_size, **keywords, **dd))
+        self.attn = ChannelsLastMixer(
+            create_mixer(config.mixer, dim, config.heads, map_size=config.map_size, **keywords, **dd)
+        )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), drop=drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()

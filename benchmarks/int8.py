@@ -6,11 +6,13 @@ Accuracy   Top-1 on the 1000 held-out digits of the models of the digits recipes
            every preset, calibrated on training digits. Models that DIR does not hold yet are trained there.
 Speed      Milliseconds of a batch at --img-size, float32 and int8 files taking turns (see _timing.py), of models of
            published size with random weights. int8 is "-" on a CPU without VNNI or AMX. AOTI compiles for minutes a
-           model: it is measured on request, `--runtimes onnxruntime openvino aoti`.
+           model: it is measured on request, `--runtimes onnxruntime openvino aoti`. Writing files takes most of the
+           time: `--files DIR` keeps them, so that a second run, on a quiet machine, only measures.
 Size       Int8 file over float32 file. Files of digits models are mostly graph; the table of speed is of real sizes.
 """
 
 import gc
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +45,7 @@ MODELS = (
 )
 RUNTIMES = {"onnxruntime": Format.ONNX, "openvino": Format.OPENVINO, "aoti": Format.AOTI}
 TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "aoti": "AOTI"}
+KINDS = ("float32", "int8")
 ONE_SIZE = ("ninformer",)  # models that take their own size only
 NO_VNNI = "this CPU adds no int8 products (no VNNI, no AMX)"
 
@@ -56,6 +59,7 @@ class Settings(ModelSettings):
     recipes: Sequence[str] = ()
     runtimes: Sequence[str] = ("onnxruntime", "openvino")
     runs: Path | None = None  # None: a temporary folder
+    files: Path | None = None  # None: a temporary folder
     epochs: int | None = None  # None: the recipes'
 
     def __post_init__(self) -> None:
@@ -116,9 +120,10 @@ def measure_speed(name: str, settings: Settings) -> Speed:
     model = timm.create_model(name).eval()
     images = torch.randn(max(16, settings.batch), *_input_size(model, size))
     for runtime in settings.runtimes:
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as temporary:
+            folder = (settings.files or Path(temporary)) / name / runtime
             try:
-                _measure_files(found, runtime, model, images, size, Path(folder), settings)
+                _measure_files(found, runtime, model, images, size, folder, settings)
             except RequestError as error:
                 found.refused[runtime] = first_line(error)
         gc.collect()
@@ -128,19 +133,28 @@ def measure_speed(name: str, settings: Settings) -> Speed:
 def _measure_files(
     found: Speed, runtime: str, model: nn.Module, images: Tensor, size: int | None, folder: Path, settings: Settings
 ) -> None:
-    suffix = FORMATS[RUNTIMES[runtime]].suffix
-    paths = [folder / kind / f"net{suffix}" for kind in ("float32", "int8")]
-    for path in paths:
-        path.parent.mkdir()
-    requests = [Request(model, path, RUNTIMES[runtime], size) for path in paths]
-    write(requests[0], paths[0])
-    write_quantized(requests[1], paths[1], images)
+    name = f"net{FORMATS[RUNTIMES[runtime]].suffix}"
+    if not folder.exists():
+        _write_files(folder, name, partial(Request, model, format=RUNTIMES[runtime], img_size=size), images)
+    paths = [folder / kind / name for kind in KINDS]
     found.bytes[runtime] = (file_bytes(paths[0]), file_bytes(paths[1]))
     timed = paths if has_vnni() else paths[:1]
     batch = images[: settings.batch]
     calls: dict[str, Callable[[], object]] = {p.parent.name: partial(open_file(p).run, batch) for p in timed}
     seconds = interleaved_seconds(calls, rounds=settings.rounds, warmup=3)
     found.seconds[runtime] = (seconds["float32"], seconds.get("int8"))
+
+
+def _write_files(folder: Path, name: str, request: Callable[[Path], Request], images: Tensor) -> None:
+    """Write the float32 and the int8 file of a model; `folder` exists once both are complete."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    float32, int8 = (part / kind / name for kind in KINDS)
+    for path in (float32, int8):
+        path.parent.mkdir(parents=True)
+    write(request(float32), float32)
+    write_quantized(request(int8), int8, images)
+    part.rename(folder)
 
 
 def _input_size(model: nn.Module, size: int | None) -> tuple[int, int, int]:
@@ -201,6 +215,7 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path |
     parser.add_argument("--recipes", nargs="*", default=digits_recipes(), metavar="NAME", help="digits (default: all)")
     parser.add_argument("--runtimes", nargs="+", default=default.runtimes, metavar="NAME", help=names)
     parser.add_argument("--runs", type=Path, metavar="DIR", help="keep the digits runs in DIR, and take those there")
+    parser.add_argument("--files", type=Path, metavar="DIR", help="keep the files in DIR, and take those there")
     parser.add_argument("--epochs", type=int, help="epochs of training (default: the recipes')")
 
     return parse_model_settings(Settings, parser, arguments)

@@ -26,7 +26,7 @@ from ._launch import (
     token_steps,
     without_autocast,
 )
-from .packed import separate, together
+from .packed import together
 
 LOG2_E = math.log2(math.e)
 LEAST_CHUNK = 256  # tokens of one program's sum, below which its partial sum costs as much as its reads
@@ -227,8 +227,8 @@ def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
 def channel_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, probs: Tensor, grad: Tensor, scale: float, packed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv: contiguous, or `packed` as q, k and v are, which the dispatcher does not allow."""
-    dq, dk, dv = (together if packed else separate)(q, k, v)
+    """Return dq, dk and dv: with the strides of q, k and v where these are dense, or where `packed` is allowed."""
+    dq, dk, dv = (together(q, k, v) if packed else None) or _empty_gradients(q, k, v)
     if not q.numel():
         return dq, dk, dv
     with on_device(q):
@@ -241,7 +241,11 @@ def channel_attention_backward(
 
 @channel_attention_backward.register_fake
 def _(q, k, v, probs, grad, scale, packed=False):
-    return separate(q, k, v)
+    return _empty_gradients(q, k, v)
+
+
+def _empty_gradients(*maps: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in maps)
 
 
 refuse_second_derivative(channel_attention_backward, "channel_attention")

@@ -19,20 +19,20 @@ def step_between(slices: tuple[Tensor, ...]) -> int | None:
 
 
 def separate(*maps: Tensor) -> tuple[Tensor, ...]:
-    """Return uninitialized tensors like `maps`, contiguous: the gradients of an op of torch, which share no memory."""
+    """Return uninitialized contiguous tensors of the shapes of `maps`."""
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in maps)
 
 
-def together(*maps: Tensor) -> tuple[Tensor, ...]:
-    """Return uninitialized tensors like `maps`: slices of one buffer where `maps` fill one, in any order.
+def together(*maps: Tensor) -> tuple[Tensor, ...] | None:
+    """Return uninitialized slices of one buffer, as `maps` are of theirs, in any order; None where they fill none.
 
-    The last dimension is contiguous.
+    Their last dimension is contiguous. The dispatcher does not allow an op to return tensors that share memory.
     """
     order = sorted(range(len(maps)), key=lambda i: maps[i].storage_offset())
     step = step_between(tuple(maps[i] for i in order))
     shape, strides = (len(maps), *maps[0].shape), (step or 0, *maps[0].stride())
     if strides[-1] != 1 or not _is_dense(shape, strides):
-        return separate(*maps)
+        return None
     buffer = torch.empty_strided(shape, strides, dtype=maps[0].dtype, device=maps[0].device)
     return tuple(buffer[order.index(i)] for i in range(len(maps)))
 

@@ -106,11 +106,15 @@ def pad_to_least(x: Tensor, height: int, width: int) -> Tensor:
 
 def larger(a: int, b: int) -> int:
     """Return the larger of two sizes."""
+    if known(a, b):
+        return max(a, b)
     return torch.sym_max(a, b)  # type: ignore[return-value]  # a symbol passes for a number here
 
 
 def smaller(a: int, b: int) -> int:
     """Return the smaller of two sizes."""
+    if known(a, b):
+        return min(a, b)
     return torch.sym_min(a, b)  # type: ignore[return-value]
 
 

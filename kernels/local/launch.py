@@ -232,9 +232,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return gradients of q, k, v, bias, rel_h, rel_w; an empty tensor for what is not given or not needed.
 
-    Those of q, k and v are contiguous, or `packed` as q, k and v are, which the dispatcher does not allow.
+    Those of q, k and v are contiguous, or in one buffer as q, k and v are, where `packed` is allowed.
     """
-    dq, dk, dv = (together if packed else separate)(q, k, v)
+    dq, dk, dv = (together(q, k, v) if packed else None) or separate(q, k, v)
     dbias, drel_h, drel_w = _empty_tables(q, bias if bias_grad else None, rel_h, rel_w)
     if out.numel() == 0:
         return dq, dk, dv, dbias.zero_(), drel_h.zero_(), drel_w.zero_()

@@ -151,9 +151,9 @@ def routed_attention_backward(
     scale: float,
     packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv: contiguous, or `packed` as q, k and v are, which the dispatcher does not allow."""
+    """Return dq, dk and dv: contiguous, or in one buffer as q, k and v are, where `packed` is allowed."""
     cut = Regions(tuple(grid), tuple(region), tuple(key_region))
-    dq, dk, dv = (together if packed else separate)(q, k, v)
+    dq, dk, dv = (together(q, k, v) if packed else None) or separate(q, k, v)
     if not q.numel():
         return dq, dk, dv
     delta, routes = torch.empty_like(lse), routes.contiguous()

@@ -41,9 +41,12 @@ def test_a_run_prints_and_writes_both_tables(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(int8, "trained", untrained(calls, **small))
     monkeypatch.setattr(int8, "digits", lambda split: tuple(t[:200] for t in digits(split)))
     arguments = ["--recipes", RECIPE, "--models", "test_resnet", "--img-size", "64", "--rounds", "1", "--epochs", "3"]
-    arguments += ["--runtimes", "onnxruntime", "--runs", str(tmp_path / "runs")]
-    main([*arguments, "--out", str(tmp_path / "out.txt")])
-    assert calls == [(RECIPE, RECIPE, None, 3)]
+    arguments += ["--runtimes", "onnxruntime", "--runs", str(tmp_path / "runs"), "--files", str(tmp_path / "files")]
+    with monkeypatch.context() as patch:
+        main(arguments)
+        patch.setattr(int8, "_write_files", None)  # the second run takes those of the first
+        main([*arguments, "--out", str(tmp_path / "out.txt")])
+    assert calls == [(RECIPE, RECIPE, None, 3)] * 2
     for text in (capsys.readouterr().out, (tmp_path / "out.txt").read_text()):
         assert "van_b0" in text and "test_resnet" in text and "batch 1, 64 px" in text
         assert all(name in text for name in PRESETS)
