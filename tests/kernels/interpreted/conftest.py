@@ -5,6 +5,7 @@ overflow checks are off. At each call of a helper the interpreter replaces the f
 although they are replaced until the kernel ends; here it does so once in a launch.
 """
 
+import math
 import os
 from types import ModuleType
 
@@ -102,3 +103,25 @@ def fenced():
     yield fence
     for buffer, margin in buffers:
         assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all(), "a kernel wrote outside a tensor"
+
+
+@pytest.fixture
+def fenced_allocations(monkeypatch, fenced):
+    """Let torch make uninitialized tensors between fences; return the list of those."""
+    made: list[torch.Tensor] = []
+    plain, plain_strided = torch.Tensor.new_empty, torch.empty_strided
+
+    def new_empty(self, *shape, **options):
+        out = plain(self, *shape, **options)
+        if out.is_floating_point() and out.numel() > 0:
+            made.append(out := fenced(out))
+        return out
+
+    def empty_strided(shape, strides, **options):  # a dense one
+        numbers = new_empty(plain_strided((), (), **options), math.prod(shape))
+        return numbers.as_strided(shape, strides, numbers.storage_offset())
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: new_empty(x, x.shape))
+    monkeypatch.setattr(torch, "empty_strided", empty_strided)
+    return made
