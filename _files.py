@@ -70,6 +70,14 @@ def read_text(path: Path, limit_bytes: int) -> str:
         raise UnreadableFileError("is not UTF-8 text") from error
 
 
+def text_lines(text: str) -> list[str]:
+    """Return the lines of a text, which end as on Unix, Windows or old Macs, without a byte order mark.
+
+    str.splitlines ends lines at characters that may be part of a name too, such as U+2028.
+    """
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def read_json(path: Path, limit_bytes: int) -> Any:
     """Return the content of a JSON file: plain data, without NaN and infinities, nested at most 64 deep. Runs nothing.
 
@@ -126,7 +134,7 @@ def atomic_path(out: Path) -> Iterator[Path]:
 
     On error the temporary file is removed and `out` is left unchanged.
     """
-    with TemporaryDirectory(prefix=f".{out.name}.", suffix=PART, dir=out.parent) as folder:
+    with TemporaryDirectory(prefix=f".{out.name[:40]}.", suffix=PART, dir=out.parent) as folder:
         part = Path(folder) / out.name
         yield part
         for path in (*part.rglob("*"), part):

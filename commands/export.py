@@ -13,7 +13,7 @@ from ..export import Agreement, real_images
 from ..export.agreement import BATCH_SIZES, TOLERANCE
 from ..export.formats import FORMATS, Format, Request, check_output, write_verified
 from ..export.graphs import DYNAMIC
-from ..export.int8 import Int8Report, write_int8
+from ..export.int8 import Int8Report, file_bytes, write_int8
 from ..export.metadata import read_labels
 from ..export.presets import OF_TORCHAO, PRESETS, find_preset
 from ..fusion import keep_memory
@@ -139,10 +139,11 @@ def _size_facts(request: Request, shape: Sequence[int]) -> dict[str, str]:
     output, (_, channels, *size) = request.out, shape
     free = "batch" if "batch" in request.dynamic else "1"
     sides = ["height", "width"] if "size" in request.dynamic else size
-    files = [output, *output.parent.glob(f"{output.stem}.bin")] if output.is_file() else output.rglob("*")
+    files = (path for path in output.rglob("*") if path.is_file())
+    size_bytes = file_bytes(output) if output.is_file() else sum(path.stat().st_size for path in files)
     return {
         "written": str(output),
-        "size": f"{sum(path.stat().st_size for path in files if path.is_file()) / 1e6:.2f} MB",
+        "size": f"{size_bytes / 1e6:.2f} MB",
         "parameters": f"{sum(p.numel() for p in request.model.parameters()) / 1e6:.2f} M",
         "input": " x ".join(map(str, (free, channels, *sides))),
     }

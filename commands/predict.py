@@ -1,8 +1,9 @@
 """`foveate predict MODEL|FILE IMAGES...`: classes and probabilities of images, one JSON object a line."""
 
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
@@ -16,6 +17,7 @@ from timm.data import create_transform
 from torch import Tensor
 
 from .._errors import RequestError, first_line
+from .._files import text_lines
 from .._memory import check_images_fit
 from ..export import load_model
 from ..export.inputs import decode_image, image_files
@@ -53,18 +55,21 @@ def predict_command(
 ) -> None:
     """Print the most likely classes of images as JSON lines; probabilities are the softmax of the logits."""
     names = None if labels is None else read_labels(labels)
+    pictures = list(_pictures(images))  # an empty folder is refused before the work
     keep_memory()
     opened = _open(model, checkpoint, pretrained, fused, like, img_size, parse_model_args(model_arg))
     metadata = opened.metadata
     assert metadata is not None
     metadata = metadata if names is None else replace(metadata, labels=names)
+    if metadata.labels == ():
+        raise RequestError(f"{model} has no classifier; wanted a model with classes")
     size = metadata.batch or batch
     _check_fits(size, metadata)
     failed = 0
-    for group in _batches(_pictures(images), metadata, size):
+    for group in _batches(pictures, metadata, size):
         failed += _answer(group, opened, metadata, topk)
     if failed:
-        typer.echo(f"foveate predict: {failed} of the images could not be read", err=True)
+        typer.echo(f"foveate predict: {failed} of the images have no answer", err=True)
         raise typer.Exit(FAILED)
 
 
@@ -112,7 +117,7 @@ def _pictures(names: list[str]) -> Iterator[tuple[str, Path | bytes]]:
     for name in names:
         if name == STDIN:
             yield from _from_stdin()
-        elif Path(name).is_dir():
+        elif os.path.isdir(name):  # unlike Path.is_dir, False for any name
             yield from ((str(path), path) for path in image_files(Path(name)))
         else:
             yield name, Path(name)
@@ -129,14 +134,14 @@ def _from_stdin() -> Iterator[tuple[str, Path | bytes]]:
         yield STDIN, data
         return
     try:
-        lines = data.decode("utf-8").splitlines()
+        lines = text_lines(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RequestError("stdin is neither an image that Pillow reads nor UTF-8 text") from error
     yield from ((line, Path(line)) for line in lines if line.strip())
 
 
 def _batches(
-    pictures: Iterator[tuple[str, Path | bytes]], metadata: Metadata, size: int
+    pictures: Iterable[tuple[str, Path | bytes]], metadata: Metadata, size: int
 ) -> Iterator[list[tuple[str, Tensor | str]]]:
     """Yield groups of up to `size` names, each with a preprocessed image or the reason why there is none."""
     transform = create_transform(**metadata.transform_args)
@@ -155,17 +160,33 @@ def _batches(
 
 
 def _answer(group: list[tuple[str, Tensor | str]], opened: OpenFile, metadata: Metadata, topk: int) -> int:
-    """Print a line per image; return how many have none."""
+    """Print a line per image; return how many have no classes."""
     readable = [image for _, image in group if isinstance(image, Tensor)]
     rows = iter(_probabilities(readable, opened, metadata) if readable else ())
-    for name, image in group:
-        if isinstance(image, str):
-            line: dict[str, Any] = {"image": name, "error": image}
-        else:
-            line = {"image": name, "classes": _best(next(rows), metadata.labels, topk)}
-        sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+    found = [(name, image if isinstance(image, str) else next(rows)) for name, image in group]
+    lines = [_line(name, row, metadata.labels, topk) for name, row in found]
+    sys.stdout.writelines(_as_json(line, sys.stdout.encoding or "utf-8") + "\n" for line in lines)
     sys.stdout.flush()
-    return len(group) - len(readable)
+    return sum("error" in line for line in lines)
+
+
+def _line(name: str, found: Tensor | str, labels: tuple[str, ...] | None, topk: int) -> dict[str, Any]:
+    """Return what is said of an image: its classes, from probabilities, or why there are none."""
+    if isinstance(found, str):
+        return {"image": name, "error": found}
+    if not found.isfinite().all():
+        return {"image": name, "error": "the model's logits are not finite"}
+    return {"image": name, "classes": _best(found, labels, topk)}
+
+
+def _as_json(line: dict[str, Any], encoding: str) -> str:
+    """Return one line of JSON; it is escaped where the output cannot hold it, such as a name that is no Unicode."""
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(line)
+    return text
 
 
 def _probabilities(images: list[Tensor], opened: OpenFile, metadata: Metadata) -> Tensor:

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from .._errors import first_line
 from .errors import ExportError
-from .inputs import without_warnings
+from .inputs import decode_image, find_images, without_warnings
 from .metadata import Metadata
 
 Runs = Mapping[str, Callable[[Tensor], list[Tensor]]]
@@ -19,6 +19,22 @@ Runs = Mapping[str, Callable[[Tensor], list[Tensor]]]
 def class_folders(folder: str | Path) -> list[str]:
     """Return the names of the class folders, in the order of the classes."""
     return sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+
+
+class _Labelled(Dataset):
+    """Preprocessed images (C, H, W) of class folders, each with the index of its class."""
+
+    def __init__(self, folder: str | Path, names: list[str], metadata: Metadata) -> None:
+        self.files = [(path, i) for i, name in enumerate(names) for path in find_images(Path(folder, name))]
+        self.channels = metadata.input_size[0]
+        self.transform = create_transform(**metadata.transform_args)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, target = self.files[index]
+        return self.transform(decode_image(path, self.channels)), target
 
 
 def measure_top1(
@@ -43,8 +59,7 @@ def measure_top1(
     try:
         with without_warnings():
             names = class_folders(folder)
-            images = create_dataset("", root=str(folder), class_map={name: i for i, name in enumerate(names)})
-            images.transform = create_transform(**metadata.transform_args)
+            images = _Labelled(folder, names, metadata)
             size = metadata.batch or batch
             chosen = range(len(images)) if most is None else _spread(len(images), most)
             loader = DataLoader(Subset(images, chosen), size, drop_last=metadata.batch is not None)

@@ -3,7 +3,10 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from .._files import why_not_writable
 from .errors import ExportError, MissingExtraError
+
+_BESIDE = {".xml": ".bin"}  # suffix of a file -> of the second file that is written with it
 
 
 def require_packages(extra: str, *packages: str) -> None:
@@ -18,6 +21,8 @@ def check_target(out: Path, suffix: str) -> None:
         raise ExportError(f"{out}: wanted a file name that ends in {suffix}")
     if out.is_dir():
         raise ExportError(f"{out} is a folder, wanted a file name")
+    if suffix in _BESIDE and (beside := out.with_suffix(_BESIDE[suffix])).exists() and not out.exists():
+        raise ExportError(f"{out}: its weights would replace {beside}, a file of something else; choose another name")
     _check_parent(out)
 
 
@@ -31,3 +36,5 @@ def check_empty_folder(out: Path) -> None:
 def _check_parent(out: Path) -> None:
     if not out.absolute().parent.is_dir():
         raise ExportError(f"{out}: the folder {out.parent} does not exist")
+    if (why := why_not_writable(out.absolute().parent)) is not None:
+        raise ExportError(f"{out}: {why}")

@@ -25,6 +25,7 @@ from .converters import (
 from .files import check_empty_folder, check_target, require_packages
 from .graphs import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program
 from .hub import save_hub
+from .metadata import check_labels
 
 
 class Format(str, Enum):
@@ -76,6 +77,9 @@ class Request:
     img_size: int | tuple[int, int] | None = None  # px; None: the model's own size
     labels: tuple[str, ...] | None = None  # class names, in the order of the logits
     dynamic: tuple[str, ...] = ("batch",)  # what the file leaves free: "batch", "size"
+
+    def __post_init__(self) -> None:
+        check_labels(self.model, self.labels)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

@@ -1,7 +1,5 @@
 """Write a model as a file that runs without this package: ONNX, or a torch.export program."""
 
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from .._modes import evaluating
 from .._torch_files import written
 from .errors import ExportError
 from .files import check_target, require_packages
-from .inputs import check_fits, data_config
+from .inputs import check_fits, data_config, without_warnings
 from .metadata import KEY, Metadata, metadata_of
 from .sizes import any_size_program
 from .spelling import SpelledOut
@@ -190,16 +188,10 @@ def _output_names(model: nn.Module, example: Tensor) -> list[str]:
 
 
 def quietly(export: Callable):
-    log = logging.getLogger("torch.onnx")  # torch 2.8 logs warnings about torchvision's operators
-    level = log.level
-    log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # internals of torch's exporters
+        with without_warnings():  # of internals of torch's exporters
             return export()
     except OSError:  # the disk is full
         raise
     except Exception as error:  # exporters raise many types
         raise ExportError(f"torch could not export the model: {first_line(error)}") from error
-    finally:
-        log.setLevel(level)

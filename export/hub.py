@@ -17,6 +17,7 @@ from .._timm import pretrained_cfg, set_pretrained_cfg
 from .errors import ExportError
 from .files import check_empty_folder
 from .inputs import data_config
+from .metadata import check_labels
 
 
 def save_hub(
@@ -59,8 +60,7 @@ def save_hub(
 
 
 def _set_labels(model: nn.Module, labels: tuple[str, ...]) -> None:
-    if len(labels) != model.num_classes:
-        raise ExportError(f"{len(labels)} class names are given, the model has {model.num_classes} classes")
+    check_labels(model, labels)
     other = {key: value for key, value in pretrained_cfg(model).items() if key != "label_descriptions"}
     set_pretrained_cfg(model, {**other, "num_classes": len(labels), "label_names": labels})
 

@@ -1,6 +1,7 @@
 """Inputs of a model: its image size, and real images with the model's own preprocessing."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from io import BytesIO
 from itertools import cycle, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
@@ -20,6 +22,8 @@ from .._memory import check_images_fit
 from .errors import ExportError
 
 _MODES = {1: "L", 3: "RGB"}  # channels of the model's input -> Pillow's mode
+_HOLD_16_BITS = ("PNG", "PPM")  # formats whose 16-bit gray images some versions of Pillow open as 32-bit ones
+_LOGGERS = ("timm", "torch.onnx", "torch.export")
 
 
 def data_config(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> dict:
@@ -29,7 +33,7 @@ def data_config(model: nn.Module, img_size: int | tuple[int, int] | None = None)
         ExportError: the model has another fixed input size.
     """
     if not hasattr(model, "pretrained_cfg"):
-        raise ExportError(f"{type(model).__name__} was not made by timm.create_model ; its input size is unknown")
+        raise ExportError(f"{type(model).__name__} was not made by timm.create_model; its input size is unknown")
     try:
         with without_warnings():
             config = resolve_input_data_config(model, {"img_size": img_size})
@@ -50,16 +54,17 @@ def check_fits(images: int, size: tuple[int, int, int]) -> None:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Silence log messages of timm and warnings of torch. Invalid arguments raise later."""
-    logger = logging.getLogger("timm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence warnings, and what timm and torch's exporters log below an error. Invalid arguments raise later."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, _LOGGERS)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def real_images(
@@ -122,21 +127,49 @@ def _decoded(picture: Path | bytes, mode: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(picture if isinstance(picture, Path) else BytesIO(picture)) as image:
-                return image.convert(mode)
+                return _with_8_bits(image).convert(mode)
     except UnreadableFileError as error:
         raise ExportError(f"image {name} {error}") from error
     except Exception as error:  # Pillow's decoders raise many types
         raise ExportError(f"{name} is not a readable image: {first_line(error)}") from error
 
 
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit gray values to 8 bits; Pillow's own conversion clips them at 255.
+
+    Raises:
+        ValueError: 32-bit values, whose range is not known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _HOLD_16_BITS):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("wanted values of 8 or 16 bits, got 32")
+    return image
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Return the image files of a folder and its sub-folders, sorted by name; none where there is no folder.
+
+    Links to folders are followed, and no folder is searched twice.
+    """
+    found, searched = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in searched:
+            folders.clear()
+            continue
+        searched.add(real)
+        folders.sort()
+        found += [Path(where, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
 def image_files(folder: Path) -> list[Path]:
-    """Return the image files of a folder and its sub-folders, sorted by name.
+    """Return the image files of a folder and its sub-folders, as `find_images` does.
 
     Raises:
         ExportError: there is none.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
+    if not (files := find_images(folder)):
         raise ExportError(f"no image in {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     return files
 

@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 from .._files import atomic_path
 from .._modes import evaluating
 from .accuracy import class_folders, measure_top1
-from .converters import write_aoti, write_openvino
+from .converters import IR_SUFFIX, write_aoti, write_openvino
 from .errors import DisagreementError, ExportError
 from .formats import Format, Request, put_beside, write
 from .graphs import export_onnx, prepare_example
@@ -147,5 +147,5 @@ def _milliseconds(plain: OpenFile, int8: OpenFile, image: Tensor) -> tuple[float
 
 def file_bytes(path: Path) -> int:
     """Return the size of a file, with the weights beside OpenVINO IR."""
-    second = path.with_suffix(".bin")
-    return path.stat().st_size + (second.stat().st_size if second.exists() else 0)
+    files = (path, path.with_suffix(".bin")) if path.suffix == IR_SUFFIX else (path,)
+    return sum(file.stat().st_size for file in files)

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from .._errors import RequestError, first_line
-from .._files import UnreadableFileError, check_plain, read_text
+from .._files import UnreadableFileError, check_plain, read_text, text_lines
 from .._timm import pretrained_cfg
 from .errors import ExportError
 from .inputs import data_config
@@ -62,9 +62,13 @@ def metadata_of(
         batch: batch size of the exported graph; None: any.
         labels: class names, in the order of the logits; None: those of the pretrained_cfg, or of ImageNet where the
             number of classes is that of an ImageNet subset.
+
+    Raises:
+        ExportError: there are more or fewer labels than classes, or the model has another fixed input size.
     """
     if not hasattr(model, "pretrained_cfg"):
         return None
+    check_labels(model, labels)
     config = data_config(model, img_size)
     cfg = pretrained_cfg(model)
     return Metadata(
@@ -81,8 +85,13 @@ def metadata_of(
 
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
-    """Return the class names of a timm model, in the order of its logits, or None."""
+    """Return the class names of a timm model, in the order of its logits; None where they are not known.
+
+    A model without a classifier has none: ().
+    """
     classes: Any = getattr(model, "num_classes", None)
+    if not classes:
+        return () if classes == 0 else None
     names = pretrained_cfg(model).get("label_names")
     if isinstance(names, list | tuple) and len(names) == classes:
         return tuple(map(str, names))
@@ -92,6 +101,17 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     return tuple(info.index_to_description(i) for i in range(classes))
 
 
+def check_labels(model: nn.Module, labels: tuple[str, ...] | None) -> None:
+    """Refuse class names of which there are more or fewer than the model has classes.
+
+    Raises:
+        ExportError: their number is another one.
+    """
+    classes = getattr(model, "num_classes", None) or 0
+    if labels is not None and len(labels) != classes:
+        raise ExportError(f"{len(labels)} class names are given, the model has {classes} classes")
+
+
 def read_labels(path: Path) -> tuple[str, ...]:
     """Read class names: one a line, in the order of the logits.
 
@@ -99,7 +119,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
         ExportError: no regular file, not UTF-8, empty, or a line longer than 500 characters.
     """
     try:
-        lines = [line.strip() for line in read_text(path, _LARGEST).splitlines()]
+        lines = [line.strip() for line in text_lines(read_text(path, _LARGEST))]
     except UnreadableFileError as error:
         raise ExportError(f"labels {path} {error}") from error
     while lines and not lines[-1]:

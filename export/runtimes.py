@@ -4,6 +4,7 @@ Opening an ONNX file, OpenVINO IR or a hub folder runs no code from it. A .pt2 p
 `torch.export.load`, and an AOTInductor package is machine code: open only those that you trust.
 """
 
+import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .inputs import without_warnings
 from .load import load_model
 from .metadata import KEY, Metadata, loads, metadata_of
 
+_XML_START_BYTES = 4096  # of an IR, in which its first element is
 Run = Callable[[Tensor], list[Tensor]]
 
 
@@ -48,12 +50,12 @@ def open_file(path: str | Path) -> OpenFile:
         MissingExtraError: the runtime is not installed.
     """
     path = Path(path)
-    if path.is_dir() and path.suffix != COREML_SUFFIX:
+    if os.path.isdir(path) and path.suffix != COREML_SUFFIX:
         return _open_hub(path)
     if path.suffix not in _OPENERS:
         known = ", ".join(_OPENERS)
         raise ExportError(f"{path}: wanted a file that ends in {known}, or a folder in timm's hub layout")
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for any name
         raise ExportError(f"{path} does not exist")
     try:
         with without_warnings():
@@ -61,12 +63,12 @@ def open_file(path: str | Path) -> OpenFile:
     except (ExportError, ImportError):
         raise
     except Exception as error:  # runtimes raise many types
-        raise ExportError(f"{path} cannot be read: {first_line(error) or type(error).__name__}") from error
+        raise ExportError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def is_exported_file(name: str) -> bool:
     """Return whether a name is that of an exported file, and not of a model."""
-    return Path(name).suffix in _OPENERS or Path(name, CONFIG).is_file()
+    return Path(name).suffix in _OPENERS or os.path.isfile(os.path.join(name, CONFIG))
 
 
 def _open_hub(path: Path) -> OpenFile:
@@ -105,6 +107,9 @@ def _open_openvino(path: Path) -> OpenFile:
     require_packages("openvino", "openvino")
     import openvino
 
+    with path.open("rb") as file:
+        if b"<net" not in file.read(_XML_START_BYTES):
+            raise ExportError(f"{path} cannot be read: it is no OpenVINO IR")
     core = openvino.Core()
     loaded = core.read_model(str(path))
     text = loaded.get_rt_info(KEY).astype(str) if loaded.has_rt_info(KEY) else None

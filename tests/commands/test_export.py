@@ -148,3 +148,20 @@ def test_model_arguments_are_literals_or_text(text, value):
 def test_a_model_argument_without_a_name_is_refused():
     with pytest.raises(RequestError, match="wants key=value, got '=3'"):
         parse_options(["=3"], "--model-arg")
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "torch", "openvino", "hub"])
+def test_class_names_of_another_number_of_classes_are_refused(file_format):
+    with open("names.txt", "w") as file:
+        file.write("a\nb\n")
+    suffix = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml", "hub": ""}[file_format]
+    done = export("test_resnet", "-o", f"net{suffix}", "--format", file_format, "--labels", "names.txt", *SMALL)
+    assert done.exit_code == 2 and "2 class names are given, the model has" in done.stderr, done.output
+    assert os.listdir() == ["names.txt"]
+
+
+def test_the_size_is_that_of_the_written_file():
+    with open("net.bin", "wb") as file:
+        file.write(bytes(9_000_000))
+    done = export("test_resnet", "-o", "net.pt2", "--format", "torch", *SMALL)
+    assert f"{os.path.getsize('net.pt2') / 1e6:.2f} MB" in done.stdout, done.output

