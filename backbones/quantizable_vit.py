@@ -2,7 +2,7 @@
 
 Paper      Bondarenko, Nagel, Blankevoort 2023, arXiv:2306.12929.
 Official   https://github.com/Qualcomm-AI-research/outlier-free-transformers (BSD-3-Clause-Clear): attention, softmax
-           and quantiser. The authors published neither their ViT nor weights; around the attention this is timm's
+           and quantizer. The authors published neither their ViT nor weights; around the attention this is timm's
            ViT, with timm's keys and `attn.alpha` for gates. Weights of timm's vit_*_patch16_224 load.
 Patch norm the paper adds a LayerNorm after the patch embedding and does not print where; here it is timm's
            `patch_embed.norm`, before class token and positions.

@@ -19,7 +19,7 @@ from typing import Any
 from rich.table import Table
 
 from ..export.outliers import measure_outliers
-from ..export.quantisers import OUTLIER_FREE, simulate_int8
+from ..export.simulate import OUTLIER_FREE, simulate_int8
 from ._digits_runs import digits, observed_digits, top1, trained
 from ._timing import common_parser, describe_machine, parse_and_set_threads, write_report
 

@@ -61,7 +61,7 @@ def export_command(
     calibrate: Annotated[
         Path | None, typer.Option(help="Folder of images that --int8 observes activations on.")
     ] = None,
-    quantiser: Annotated[
+    quantizer: Annotated[
         str | None,
         typer.Option(metavar="NAME", help=f"Settings of --int8: {', '.join(PRESETS)}.", show_default="default"),
     ] = None,
@@ -74,7 +74,7 @@ def export_command(
     """Export a model and verify it against PyTorch on real images. A checkpoint of foveate train needs no MODEL."""
     kwargs = parse_model_args(model_arg)
     _check(output, file_format, tolerance, int8, calibrate)
-    _check_quantiser(quantiser, file_format, int8)
+    _check_quantizer(quantizer, file_format, int8)
     free = _parse_dynamic(dynamic, file_format)
     if int8 and free != ("batch",):
         raise RequestError(f"--int8: a quantized file leaves the batch free and nothing else, got --dynamic {dynamic}")
@@ -89,9 +89,9 @@ def export_command(
     facts = {"weights": name_weights(model, checkpoint, pretrained)}
     if int8:
         assert calibrate is not None
-        preset = find_preset(quantiser or "default")
+        preset = find_preset(quantizer or "default")
         observed = real_images(loaded, calibrate, count=preset.images, img_size=img_size)
-        facts |= {"quantiser": quantiser or "default"}
+        facts |= {"quantizer": quantizer or "default"}
         facts |= _int8_facts(write_int8(request, observed, images, preset))
         shape = observed.shape
     else:
@@ -115,13 +115,13 @@ def _check(output: Path, file_format: Format, tolerance: float, int8: bool, cali
     check_output(output, file_format)
 
 
-def _check_quantiser(name: str | None, file_format: Format, int8: bool) -> None:
+def _check_quantizer(name: str | None, file_format: Format, int8: bool) -> None:
     if name is None:
         return
     if not int8:
-        raise RequestError("--quantiser: has no effect without --int8")
+        raise RequestError("--quantizer: has no effect without --int8")
     if (ranges := find_preset(name).ranges) not in OF_TORCHAO and file_format is Format.AOTI:
-        raise RequestError(f"--quantiser {name}: torchao, which writes aoti, finds no ranges by {ranges}")
+        raise RequestError(f"--quantizer {name}: torchao, which writes aoti, finds no ranges by {ranges}")
 
 
 def _parse_dynamic(text: str, file_format: Format) -> tuple[str, ...]:

@@ -48,5 +48,5 @@ def find_preset(name: str) -> Preset:
         ExportError: there are none.
     """
     if name not in PRESETS:
-        raise ExportError(f"quantiser: wanted one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
+        raise ExportError(f"quantizer: wanted one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]

@@ -15,12 +15,12 @@ from foveate.attention_ops.sparsified import MaskPredictor, SparsifiedAttention,
 from foveate.backbones.dependencyvit import DependencyBlock, tokens_left
 from foveate.backbones.sparsifiner import class_scores
 from foveate.backbones.sparsifiner_phases import distillation_loss, reconstruction_loss, train_phase
-from foveate.export.quantisers import (
+from foveate.export.simulate import (
     OUTLIER_FREE,
-    ActivationQuantiser,
+    ActivationQuantizer,
     asymmetric_grid,
     percentile_range,
-    quantised,
+    quantized,
     symmetric_grid,
     weight_grid,
 )
@@ -108,12 +108,12 @@ def calibration(det):
 def test_ranges_of_activations(det, golden):
     facts, arrays = golden("module__outlierfree")
     recorded = facts["quantiser"]["act_asymmetric_running_minmax_3_batches"]
-    quantise = ActivationQuantiser(OUTLIER_FREE)
+    quantize = ActivationQuantizer(OUTLIER_FREE)
     for batch in calibration(det):
-        quantise(batch)
-    grid = quantise.grid
-    assert float(quantise.least) == pytest.approx(recorded["x_min"], rel=1e-6)
-    assert float(quantise.most) == pytest.approx(recorded["x_max"], rel=1e-6)
+        quantize(batch)
+    grid = quantize.grid
+    assert float(quantize.least) == pytest.approx(recorded["x_min"], rel=1e-6)
+    assert float(quantize.most) == pytest.approx(recorded["x_max"], rel=1e-6)
     assert float(grid.scale) == pytest.approx(recorded["scale"], rel=1e-6)
     assert (float(grid.zero_point), grid.low, grid.high) == (recorded["zero_point"], 0, 255)
     x = calibration(det)[2]
@@ -150,7 +150,7 @@ def test_other_grids(det, golden):
 
 def simulated(layer, batches):
     """Observe three batches, fix the ranges, and run the first one."""
-    copy, end = quantised(layer, OUTLIER_FREE)
+    copy, end = quantized(layer, OUTLIER_FREE)
     run = getattr(copy, "attend", copy)  # the recorded attention has no output projection
     with torch.no_grad():
         for batch in batches:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from foveate.commands.main import app
 from foveate.export.errors import ExportError
 from foveate.export.outliers import by_role, kurtoses, measure_outliers
-from foveate.export.quantisers import OUTLIER_FREE, PRESETS, percentile_range, simulate_int8
+from foveate.export.simulate import OUTLIER_FREE, PRESETS, percentile_range, simulate_int8
 
 VIT = ["patch_size=8", "img_size=32", "embed_dim=32", "depth=2", "num_heads=2", "num_classes=5"]
 SMALL = [part for argument in VIT for part in ("--model-arg", argument)]

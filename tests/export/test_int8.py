@@ -17,8 +17,8 @@ from foveate.export import ExportError, export_onnx, open_file, quantize_onnx
 from foveate.export.formats import FORMATS, Format, Request
 from foveate.export.int8 import write_int8
 from foveate.export.presets import PRESETS
-from foveate.export.quantisers import OUTLIER_FREE, ActivationQuantiser, weight_grid
 from foveate.export.quantize import quantize_program
+from foveate.export.simulate import OUTLIER_FREE, ActivationQuantizer, weight_grid
 
 CLASSES = ("ant", "bee", "cow")
 TINY = {"dims": (32, 64), "depths": (1, 1)}
@@ -117,7 +117,7 @@ def test_the_outlier_free_preset_has_the_authors_ranges(tmp_path):
     (_, scale), *others = [pair for pair in weights.values() if pair[0].dtype == np.int8]
     grid = weight_grid(model[0].weight.detach())
     assert others == [] and scale.item() == pytest.approx(grid.scale.item(), rel=1e-6)
-    observer = ActivationQuantiser(OUTLIER_FREE)
+    observer = ActivationQuantizer(OUTLIER_FREE)
     for batch in x.split(8):
         observer.observe(batch)
     import onnx
@@ -179,7 +179,7 @@ def test_the_command_prints_both(pictures, tmp_path, monkeypatch):
         "--img-size",
         "64",
     ]
-    done = export(*arguments, "--model-arg", "depths=(1, 1, 1, 1)", "--quantiser", "outlier-free")
+    done = export(*arguments, "--model-arg", "depths=(1, 1, 1, 1)", "--quantizer", "outlier-free")
     assert done.exit_code == 0, done.output
     for fact in (
         "outlier-free",
@@ -203,14 +203,14 @@ def test_the_command_prints_both(pictures, tmp_path, monkeypatch):
             "wanted one of onnx, aoti, openvino",
         ),
         (["-o", "net.onnx", "--int8", "--calibrate", "."], r"no image in \."),
-        (["-o", "net.onnx", "--quantiser", "percentile"], "--quantiser: has no effect without --int8"),
+        (["-o", "net.onnx", "--quantizer", "percentile"], "--quantizer: has no effect without --int8"),
         (
-            ["-o", "net.onnx", "--int8", "--calibrate", ".", "--quantiser", "outlierfree"],
+            ["-o", "net.onnx", "--int8", "--calibrate", ".", "--quantizer", "outlierfree"],
             "wanted one of default, outlier-free, percentile, got 'outlierfree'; did you mean outlier-free",
         ),
         (
-            ["-o", "net.pt2", "--format", "aoti", "--int8", "--calibrate", ".", "--quantiser", "percentile"],
-            "--quantiser percentile: torchao, which writes aoti, finds no ranges by percentile",
+            ["-o", "net.pt2", "--format", "aoti", "--int8", "--calibrate", ".", "--quantizer", "percentile"],
+            "--quantizer percentile: torchao, which writes aoti, finds no ranges by percentile",
         ),
         (
             ["-o", "net.pt2", "--format", "aoti", "--int8", "--calibrate", ".", "--dynamic", "batch,size"],

@@ -1,4 +1,4 @@
-"""Simulated int8: a quantiser's ranges and rounding in float arithmetic, to measure what a setting costs in accuracy.
+"""Simulated int8: a quantizer's ranges and rounding in float arithmetic, to measure what a setting costs in accuracy.
 
 Paper      Bondarenko, Nagel, Blankevoort 2023, arXiv:2306.12929: the settings of `OUTLIER_FREE`.
 Speed      none: nothing here is faster than float32, and nothing here is timed. Files with int8 weights are written by
@@ -25,7 +25,7 @@ _LEAST_RANGE = 1e-8
 
 
 @dataclass(frozen=True)
-class Quantiser:
+class Quantizer:
     """Settings of a simulation.
 
     Attributes:
@@ -42,7 +42,7 @@ class Quantiser:
     batches: int = 16
 
 
-OUTLIER_FREE = Quantiser()  # the paper's W8A8: symmetric weights, asymmetric activations, one range a tensor
+OUTLIER_FREE = Quantizer()  # the paper's W8A8: symmetric weights, asymmetric activations, one range a tensor
 PRESETS = {"outlier-free": OUTLIER_FREE}
 
 
@@ -99,13 +99,13 @@ def percentile_range(x: Tensor, percentile: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-class ActivationQuantiser(nn.Module):
+class ActivationQuantizer(nn.Module):
     """Round activations to a grid; while it observes, every batch first moves the range."""
 
     least: Tensor
     most: Tensor
 
-    def __init__(self, settings: Quantiser) -> None:
+    def __init__(self, settings: Quantizer) -> None:
         super().__init__()
         self.settings, self.observes, self.seen = settings, True, False
         self.register_buffer("least", torch.zeros(()))
@@ -134,14 +134,14 @@ class _Layer(nn.Module):
         rounds_output: False where an activation function directly behind it is rounded instead.
     """
 
-    def __init__(self, layer: nn.Module, settings: Quantiser, parts: int = 1, rounds_output: bool = True) -> None:
+    def __init__(self, layer: nn.Module, settings: Quantizer, parts: int = 1, rounds_output: bool = True) -> None:
         super().__init__()
         self.layer = deepcopy(layer)
         weight: Any = self.layer.weight
         with torch.no_grad():
             rounded = [weight_grid(w, settings.weight_bits, settings.weights)(w) for w in weight.chunk(parts)]
             weight.copy_(torch.cat(rounded))
-        kinds = [ActivationQuantiser(settings) for _ in range(parts)] if rounds_output else []
+        kinds = [ActivationQuantizer(settings) for _ in range(parts)] if rounds_output else []
         self.outputs = nn.ModuleList(kinds)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,15 +150,15 @@ class _Layer(nn.Module):
             return out
         axis = 1 if isinstance(self.layer, nn.Conv2d) else -1
         parts = zip(self.outputs, out.chunk(len(self.outputs), axis), strict=True)
-        return torch.cat([quantise(part) for quantise, part in parts], axis)
+        return torch.cat([quantize(part) for quantize, part in parts], axis)
 
 
 class _Norm(nn.Module):
     """A LayerNorm whose scale is on a grid, as a weight; its shift stays float."""
 
-    def __init__(self, norm: nn.LayerNorm, settings: Quantiser) -> None:
+    def __init__(self, norm: nn.LayerNorm, settings: Quantizer) -> None:
         super().__init__()
-        self.norm, self.output = deepcopy(norm), ActivationQuantiser(settings)
+        self.norm, self.output = deepcopy(norm), ActivationQuantizer(settings)
         with torch.no_grad():
             self.norm.weight.copy_(weight_grid(norm.weight, settings.weight_bits, settings.weights)(norm.weight))
 
@@ -167,11 +167,11 @@ class _Norm(nn.Module):
 
 
 class _Activation(nn.Module):
-    """An activation function directly behind a linear layer: one quantiser for both."""
+    """An activation function directly behind a linear layer: one quantizer for both."""
 
-    def __init__(self, function: nn.Module, settings: Quantiser) -> None:
+    def __init__(self, function: nn.Module, settings: Quantizer) -> None:
         super().__init__()
-        self.function, self.output = function, ActivationQuantiser(settings)
+        self.function, self.output = function, ActivationQuantizer(settings)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.function(x))
@@ -180,12 +180,12 @@ class _Activation(nn.Module):
 class _Attention(nn.Module):
     """Gated attention with q, k, v, scaled scores, probabilities and the gated output on grids; gates stay float."""
 
-    def __init__(self, attention: GatedAttention, settings: Quantiser) -> None:
+    def __init__(self, attention: GatedAttention, settings: Quantizer) -> None:
         super().__init__()
         self.attention = attention
         self.attention.qkv = _Layer(attention.qkv, settings, parts=3)  # type: ignore[assignment]
         self.attention.proj = _Layer(attention.proj, settings)  # type: ignore[assignment]
-        self.scores, self.probs, self.context = (ActivationQuantiser(settings) for _ in range(3))
+        self.scores, self.probs, self.context = (ActivationQuantizer(settings) for _ in range(3))
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         return self.attention.proj_drop(self.attention.proj(self.attend(x)))
@@ -203,10 +203,10 @@ class _Attention(nn.Module):
 class _Block(nn.Module):
     """A block of ours whose residual sums are on grids."""
 
-    def __init__(self, block: ViTBlock, settings: Quantiser) -> None:
+    def __init__(self, block: ViTBlock, settings: Quantizer) -> None:
         super().__init__()
         self.block = block
-        self.first, self.second = ActivationQuantiser(settings), ActivationQuantiser(settings)
+        self.first, self.second = ActivationQuantizer(settings), ActivationQuantizer(settings)
 
     def forward(self, x: Tensor) -> Tensor:
         block = self.block
@@ -214,7 +214,7 @@ class _Block(nn.Module):
         return self.second(x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
 
 
-def simulate_int8(model: nn.Module, batches: Iterable[Tensor], settings: Quantiser = OUTLIER_FREE) -> nn.Module:
+def simulate_int8(model: nn.Module, batches: Iterable[Tensor], settings: Quantizer = OUTLIER_FREE) -> nn.Module:
     """Return a copy of a model that computes as an int8 model would, in float arithmetic, calibrated on batches.
 
     On grids are: weights of linear layers and convolutions and their outputs (behind a GELU where one follows
@@ -244,11 +244,11 @@ def simulate_int8(model: nn.Module, batches: Iterable[Tensor], settings: Quantis
 def freeze(model: nn.Module) -> None:
     """End the observation: ranges stay."""
     for module in model.modules():
-        if isinstance(module, ActivationQuantiser):
+        if isinstance(module, ActivationQuantizer):
             module.observes = False
 
 
-def _replace(module: nn.Module, settings: Quantiser) -> None:
+def _replace(module: nn.Module, settings: Quantizer) -> None:
     """Put simulated layers in the place of a module's children, all the way down."""
     children = list(module.named_children())
     for i, (name, child) in enumerate(children):
@@ -268,7 +268,7 @@ def _replace(module: nn.Module, settings: Quantiser) -> None:
                 setattr(module, name, _Block(child, settings))
 
 
-def quantised(model: nn.Module, settings: Quantiser) -> tuple[nn.Module, Callable[[], None]]:
+def quantized(model: nn.Module, settings: Quantizer) -> tuple[nn.Module, Callable[[], None]]:
     """Return a copy of a layer that observes what it is called with, and a function that ends the observation."""
     whole = nn.Sequential(deepcopy(model)).eval()
     _replace(whole, settings)
