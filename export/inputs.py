@@ -9,7 +9,6 @@ from io import BytesIO
 from itertools import cycle, islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 from .._digits import MissingDigitsError, read_digits
 from .._errors import first_line
 from .._files import IMAGE_SUFFIXES, UnreadableFileError, check_regular
+from .._images import with_8_bits
 from .._memory import check_images_fit
 from .errors import ExportError
 
 _MODES = {1: "L", 3: "RGB"}  # channels of the model's input -> Pillow's mode
-_HOLD_16_BITS = ("PNG", "PPM")  # formats whose 16-bit gray images some versions of Pillow open as 32-bit ones
 _LOGGERS = ("timm", "torch.onnx", "torch.export")
 
 
@@ -127,24 +126,11 @@ def _decoded(picture: Path | bytes, mode: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(picture if isinstance(picture, Path) else BytesIO(picture)) as image:
-                return _with_8_bits(image).convert(mode)
+                return with_8_bits(image).convert(mode)
     except UnreadableFileError as error:
         raise ExportError(f"image {name} {error}") from error
     except Exception as error:  # Pillow's decoders raise many types
         raise ExportError(f"{name} is not a readable image: {first_line(error)}") from error
-
-
-def _with_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray values to 8 bits; Pillow's own conversion clips them at 255.
-
-    Raises:
-        ValueError: 32-bit values, whose range is not known.
-    """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _HOLD_16_BITS):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("wanted values of 8 or 16 bits, got 32")
-    return image
 
 
 def find_images(folder: str | Path) -> list[Path]:

@@ -16,13 +16,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from .._errors import first_line, printable
+from .._images import with_8_bits
 from .errors import TrainError
 from .sources import Digits
 
 Unreadable = Literal["skip", "mark", "raise"]
-
-_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow's modes of 16-bit gray; "I" in older releases
-_DEEPEST = 65535
 
 
 class Draw(NamedTuple):
@@ -229,7 +227,7 @@ def read_sample(source: Any, index: int) -> tuple[Any, Any]:
 
 
 def decode(file: Any) -> Image.Image:
-    """Return all pixels of an image file as 8 bits per channel. 16-bit gray is scaled; Pillow would clip it at 255.
+    """Return all pixels of an image file as 8 bits per channel.
 
     Raises:
         ValueError: 32-bit pixels, whose range is not known.
@@ -237,14 +235,7 @@ def decode(file: Any) -> Image.Image:
     """
     image = Image.open(file)
     image.load()
-    if image.mode == "F":
-        raise ValueError("32-bit floats have no known range; save it with 8 or 16 bits")
-    if image.mode not in _DEEP:
-        return image
-    pixels = np.asarray(image).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > _DEEPEST:
-        raise ValueError("32-bit integers have no known range; save it with 8 or 16 bits")
-    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    return with_8_bits(image)
 
 
 def seed_everything(*numbers: int) -> None:

@@ -81,13 +81,13 @@ def test_16_bits_become_8(name, channels, tmp_path):
     values = np.array([[0, 255], [256, 0x8000], [0xFF00, 0xFFFF]], np.uint16)
     Image.fromarray(values).save(tmp_path / name)
     found = np.asarray(decode_image(tmp_path / name, channels)).reshape(3, 2, channels)
-    assert (found == (values >> 8)[..., None]).all()
+    assert (found == np.round(values / 257)[..., None]).all()
 
 
 def test_32_bits_have_no_known_range(tmp_path):
     for values in (np.full((2, 2), 0.5, np.float32), np.full((2, 2), 70000, np.int32)):
         Image.fromarray(values).save(tmp_path / "a.tif")
-        with pytest.raises(ExportError, match="wanted values of 8 or 16 bits, got 32"):
+        with pytest.raises(ExportError, match=r"32-bit (floats|integers) have no known range"):
             decode_image(tmp_path / "a.tif", 3)
 
 
