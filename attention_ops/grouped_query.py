@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ._attend import accumulator, of_one_layout, sdpa
 from ._checks import check_alike, check_device
-from ._graph.sizes import differs, is_known
+from ._graph.sizes import differs, image_numbers, is_known
 from ._graph.tiles import attend
 from ._op import Impl, declare, run
 from ._repeats import Earlier
@@ -76,7 +76,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_heads: Tensor) -> None:
 
 def of_query_heads(x: Tensor, key_heads: Tensor) -> Tensor:
     """Copy the key head of every query head: (B, M, kv_heads, d), (B or 1, heads) -> (B, heads, M, d)."""
-    image = torch.arange(x.shape[0], device=x.device)[:, None]
+    image = image_numbers(x)[:, None]
     return x.transpose(1, 2)[image, key_heads]
 
 

@@ -22,6 +22,7 @@ model = dict(
     embed_dim=64,
     depth=4,
     num_heads=4,
+    global_pool="avg",
     softmax_clip=(-0.003, 1.0),
     gate="linear",
 )

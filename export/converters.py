@@ -5,6 +5,7 @@ Each starts from the program or the ONNX file of graphs.py, so all of them compu
 
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,15 @@ def _executorch_bytes(program: torch.export.ExportedProgram, metadata: Metadata 
             return [nodes for nodes in found if all(map(_xnnpack_takes, nodes))]
 
     constants = None if metadata is None else {KEY: metadata.dumps()}
+    program = program.run_decompositions({torch.ops.aten.split_with_sizes.default: _slices})
     edge = to_edge_transform_and_lower(program, partitioner=[FewDimensions()], constant_methods=constants)
     return bytes(edge.to_executorch().buffer)
+
+
+def _slices(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
+    """What split_with_sizes gives. ExecuTorch copies its results in an op that makes the free batch a constant."""
+    starts = accumulate(sizes, initial=0)
+    return [x.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=False)]
 
 
 def _xnnpack_takes(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sizes import sides
+from .sizes import image_numbers, sides
 
 
 def deform_conv2d_graph(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -38,7 +38,7 @@ def _sample(x: Tensor, row: Tensor, col: Tensor) -> Tensor:
     """Bilinear samples of (B, C, H, W) at positions (B, h, w, taps): (B, h, w, taps, C)."""
     (height, width), (top, left) = sides(x, 2), (row.floor(), col.floor())
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # of all images: (B * H * W, C)
-    first = (torch.arange(x.shape[0], device=x.device) * (height * width))[:, None, None, None]
+    first = (image_numbers(x) * (height * width))[:, None, None, None]
     below, right = row - top, col - left
     total = torch.zeros((), dtype=x.dtype, device=x.device)
     for y, of_row in ((top, 1 - below), (top + 1, below)):

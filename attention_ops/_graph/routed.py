@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._attend import accumulator, of_one_layout
-from .sizes import known, sides
+from .sizes import image_numbers, known, sides
 from .tiles import attend
 
 # The least cost of a key, in logits; see LEAST_KEY_COST of the tiled body, which copies alike.
@@ -48,8 +48,8 @@ def _attend_copies(
 
 def _rows(routes: Tensor, heads: int) -> Tensor:
     """(B, regions, topk) -> (B, heads, regions, topk): the regions of all images and heads, counted through."""
-    batch, regions, _ = routes.shape
-    plane = torch.arange(batch * heads, device=routes.device).unflatten(0, (batch, heads)) * regions
+    plane = image_numbers(routes)[:, None] * heads + torch.arange(heads, device=routes.device)  # (B, heads)
+    plane = plane * routes.shape[1]
     return plane[:, :, None, None] + routes[:, None]
 
 

@@ -118,6 +118,11 @@ def smaller(a: int, b: int) -> int:
     return torch.sym_min(a, b)  # type: ignore[return-value]
 
 
+def image_numbers(x: Tensor) -> Tensor:
+    """Return (B,) int64: 0, 1, ... for the images of a batch. ExecuTorch makes an arange of free length a constant."""
+    return x.new_ones((x.shape[0],), dtype=torch.int64).cumsum(0) - 1
+
+
 def integers(*lengths: int) -> Any:
     """Return the library for arithmetic on positions: NumPy where all lengths are numbers, else torch.
 
