@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from ..train import list_recipes, load_net, train
+from ..train import list_recipes, load_net, load_recipe, train
+from ..train.data import val_transform
 from ..train.mnist5k import load_digits
 
 MEAN, STD = 0.1307, 0.3081
@@ -27,15 +29,22 @@ def trained(
     return load_net(train(recipe, work_dir=folder, resume=True, cfg_options=changes).best_checkpoint)
 
 
-def digits(split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
-    """Return the images (N, 1, 28, 28), normalized, and the classes of "train" or "validation"."""
+def digits(split: Literal["train", "validation"], recipe: str | None = None) -> tuple[Tensor, Tensor]:
+    """Return the images (N, 1, H, W), normalized, and the classes of "train" or "validation".
+
+    Images are of 28 px, or of the size that a recipe is validated at.
+    """
     images, targets = load_digits(split)
-    return (images[:, None].float() / 255 - MEAN) / STD, targets
+    images = images[:, None]
+    if recipe is not None and (read := load_recipe(recipe)).data.img_size != images.shape[-1]:
+        transform = val_transform(read)
+        images = torch.stack([torch.as_tensor(transform(Image.fromarray(image[0].numpy()))) for image in images])
+    return (images.float() / 255 - MEAN) / STD, targets
 
 
-def observed_digits(count: int) -> Tensor:
+def observed_digits(count: int, recipe: str | None = None) -> Tensor:
     """Return training images of all classes in a mixed order; the data set has one class after the other."""
-    images, _ = digits("train")
+    images, _ = digits("train", recipe)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return images[torch.linspace(0, len(images) - 1, count).long()[order]]
 

@@ -95,7 +95,7 @@ class Speed:
 def measure_accuracy(recipe: str, folder: Path, epochs: int | None) -> Accuracy:
     """Train a digits model where `folder` holds none, and measure its files."""
     model, found = trained(recipe, folder, epochs=epochs), Accuracy(load_recipe(recipe).model.name)
-    images, targets = digits("validation")
+    images, targets = digits("validation", recipe)
     with TemporaryDirectory() as temporary:
         for name in ("float32", *PRESETS):
             path = Path(temporary) / f"{name}.onnx"
@@ -104,7 +104,7 @@ def measure_accuracy(recipe: str, folder: Path, epochs: int | None) -> Accuracy:
                 if name == "float32":
                     write(request, path)
                 else:
-                    write_quantized(request, path, observed_digits(PRESETS[name].images), PRESETS[name])
+                    write_quantized(request, path, observed_digits(PRESETS[name].images, recipe), PRESETS[name])
                 run = open_file(path).run
                 found.top1[name] = top1(partial(_first, run), images, targets)
                 found.bytes[name] = file_bytes(path)

@@ -39,7 +39,7 @@ def test_a_run_prints_and_writes_both_tables(monkeypatch, tmp_path, capsys):
     calls: list = []
     small = {"dims": (8, 16), "depths": (1, 1), "mlp_ratios": (2, 2), "in_chans": 1, "num_classes": 10}
     monkeypatch.setattr(int8, "trained", untrained(calls, **small))
-    monkeypatch.setattr(int8, "digits", lambda split: tuple(t[:200] for t in digits(split)))
+    monkeypatch.setattr(int8, "digits", lambda *of: tuple(t[:200] for t in digits(*of)))
     arguments = ["--recipes", RECIPE, "--models", "test_resnet", "--img-size", "64", "--rounds", "1", "--epochs", "3"]
     arguments += ["--runtimes", "onnxruntime", "--runs", str(tmp_path / "runs"), "--files", str(tmp_path / "files")]
     with monkeypatch.context() as patch:
@@ -133,3 +133,8 @@ def test_an_invalid_request_is_refused(arguments, words, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert words in capsys.readouterr().err
+
+
+def test_digits_have_the_size_of_their_recipe():
+    assert digits("validation", "flowformer_micro_1xb64_mnist5k")[0].shape == (1000, 1, 32, 32)
+    assert torch.equal(digits("validation", RECIPE)[0], digits("validation")[0])
