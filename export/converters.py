@@ -141,7 +141,9 @@ def _executorch_bytes(program: torch.export.ExportedProgram, metadata: Metadata 
             return [nodes for nodes in found if all(map(_xnnpack_takes, nodes))]
 
     constants = None if metadata is None else {KEY: metadata.dumps()}
-    program = program.run_decompositions({torch.ops.aten.split_with_sizes.default: _slices})
+    program = program.run_decompositions(
+        {torch.ops.aten.split_with_sizes.default: _slices, torch.ops.aten.split.Tensor: _pieces}
+    )
     edge = to_edge_transform_and_lower(program, partitioner=[FewDimensions()], constant_methods=constants)
     return bytes(edge.to_executorch().buffer)
 
@@ -150,6 +152,12 @@ def _slices(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
     """What split_with_sizes gives. ExecuTorch copies its results in an op that makes the free batch a constant."""
     starts = accumulate(sizes, initial=0)
     return [x.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=False)]
+
+
+def _pieces(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
+    """What split gives, and chunk, which is decomposed to it."""
+    length = x.shape[dim]
+    return _slices(x, [min(size, length - start) for start in range(0, length, size)], dim)
 
 
 def _xnnpack_takes(node: fx.Node) -> bool:
