@@ -27,6 +27,7 @@ from ._launch import (
     refuse_second_derivative,
     without_autocast,
 )
+from .packed import separate
 
 LOG2_E = math.log2(math.e)
 DKV_BLOCK = 32  # queries of a step of dkv: with 64, the registers do not hold the biases of their pairs
@@ -343,8 +344,7 @@ def keys_attention_backward(
 
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> tuple[Tensor, ...]:
-    maps = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    return *maps, q.new_empty(0) if table is None else table.new_empty(table.shape)
+    return *separate(q, k, v), q.new_empty(0) if table is None else table.new_empty(table.shape)
 
 
 @keys_attention_backward.register_fake

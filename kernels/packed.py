@@ -37,6 +37,11 @@ def together(*maps: Tensor) -> tuple[Tensor, ...] | None:
     return tuple(buffer[order.index(i)] for i in range(len(maps)))
 
 
+def empty_gradients(*maps: Tensor, packed: bool) -> tuple[Tensor, ...]:
+    """Return uninitialized gradients of `maps`: in one buffer where `packed` allows it and they fill one."""
+    return (together(*maps) if packed else None) or separate(*maps)
+
+
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Say whether each element has a place of its own, and no place is left over."""
     length = 1

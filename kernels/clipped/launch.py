@@ -26,6 +26,7 @@ from .._launch import (
     refuse_second_derivative,
     without_autocast,
 )
+from ..packed import separate
 from .backward import clipped_dkv_kernel, clipped_dq_kernel
 from .forward import clipped_forward_kernel
 
@@ -195,8 +196,7 @@ def _backward(
 
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> tuple[Tensor, ...]:
-    maps = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    return *maps, q.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    return *separate(q, k, v), q.new_empty(0) if gate is None else gate.new_empty(gate.shape)
 
 
 @_backward.register_fake

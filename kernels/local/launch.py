@@ -19,7 +19,7 @@ from .._launch import (
     refuse_second_derivative,
     without_autocast,
 )
-from ..packed import separate, together
+from ..packed import empty_gradients, separate
 from .backward import local_dkv_kernel, local_dq_kernel
 from .bias import bias_tiles
 from .bias_gradient import local_bias_kernel, table_gradient
@@ -180,7 +180,7 @@ def launch_one_pass(launch: Launch, q, k, v, bias, out, grad, lse, dq, dk, dv, d
         q, k, v, q if bias is None else bias, out, grad, lse, dq, dk, dv, dq if sums is None else sums,
         *strides, sizes.heads, kernel.tiles, launch.pattern.dilation, sizes.queries,
         units, shares, launch.scale, launch.scale * LOG2_E, CELLS=_cells(bias), BIAS_GRAD=dbias is not None,
-        ALIKE=len({*strides[:3]}) == len({*strides[3:5]}) == len({*strides[5:]}) == 1 and strides[5] in strides,
+        ALIKE=len({*strides[:3]}) == len({*strides[3:5]}) == len({*strides[5:]}) == 1 and strides[5] in strides[:5],
         PACKED=strides[5] == strides[0], UNIT=unit, **kernel.constants,
     )  # fmt: skip
     if sums is not None and dbias is not None:
@@ -234,7 +234,7 @@ def _backward(
 
     Those of q, k and v are contiguous, or in one buffer as q, k and v are, where `packed` is allowed.
     """
-    dq, dk, dv = (together(q, k, v) if packed else None) or separate(q, k, v)
+    dq, dk, dv = empty_gradients(q, k, v, packed=packed)
     dbias, drel_h, drel_w = _empty_tables(q, bias if bias_grad else None, rel_h, rel_w)
     if out.numel() == 0:
         return dq, dk, dv, dbias.zero_(), drel_h.zero_(), drel_w.zero_()

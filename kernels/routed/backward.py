@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import eager_backward, on_device, power_of_2, refuse_second_derivative, without_autocast
-from ..packed import separate, together
+from ..packed import empty_gradients, separate
 from .inverse import InverseRoutes, invert_routes
 from .invert import launch_inverse
 from .plan import MOST_INVERTED, Regions, constants, region_tiles
@@ -153,7 +153,7 @@ def routed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv: contiguous, or in one buffer as q, k and v are, where `packed` is allowed."""
     cut = Regions(tuple(grid), tuple(region), tuple(key_region))
-    dq, dk, dv = (together(q, k, v) if packed else None) or separate(q, k, v)
+    dq, dk, dv = empty_gradients(q, k, v, packed=packed)
     if not q.numel():
         return dq, dk, dv
     delta, routes = torch.empty_like(lse), routes.contiguous()
