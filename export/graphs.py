@@ -15,6 +15,7 @@ from .errors import ExportError
 from .files import check_target, require_packages
 from .inputs import check_fits, data_config, without_warnings
 from .metadata import KEY, Metadata, metadata_of
+from .onnx_graph import simplify
 from .sizes import any_size_program
 from .spelling import SpelledOut
 
@@ -65,10 +66,12 @@ def export_onnx(
             "dynamo": True,
             "verbose": False,
             "external_data": False,
+            "optimize": False,  # `simplify` does
         }
         # Export a program first: from a module, torch 2.8 writes one branch of data-dependent control flow.
         program = quietly(lambda: _program(model, example, dynamic))
         graph = quietly(lambda: torch.onnx.export(program, (), **options))
+        quietly(lambda: simplify(graph.model))
         graph.model.metadata_props.update(_metadata_entry(model, example, dynamic, labels))
         quietly(lambda: graph.save(part))
     return out

@@ -46,7 +46,6 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
         QuantType,
         quantize_static,
     )
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Images(CalibrationDataReader):
         def __init__(self) -> None:
@@ -71,7 +70,7 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
 
     with TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
-        quietly(lambda: quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True))
+        quietly(lambda: _prepare(source, prepared))
         options: dict[str, Any] = {
             "quant_format": QuantFormat.QDQ,
             "activation_type": QuantType.QUInt8,
@@ -85,6 +84,28 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
         with redirect_stdout(StringIO()):  # the search for percentiles prints its progress
             quietly(lambda: quantize_static(str(prepared), str(out), Images(), **options))
     return out
+
+
+def _prepare(source: Path, out: Path) -> None:
+    """Let ONNX Runtime fuse what it fuses before calibration, and note the shapes of all tensors.
+
+    Constants are not folded: of a table of biases and a mask, the file would hold an entry for each pair of tokens, in
+    float32. The session that runs the file folds them.
+    """
+    import onnx
+    import onnxruntime
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(out)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    onnxruntime.InferenceSession(
+        str(source), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+    )  # fmt: skip
+    onnx.shape_inference.infer_shapes_path(str(out))
+    model = onnx.load(out)
+    add_pre_process_metadata(model)  # else ONNX Runtime warns that this step was left out
+    onnx.save(model, out)
 
 
 def quantize_program(

