@@ -11,6 +11,7 @@ from typing import Any
 
 ROUNDS = 3  # at most, of folding and rewriting
 LEAST_GROWN = 4096  # numbers; smaller results are stored whatever they come from
+MOST_NUMBERS = 2**31  # of a stored tensor: equal ones of any size are stored once
 
 
 def simplify(model: Any) -> None:
@@ -31,7 +32,7 @@ def simplify(model: Any) -> None:
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
         common.RemoveUnusedOpsetsPass(),
-        common.DeduplicateInitializersPass(),
+        common.DeduplicateInitializersPass(size_limit=MOST_NUMBERS),
         common.CommonSubexpressionEliminationPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
@@ -41,11 +42,13 @@ def simplify(model: Any) -> None:
 def _fold(model: Any) -> bool:
     from onnxscript.optimizer import fold_constants_ir
 
-    return fold_constants_ir(model, onnx_shape_inference=True, should_fold=_unless_grown).modified
+    return fold_constants_ir(model, onnx_shape_inference=True, should_fold=_choice).modified
 
 
-def _unless_grown(node: Any) -> bool | None:
-    """Return False for a node whose result would take more numbers than its inputs; None leaves it to onnxscript."""
+def _choice(node: Any) -> bool | None:
+    """Say whether to store what a node makes of constants; None leaves it to onnxscript's limits on sizes."""
+    if node.op_type == "Transpose":  # of a weight that several products read: quantizers look for stored weights
+        return True if all(other.op_type == "Transpose" for other in node.inputs[0].consumers()) else None
     given = sum(_numbers(value) or 0 for value in set(node.inputs) if value is not None)
     made = [_numbers(value) for value in node.outputs]
     return False if any(count is not None and count > max(given, LEAST_GROWN) for count in made) else None

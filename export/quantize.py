@@ -78,6 +78,7 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
             "per_channel": preset.per_channel,
             "reduce_range": not has_vnni(),
             "op_types_to_quantize": _ONNX_OPS,
+            "nodes_to_exclude": _without_images(prepared),
             "calibrate_method": CalibrationMethod.Percentile if by_share else CalibrationMethod.MinMax,
             "extra_options": ranges.get(preset.ranges, {}),
         }
@@ -106,6 +107,21 @@ def _prepare(source: Path, out: Path) -> None:
     model = onnx.load(out)
     add_pre_process_metadata(model)  # else ONNX Runtime warns that this step was left out
     onnx.save(model, out)
+
+
+def _without_images(path: Path) -> list[str]:
+    """Return the names of nodes that depend on no image: a session computes them once, unless they are quantized."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    varying = {value.name for value in graph.input}
+    fixed = []
+    for node in graph.node:  # in the order in which they run
+        if varying.intersection(node.input):
+            varying.update(node.output)
+        else:
+            fixed.append(node.name)
+    return fixed
 
 
 def quantize_program(

@@ -151,6 +151,33 @@ def test_files_hold_tables_of_positions_and_not_what_a_map_makes_of_them(tmp_pat
         assert float32_bytes(int8) < 4 * (parameters - layers) + 2**14
 
 
+class Biased(nn.Module):
+    """A product of the images, plus a table that a small net makes of positions, as in MoH's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.positions = nn.Conv2d(3, 8, 1), nn.Linear(2, 8)
+        self.register_buffer("places", torch.randn(64 * 64, 2))
+
+    def forward(self, x):
+        return self.conv(x) + self.positions(self.places).t().unflatten(1, (64, 64))
+
+
+def test_what_no_image_changes_is_not_quantized(tmp_path):
+    """A session computes it once; with quantized inputs it would do so for each batch."""
+    import onnx
+
+    x = torch.randn(8, 3, 64, 64)
+    source = export_onnx(Biased().eval(), tmp_path / "float32.onnx", example=x[:2])
+    nodes = onnx.load(quantize_onnx(source, tmp_path / "int8.onnx", x)).graph.node
+    products = [node for node in nodes if node.op_type in ("Conv", "Gemm", "MatMul")]
+    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    assert {node.op_type: node.input[0] in dequantized for node in products} in (
+        {"Conv": True, "Gemm": False},
+        {"Conv": True, "MatMul": False},
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in EVERY if ":" not in n and n not in OF_TIMMS_CLASSES])  # these are too deep
 def test_an_int8_onnx_file_of_every_family_holds_int8_weights_and_stays_close(name, tmp_path):

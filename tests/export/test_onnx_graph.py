@@ -70,6 +70,26 @@ def test_no_stored_constant_is_larger_than_what_it_is_made_of(x):
     assert 8 * 32 * 32 > LEAST_GROWN
 
 
+class Shared(nn.Module):
+    """One linear layer that reads two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(96, 120, bias=False)  # more numbers than onnxscript folds of a shared weight
+
+    def forward(self, x):
+        return self.linear(x.flatten(2)[..., :96]) + self.linear(x.flatten(2)[..., 96:192])
+
+
+def test_a_weight_that_two_products_read_is_stored_as_they_read_it(x):
+    graph = graph_of(model := Shared(), x)
+    simplify(graph.model)
+    assert "Transpose" not in {node.op_type for node in graph.model.graph}
+    stored = [value.const_value.size for value in graph.model.graph.initializers.values()]
+    assert stored.count(96 * 120) == 1
+    torch.testing.assert_close(run(graph, x), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_no_rule_tries_pairs_of_nodes(x, monkeypatch):
     """The rules look at a node and those before it: twice the nodes take twice the steps."""
     from onnxscript.rewriter import _matcher
