@@ -69,8 +69,8 @@ def blocks_of(agents: int, dim: int, itemsize: int) -> tuple[int, int, int, int]
     """
     wide = padded(dim)
     if itemsize == 4:  # three TF32 products a product
-        block = min(padded(agents), 64 if wide <= 32 else 32)
-        return block, 32, block, 32
+        block = min(padded(agents), 32 if wide <= 64 else 16)
+        return block, 32, block, 16
     back = min(padded(agents), 64)
     block = 128 if 64 < agents <= 128 and wide <= 64 else back
     return block, 64 if block < 128 else 32, back, 64 if back * wide <= 1024 else 32

@@ -172,8 +172,9 @@ def table_gradient_kernel(
         else:
             m_y, m_x = one_y, one_x
             walked_y, walked_x = (m_y - apart_y + row - (H - 1))[:, None], (m_x - apart_x)[:, None] + c - (W - 1)
-            mine = (walked_y >= 0) & (walked_y < ROWS.walks * ROWS.walk)
-            mine &= (walked_x >= 0) & (walked_x < COLS.walks * COLS.walk)
+            mine = (walked_y >= 0) & (walked_x >= 0)
+        # an owner's tile may be longer than the map, on which the walk ends
+        mine &= (walked_y < ROWS.walks * ROWS.walk) & (walked_x < COLS.walks * COLS.walk)
         step = walked_y // ROWS.walk * COLS.walks + walked_x // COLS.walk
         n = walked_y % ROWS.walk * COLS.walk + walked_x % COLS.walk
         tiles = ((work.to(tl.int64) * heads + head) * (ROWS.walks * COLS.walks))[:, None] + step

@@ -42,7 +42,7 @@ def test_16_bit_kernels_are_on_tensor_cores_without_spills(
     kernels = compile_for(capability, attention, dim, torch.bfloat16, windows, everything)
     assert len(kernels) == 3
     for kernel in kernels:
-        assert kernel.stack_bytes == 0, (kernel.name, kernel.stack_bytes)
+        assert kernel.loop_spills() == [] and kernel.stack_bytes <= 32, (kernel.name, kernel.stack_bytes)
         assert kernel.shared_bytes <= shared_limit_bytes[capability] // 2, (kernel.name, kernel.shared_bytes)
         assert kernel.count("wgmma.mma_async|mma.sync") > 0, kernel.name
 

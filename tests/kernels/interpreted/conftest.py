@@ -3,11 +3,16 @@
 Without the remedies tl.dot multiplies the bit patterns of bfloat16 tiles, and casts to bfloat16 truncate. Integer
 overflow checks are off. At each call of a helper the interpreter replaces the functions of triton.language again,
 although they are replaced until the kernel ends; here it does so once in a launch.
+
+A load or store outside the memory of the tensors that a kernel was given is an error: on a GPU it would read or change
+what lies beside them.
 """
 
 import math
 import os
+from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +55,61 @@ def replace_once_in_a_launch(interpreter, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(interpreter.GridExecutor, "__call__", launch)
 
 
+class Memory:
+    """The memory of the tensors of the launch that runs now: addresses in bytes, in order."""
+
+    def __init__(self) -> None:
+        self.starts, self.ends = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+
+    def take(self, arguments: Iterable[Any]) -> None:
+        """Allow what lies in the storages of these arguments."""
+        found = {}
+        for t in flat(arguments):
+            storage = t.untyped_storage()
+            found[storage.data_ptr()] = storage.data_ptr() + storage.nbytes()
+        self.starts, self.ends = (np.array(sorted(side), np.uint64) for side in (found.keys(), found.values()))
+
+    def check(self, pointers: Any, mask: np.ndarray) -> None:
+        size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+        read = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+        storage = np.searchsorted(self.starts, read, side="right") - 1
+        if read.size and ((storage < 0) | (read + np.uint64(size) > self.ends[storage])).any():
+            raise IndexError("a kernel reads or writes outside the tensors that it was given")
+
+
+def flat(arguments: Iterable[Any]) -> Iterable[torch.Tensor]:
+    """The tensors among arguments and tuples of them."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from flat(argument)
+        elif isinstance(argument, torch.Tensor):
+            yield argument
+
+
+def stay_in_memory(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
+    """Let loads and stores that no tensor of the launch holds raise an error."""
+    builder, memory = interpreter.InterpreterBuilder, Memory()
+    plain_arguments = interpreter.GridExecutor._init_args_hst
+    plain_load, plain_store = builder.create_masked_load, builder.create_masked_store
+
+    def arguments(self, args, kwargs):
+        found = plain_arguments(self, args, kwargs)
+        memory.take((*found[0], *found[1].values()))
+        return found
+
+    def load(self, ptrs, mask, *rest):
+        memory.check(ptrs, mask.data)
+        return plain_load(self, ptrs, mask, *rest)
+
+    def store(self, ptrs, value, mask, *rest):
+        memory.check(ptrs, mask.data)
+        return plain_store(self, ptrs, value, mask, *rest)
+
+    patch.setattr(interpreter.GridExecutor, "_init_args_hst", arguments)
+    patch.setattr(builder, "create_masked_load", load)
+    patch.setattr(builder, "create_masked_store", store)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreter():
     import triton.language as tl
@@ -73,6 +133,7 @@ def interpreter():
 
     with pytest.MonkeyPatch.context() as patch:
         replace_once_in_a_launch(interpreter, patch)
+        stay_in_memory(interpreter, patch)
         patch.setattr(InterpreterBuilder, "cast_impl", cast)
         patch.setattr(InterpreterBuilder, "create_dot", dot)
         patch.setattr(interpreter_builder, "options", InterpreterOptions(sanitize_overflow=False))

@@ -43,6 +43,12 @@ def test_random_calls(name):
     assert len(found) == FEW
 
 
+@pytest.mark.parametrize("seed", [1012, 1133, 1163])
+def test_owners_past_the_map_read_no_partial_sum(seed):
+    """The map has fewer tokens than a tile, so that the walk over keys ends before the owners of the tile do."""
+    assert check(draw("window_attention_lse", seed), "fused") is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_hundreds_of_random_calls(name):
