@@ -5,12 +5,11 @@ Each starts from the program or the ONNX file of graphs.py, so all of them compu
 
 import os
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from .._errors import first_line
 from .._files import atomic_path
@@ -27,9 +26,9 @@ from .graphs import (
     spelled_out_program,
 )
 from .metadata import KEY, Metadata
+from .xnnpack import executorch_bytes
 
 IR_SUFFIX, EXECUTORCH_SUFFIX, COREML_SUFFIX = ".xml", ".pte", ".mlpackage"
-_XNNPACK_DIMENSIONS = 6
 _MOST_IMAGES = 64  # of a batch of an ExecuTorch program: it plans its memory for the largest batch
 
 
@@ -127,43 +126,10 @@ def export_executorch(
     example = prepare_example(model, out := Path(out), EXECUTORCH_SUFFIX, img_size, example, dynamic)
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
         program = spelled_out_program(model, example, dynamic, _MOST_IMAGES)
-        part.write_bytes(quietly(lambda: _executorch_bytes(program, metadata_for(model, example, dynamic, labels))))
+        metadata = metadata_for(model, example, dynamic, labels)
+        constants = None if metadata is None else {KEY: metadata.dumps()}
+        part.write_bytes(quietly(lambda: executorch_bytes(program, constants)))
     return out
-
-
-def _executorch_bytes(program: torch.export.ExportedProgram, metadata: Metadata | None) -> bytes:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
-    class FewDimensions(XnnpackPartitioner):
-        def get_matched_nodes_from_configs(self, exported: Any) -> list[list[fx.Node]]:
-            found = super().get_matched_nodes_from_configs(exported)
-            return [nodes for nodes in found if all(map(_xnnpack_takes, nodes))]
-
-    constants = None if metadata is None else {KEY: metadata.dumps()}
-    program = program.run_decompositions(
-        {torch.ops.aten.split_with_sizes.default: _slices, torch.ops.aten.split.Tensor: _pieces}
-    )
-    edge = to_edge_transform_and_lower(program, partitioner=[FewDimensions()], constant_methods=constants)
-    return bytes(edge.to_executorch().buffer)
-
-
-def _slices(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
-    """What split_with_sizes gives. ExecuTorch copies its results in an op that makes the free batch a constant."""
-    starts = accumulate(sizes, initial=0)
-    return [x.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=False)]
-
-
-def _pieces(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
-    """What split gives, and chunk, which is decomposed to it."""
-    length = x.shape[dim]
-    return _slices(x, [min(size, length - start) for start in range(0, length, size)], dim)
-
-
-def _xnnpack_takes(node: fx.Node) -> bool:
-    """XNNPACK fails on tensors of more dimensions when it loads the program, not when it is written."""
-    values = (part.meta.get("val") for part in (node, *node.all_input_nodes))
-    return all(not isinstance(value, Tensor) or value.dim() <= _XNNPACK_DIMENSIONS for value in values)
 
 
 def export_coreml(
