@@ -3,7 +3,6 @@
 Each starts from the program or the ONNX file of graphs.py, so all of them compute the same graph.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import first_line
 from .._files import atomic_path
 from .._modes import evaluating
 from .._torch import compile_package
 from .errors import ExportError
-from .files import require_packages
+from .files import atomic_files, require_packages
 from .graphs import (
     PROGRAM_SUFFIX,
     export_onnx,
@@ -25,10 +23,11 @@ from .graphs import (
     quietly,
     spelled_out_program,
 )
+from .ir import IR_SUFFIX, write_openvino
 from .metadata import KEY, Metadata
 from .xnnpack import executorch_bytes
 
-IR_SUFFIX, EXECUTORCH_SUFFIX, COREML_SUFFIX = ".xml", ".pte", ".mlpackage"
+EXECUTORCH_SUFFIX, COREML_SUFFIX = ".pte", ".mlpackage"
 _MOST_IMAGES = 64  # of a batch of an ExecuTorch program: it plans its memory for the largest batch
 
 
@@ -77,33 +76,11 @@ def export_openvino(
     require_packages("openvino", "openvino")
     out = Path(out)
     example = prepare_example(model, out, IR_SUFFIX, img_size, example, dynamic)
-    with atomic_path(out) as part:
+    with atomic_files(out) as part:
         source = export_onnx(model, part.with_suffix(".onnx"), example=example, dynamic=dynamic)
         write_openvino(source, part, metadata_for(model, example, dynamic, labels))
         source.unlink()
-        move_weights(part, out)
     return out
-
-
-def write_openvino(source: Path, part: Path, metadata: Metadata | None) -> None:
-    """Convert an ONNX file to IR."""
-    import openvino
-
-    def convert() -> None:
-        converted = openvino.convert_model(str(source))
-        if metadata is not None:
-            converted.set_rt_info(metadata.dumps(), [KEY])
-        openvino.save_model(converted, str(part), compress_to_fp16=False)
-
-    try:
-        quietly(convert)
-    except RuntimeError as error:  # OpenVINO reports a full disk this way
-        raise OSError(f"{part.name}: {first_line(error)}") from error
-
-
-def move_weights(part: Path, out: Path) -> None:
-    """Put the weights of an IR in their place; the graph, which is of no use without them, follows."""
-    os.replace(part.with_suffix(".bin"), out.with_suffix(".bin"))
 
 
 def export_executorch(

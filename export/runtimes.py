@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from .._errors import first_line
 from .._torch import load_package
-from .converters import COREML_SUFFIX, EXECUTORCH_SUFFIX, IR_SUFFIX
+from .converters import COREML_SUFFIX, EXECUTORCH_SUFFIX
 from .errors import ExportError
 from .files import require_packages
 from .graphs import EXTRA_FILE, ONNX_SUFFIX, PROGRAM_SUFFIX
 from .hub_files import CONFIG
 from .inputs import without_warnings
+from .ir import IR_SUFFIX, import_openvino, plain_errors
 from .load import load_model
 from .metadata import KEY, Metadata, loads, metadata_of
 
@@ -105,22 +106,28 @@ def _open_onnx(path: Path) -> OpenFile:
 
 def _open_openvino(path: Path) -> OpenFile:
     require_packages("openvino", "openvino")
-    import openvino
-
     with path.open("rb") as file:
         if b"<net" not in file.read(_XML_START_BYTES):
             raise ExportError(f"{path} cannot be read: it is no OpenVINO IR")
+    openvino = import_openvino()
     core = openvino.Core()
-    loaded = core.read_model(str(path))
+    with plain_errors():
+        loaded = core.read_model(str(path))
     text = loaded.get_rt_info(KEY).astype(str) if loaded.has_rt_info(KEY) else None
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     options |= {"INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(loaded, "CPU", options).create_infer_request()
-    return OpenFile(
-        "OpenVINO",
-        lambda batch: [torch.from_numpy(out.copy()) for out in request.infer({0: batch.numpy()}).values()],
-        _metadata(text),
-    )
+    with plain_errors():
+        request = core.compile_model(loaded, "CPU", options).create_infer_request()
+
+    taken = loaded.inputs[0].partial_shape
+
+    def run(batch: Tensor) -> list[Tensor]:
+        if not taken.compatible(openvino.PartialShape(list(batch.shape))):  # OpenVINO returns some outputs then
+            raise ExportError(f"the file takes images {taken}, got {list(batch.shape)}")
+        with plain_errors():
+            return [torch.from_numpy(out.copy()) for out in request.infer({0: batch.numpy()}).values()]
+
+    return OpenFile("OpenVINO", run, _metadata(text))
 
 
 def _open_program(path: Path) -> OpenFile:
