@@ -3,6 +3,7 @@
 Each starts from the program or the ONNX file of graphs.py, so all of them compute the same graph.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .metadata import KEY, Metadata
 from .xnnpack import executorch_bytes
 
 EXECUTORCH_SUFFIX, COREML_SUFFIX = ".pte", ".mlpackage"
+SHAPE_KEY = f"{KEY}_input"  # of the entry of an AOTInductor package with the shape of its input
 _MOST_IMAGES = 64  # of a batch of an ExecuTorch program: it plans its memory for the largest batch
 
 
@@ -56,8 +58,16 @@ def export_aoti(
 
 def write_aoti(program: torch.export.ExportedProgram, part: Path, metadata: Metadata | None) -> None:
     """Compile a program to a package."""
-    options: dict[str, Any] = {} if metadata is None else {"aot_inductor.metadata": {KEY: metadata.dumps()}}
+    entries = {SHAPE_KEY: json.dumps(_input_shape(program))} | ({} if metadata is None else {KEY: metadata.dumps()})
+    options: dict[str, Any] = {"aot_inductor.metadata": entries}
     quietly(lambda: compile_package(program, str(part), options))
+
+
+def _input_shape(program: torch.export.ExportedProgram) -> list[int | None]:
+    """Return the shape of the images that a program takes; None: any size."""
+    name = program.graph_signature.user_inputs[0]
+    node = next(node for node in program.graph.find_nodes(op="placeholder") if node.name == name)
+    return [size if isinstance(size, int) else None for size in node.meta["val"].shape]
 
 
 def export_openvino(

@@ -13,7 +13,8 @@ from torch import nn
 
 import foveate
 from foveate._files import atomic_path
-from foveate.export import ExportError, export_onnx, export_openvino, open_file
+from foveate.export import ExportError, export_onnx, export_openvino, ir, open_file
+from foveate.export.formats import Format, Request, write_verified
 from foveate.export.ir import plain_errors
 
 X = torch.zeros(2, 3, 16, 16)
@@ -41,6 +42,24 @@ assert "openvino" in sys.modules and "openvino_telemetry" not in sys.modules
 """
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_openvino_is_imported_as_if_its_telemetry_were_missing(loaded, tmp_path, monkeypatch):
+    package = tmp_path / "openvino"
+    package.mkdir()
+    imports = "try:\n    import openvino_telemetry as telemetry\nexcept ImportError:\n    telemetry = None\n"
+    (package / "__init__.py").write_text(imports)
+    (tmp_path / "openvino_telemetry.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0].startswith("openvino")]:
+        monkeypatch.delitem(sys.modules, name)
+    if loaded:
+        monkeypatch.setitem(sys.modules, "openvino_telemetry", sys)
+    assert ir.import_openvino().telemetry is None
+    assert sys.modules.get("openvino_telemetry") is (sys if loaded else None)
+    assert sys.modules.pop("openvino").__file__ == str(package / "__init__.py")
+
+
+@pytest.mark.slow
 def test_export_and_inference_open_no_socket_and_leave_the_home_alone(tmp_path):
     pytest.importorskip("openvino")
     (tmp_path / "home").mkdir()
@@ -69,7 +88,7 @@ def test_a_batch_of_another_shape_is_refused_in_plain_words(tmp_path):
     for shape in ((2, 5, 16, 16), (2, 3, 9, 16), (3, 16, 16)):
         with pytest.raises(ExportError) as caught:
             run(torch.zeros(*shape))
-        assert str(caught.value) == f"the file takes images [?,3,16,16], got {list(shape)}"
+        assert str(caught.value) == f"the file takes images (any, 3, 16, 16), got {shape}"
     assert run(torch.zeros(5, 3, 16, 16))[0].shape == (5, 4)
     (tmp_path / "net.bin").write_bytes(b"")
     with pytest.raises(ExportError, match=r"net\.xml cannot be read: (?!Exception|Check)"):
@@ -171,3 +190,26 @@ def test_a_second_writer_waits_for_both_files_of_the_first(tmp_path, monkeypatch
     write_pair(tmp_path, "first")
     second[0].join()
     assert read_pair(tmp_path) == pair("second")
+
+
+@pytest.mark.parametrize("limit_bytes", [100, 2000])
+def test_a_disk_that_fills_up_while_ir_is_written_is_an_error(limit_bytes, tmp_path, monkeypatch):
+    """The limit of a file's size stands for the disk's."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    pytest.importorskip("openvino")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    plain = ir.write_openvino
+
+    def on_a_full_disk(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
+        try:
+            plain(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr("foveate.export.converters.write_openvino", on_a_full_disk)
+    request = Request(small(), tmp_path / "net.xml", Format.OPENVINO)
+    monkeypatch.setattr("foveate.export.formats.write", lambda r, part: export_openvino(r.model, part, example=X))
+    with pytest.raises((OSError, ExportError)) as caught:
+        write_verified(request, torch.randn(4, 3, 16, 16), 1e-4)
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == []
