@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,9 @@ from foveate.commands._options import parse_size
 from foveate.commands.main import app
 from foveate.export import open_file
 
+GROUP: Any = typer.main.get_command(app)
 WITH_SIZE = sorted(
-    name
-    for name, command in typer.main.get_command(app).commands.items()
-    if any("--img-size" in option.opts for option in command.params)
+    name for name, command in GROUP.commands.items() if any("--img-size" in option.opts for option in command.params)
 )
 NET = ["test_resnet", "--model-arg", "num_classes=3"]
 
