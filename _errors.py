@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-_OF_OPENVINO = ("Exception from src/", "Check '")  # what lines begin with that do not tell a user what is wrong
-
 
 class RequestError(ValueError):
     """Invalid request: an argument, a file or a model that does not fit. Nothing was done. The message is one line."""
@@ -24,12 +22,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of the message that says something, or the name of the error's type.
-
-    OpenVINO begins with lines that name its own source files; they are left out where others follow.
-    """
+    """Return the first line of the message that is not empty, or the name of the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(_OF_OPENVINO)] or lines
     return printable(lines[0]) if lines else type(error).__name__
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -129,18 +129,66 @@ def why_not_writable(path: Path) -> str | None:
 
 
 @contextmanager
-def atomic_path(out: Path) -> Iterator[Path]:
+def atomic_path(out: Path, *, beside: str | None = None) -> Iterator[Path]:
     """Yield a temporary path; what the body writes there is flushed to disk and then renamed to `out`.
 
     On error the temporary file is removed and `out` is left unchanged.
+
+    Args:
+        beside: suffix of a second file that the body may write beside the first, and that gets the name of `out` with
+            this suffix. The two are never those of different calls: other processes wait, an error puts both older
+            files back, and a process that is killed between the renames leaves no `out`.
     """
     with TemporaryDirectory(prefix=f".{out.name[:40]}.", suffix=PART, dir=out.parent) as folder:
         part = Path(folder) / out.name
         yield part
-        for path in (*part.rglob("*"), part):
+        second = None if beside is None else part.with_suffix(beside)
+        both = second is not None and second.exists()
+        for path in (*part.rglob("*"), part, *([second] if second is not None and both else [])):
             _sync(path)
-        os.replace(part, out)
+        if second is not None and both:
+            _replace_both(part, second, out)
+        else:
+            os.replace(part, out)
         _sync(out.parent)
+
+
+def _replace_both(part: Path, second: Path, out: Path) -> None:
+    """Rename two files to `out` and to the same name with the second's suffix, which must be there first."""
+    moves = {second: out.with_suffix(second.suffix), part: out}
+    older = part.parent / "older"
+    older.mkdir()
+    with _locked(out.parent):
+        try:
+            for place in reversed(moves.values()):
+                if place.exists():
+                    os.replace(place, older / place.name)
+            for path, place in moves.items():
+                os.replace(path, place)
+        except BaseException:
+            for path, place in moves.items():
+                if not path.exists():  # it is at its place
+                    place.unlink()
+                if (older / place.name).exists():
+                    os.rename(older / place.name, place)
+            raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, which ends with the process. Windows, and some file systems, have none."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sync(path: Path) -> None:

@@ -63,7 +63,7 @@ def finish(out: Path, trained: TrainResult, chapter: Chapter, seed: int, elapsed
     images, targets = chapter.load(loaded)
     save_hub(loaded, out / "model")
     with atomic_path(out / "model.onnx") as part:
-        export_onnx(loaded, part, img_size=images.shape[-1])
+        export_onnx(loaded, part, img_size=(images.shape[-2], images.shape[-1]))
         agreement = verify(loaded, part, images[:VERIFIED_IMAGES], batch_sizes=_batches(len(images)))
     draw(out / "report.png", read_scalars(trained.log), loaded, images, targets, chapter)
     not_drawn = draw_attention(out / "attention.png", loaded, images[:1])

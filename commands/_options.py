@@ -22,8 +22,30 @@ OptionalModel = Annotated[
 ]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights, .pth or .safetensors.")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the weights that timm knows for the name.")]
-ImgSize = Annotated[
-    int | None, typer.Option(min=1, max=MAX_PX, help="Height and width, px.", show_default="the model's own")
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """Read an image size: one number for squares, or HEIGHTxWIDTH.
+
+    Raises:
+        typer.BadParameter: anything else, or a side beyond 8192 px.
+    """
+    sides = [side.strip() for side in text.lower().split("x")]
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) <= 5 and 1 <= int(side) <= MAX_PX for side in sides):
+        wanted = f"wanted px from 1 to {MAX_PX}: a number, or HEIGHTxWIDTH such as 224x320"
+        raise typer.BadParameter(f"{wanted}, got {text[:40]!r}")
+    height, width = int(sides[0]), int(sides[-1])
+    return height if len(sides) == 1 else (height, width)
+
+
+ImgSize = Annotated[  # int, (height, width) or None
+    Any,
+    typer.Option(
+        parser=parse_size,
+        metavar="PX|HxW",
+        help="Image size, px: a number for squares, or HEIGHTxWIDTH.",
+        show_default="the model's own",
+    ),
 ]
 ModelArgs = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="Argument of the model; may be repeated.")

@@ -13,8 +13,8 @@ from PIL import Image
 
 from .._errors import RequestError
 from .._files import atomic_path
-from ..export import ExportError
-from ..export.inputs import decode_image, image_files
+from ..export import ExportError, inputs
+from ..export.inputs import decode_image
 from ..train.sources import SYNONYMS, class_key
 
 TRAIN, VAL = "train", "val"
@@ -70,7 +70,7 @@ def find_images(folder: Path) -> OwnImages:
     return found
 
 
-def copy_images(images: OwnImages, root: Path, px: int, channels: int, seed: int) -> Copies:
+def copy_images(images: OwnImages, root: Path, px: int | tuple[int, int], channels: int, seed: int) -> Copies:
     """Decode every image, split the classes if the folder has no splits, and write copies as PNG files.
 
     The short side of a copy is at most 1.5 * px. Unreadable files are left out and named in the result. On an error
@@ -78,12 +78,14 @@ def copy_images(images: OwnImages, root: Path, px: int, channels: int, seed: int
 
     Args:
         root: folder to write; must not exist.
+        px: side of the model's images; of (height, width) the longer one counts.
         channels: of the model's input, 1 (gray) or 3.
         seed: of the split: 20 % of the images of each class, at least one, are for validation.
 
     Raises:
         RequestError: too few images of a class can be read.
     """
+    px = px if isinstance(px, int) else max(px)
     share = f"{VAL_SHARE:.0%} of each class for validation, seed {seed}"
     copies = Copies(root, share if images.val is None else "the folders of --images")
     with atomic_path(root) as part:
@@ -109,15 +111,7 @@ def describe_unreadable(names: Sequence[str]) -> str:
 
 def _class_files(folder: Path) -> Files:
     folders = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    return {path.name: _image_files(path) for path in sorted(folders, key=lambda path: class_key(path.name))}
-
-
-def _image_files(folder: Path) -> list[Path]:
-    try:
-        files = image_files(folder)
-    except ExportError:  # there is none
-        return []
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return {path.name: inputs.find_images(path) for path in sorted(folders, key=lambda path: class_key(path.name))}
 
 
 def _check_no_splits(found: OwnImages) -> None:
@@ -134,7 +128,7 @@ def _check_no_splits(found: OwnImages) -> None:
 def _check(found: OwnImages) -> None:
     where, wanted = f"--images {found.folder}", "wanted a folder of images per class"
     if not found.train:
-        loose = len([path for path in _image_files(found.folder) if path.parent == found.folder])
+        loose = len([path for path in inputs.find_images(found.folder) if path.parent == found.folder])
         raise RequestError(f"{where}: {wanted}, found no folder" + (f", and {loose} images" if loose else ""))
     least = 1 if found.val is not None else 2
     if few := [name for name, files in found.train.items() if len(files) < least]:

@@ -36,7 +36,7 @@ class Start:
     keywords: Mapping[str, Any]
     checkpoint: Path | None
     pretrained: bool
-    px: int  # height and width
+    px: int | tuple[int, int]  # height and width
     in_chans: int
     preprocessing: Mapping[str, Any]  # mean, std, interpolation, crop_pct of a recipe's data
     far: bool  # the weights are random, or saw gray images only
@@ -49,7 +49,7 @@ class Start:
         return named if self.checkpoint is None else str(self.checkpoint)
 
 
-def start_from_run(checkpoint: Path, img_size: int | None) -> Start:
+def start_from_run(checkpoint: Path, img_size: int | tuple[int, int] | None) -> Start:
     """Start from a checkpoint of `foveate train`, whose recipe says the rest. Gray models become RGB models.
 
     Raises:
@@ -71,7 +71,9 @@ def start_from_run(checkpoint: Path, img_size: int | None) -> Start:
     return Start(recipe.model.name, keywords, checkpoint, False, px, 3, preprocessing, far=gray, widens=gray)
 
 
-def start_from_name(model: str, checkpoint: Path | None, pretrained: bool, img_size: int | None) -> Start:
+def start_from_name(
+    model: str, checkpoint: Path | None, pretrained: bool, img_size: int | tuple[int, int] | None
+) -> Start:
     """Start from a timm model, with the weights of a file or of its authors, or with random ones.
 
     Raises:
@@ -117,7 +119,11 @@ def check_start(start: Start, classes: int) -> None:
         with torch.inference_mode():
             net(torch.zeros(1, *input_size(recipe)))
     except Exception as error:  # models raise many types
-        raise RequestError(f"{start.model} refuses images of {start.px} px: {first_line(error)}") from error
+        raise RequestError(f"{start.model} refuses images of {_describe(start.px)} px: {first_line(error)}") from error
+
+
+def _describe(px: int | tuple[int, int]) -> str:
+    return str(px) if isinstance(px, int) else f"{px[0]}x{px[1]}"
 
 
 def fine_tuning(start: Start, root: Path, classes: int, images: int, seed: int, epochs: int | None) -> Recipe:

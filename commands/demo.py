@@ -29,7 +29,7 @@ from ..train.checkpoints import list_epochs
 from ..train.loading import trained_meta
 from ..train.mnist5k import load_digits
 from ._demo_report import Chapter, Demo, facts_of, finish
-from ._options import MAX_PX, MAX_SEED, Checkpoint, Pretrained
+from ._options import MAX_SEED, Checkpoint, ImgSize, Pretrained
 from ._own_images import VAL, Copies, OwnImages, copy_images, describe_unreadable, find_images
 from ._own_start import Start, check_start, fine_tuning, start_from_name, start_from_run, widened
 from ._terminal import print_facts
@@ -68,9 +68,7 @@ def demo_command(
     epochs: Annotated[
         int | None, typer.Option(min=1, max=MAX_EPOCHS, help="Of --images.", show_default="about a minute of work")
     ] = None,
-    img_size: Annotated[
-        int | None, typer.Option(min=1, max=MAX_PX, help="Of --images, px.", show_default="the model's own")
-    ] = None,
+    img_size: ImgSize = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")] = 0,
 ) -> None:
     """Train on 4000 real digits, or on your own images, test on others, export to ONNX, and compare with PyTorch.
@@ -138,7 +136,7 @@ def _second(
     checkpoint: Path | None,
     pretrained: bool,
     epochs: int | None,
-    img_size: int | None,
+    img_size: int | tuple[int, int] | None,
     seed: int,
 ) -> None:
     if checkpoint is not None and pretrained:
@@ -165,7 +163,9 @@ def _second(
         typer.echo(f"foveate demo: {printable(describe_unreadable(copies.unreadable))}", err=True)
 
 
-def _start(model: str | None, checkpoint: Path | None, pretrained: bool, img_size: int | None, own: bool) -> Start:
+def _start(
+    model: str | None, checkpoint: Path | None, pretrained: bool, img_size: int | tuple[int, int] | None, own: bool
+) -> Start:
     """Return what is fine-tuned; `own` where --model names the first chapter's model, or nothing."""
     if checkpoint is not None and not checkpoint.exists():
         raise RequestError(f"checkpoint {checkpoint} does not exist")

@@ -159,8 +159,8 @@ def _images(path: Path, profiles: bool, whole: bool) -> list[Image.Image]:
 
 
 def _open(
-    name: str | None, checkpoint: Path | None, pretrained: bool, img_size: int | None, whole: Image.Image | None,
-    model_arg: list[str] | None,
+    name: str | None, checkpoint: Path | None, pretrained: bool, img_size: int | tuple[int, int] | None,
+    whole: Image.Image | None, model_arg: list[str] | None,
 ) -> tuple[nn.Module, Metadata]:  # fmt: skip
     """Open the model, for the size of a whole image where one is given, and say how its images are preprocessed."""
     arguments = parse_model_args(model_arg)
@@ -179,7 +179,7 @@ def _open(
     return loaded, metadata
 
 
-def _metadata(loaded: nn.Module, img_size: int | None) -> Metadata:
+def _metadata(loaded: nn.Module, img_size: int | tuple[int, int] | None) -> Metadata:
     metadata = metadata_of(loaded, img_size)
     if metadata is None:
         raise RequestError(f"{type(loaded).__name__} was not made by timm: its preprocessing is not known")

@@ -74,8 +74,8 @@ def predict_command(
 
 
 def _open(
-    name: str, checkpoint: Path | None, pretrained: bool, fused: bool, like: str | None, img_size: int | None,
-    kwargs: dict[str, Any],
+    name: str, checkpoint: Path | None, pretrained: bool, fused: bool, like: str | None,
+    img_size: int | tuple[int, int] | None, kwargs: dict[str, Any],
 ) -> OpenFile:  # fmt: skip
     if not is_exported_file(name):
         if like is not None:
@@ -91,16 +91,22 @@ def _open(
     if metadata is None:
         raise RequestError(f"{name} does not say how images are preprocessed: name its model with --like")
     if img_size is not None and like is None:
-        metadata = replace(metadata, input_size=(metadata.input_size[0], img_size, img_size))
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        metadata = replace(metadata, input_size=(metadata.input_size[0], height, width))
     return replace(opened, metadata=metadata)
 
 
 def _open_model(
-    name: str, checkpoint: Path | None, pretrained: bool, fused: bool, img_size: int | None, kwargs: dict[str, Any]
+    name: str,
+    checkpoint: Path | None,
+    pretrained: bool,
+    fused: bool,
+    img_size: int | tuple[int, int] | None,
+    kwargs: dict[str, Any],
 ) -> OpenFile:
     if not has_weights(name, checkpoint, pretrained):
         typer.echo(f"foveate predict: weights: {name_weights(name, checkpoint, pretrained)}", err=True)
-    loaded = open_model(name, checkpoint, pretrained, arguments=kwargs)
+    loaded = open_model(name, checkpoint, pretrained, img_size=img_size, arguments=kwargs)
     metadata = metadata_of(loaded, img_size)
     return OpenFile("fused" if fused else "PyTorch", run_model(fuse(loaded) if fused else loaded), metadata)
 

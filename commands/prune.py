@@ -172,7 +172,12 @@ def _check_data(method: Method, data: str | None, batches: int | None, batch: in
 
 
 def _draw(
-    data: str, model: nn.Module, batches: int | None, batch: int | None, img_size: int | None, seed: int
+    data: str,
+    model: nn.Module,
+    batches: int | None,
+    batch: int | None,
+    img_size: int | tuple[int, int] | None,
+    seed: int,
 ) -> Batches:
     """Draw images of the training split, preprocessed as the model's pretrained_cfg says."""
     source = DataRecipe(DIGITS) if data == DIGITS else DataRecipe("folder", data)

@@ -3,21 +3,19 @@
 Each starts from the program or the ONNX file of graphs.py, so all of them compute the same graph.
 """
 
-import os
+import json
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from .._errors import first_line
 from .._files import atomic_path
 from .._modes import evaluating
 from .._torch import compile_package
 from .errors import ExportError
-from .files import require_packages
+from .files import atomic_files, require_packages
 from .graphs import (
     PROGRAM_SUFFIX,
     export_onnx,
@@ -26,10 +24,12 @@ from .graphs import (
     quietly,
     spelled_out_program,
 )
+from .ir import IR_SUFFIX, write_openvino
 from .metadata import KEY, Metadata
+from .xnnpack import executorch_bytes
 
-IR_SUFFIX, EXECUTORCH_SUFFIX, COREML_SUFFIX = ".xml", ".pte", ".mlpackage"
-_XNNPACK_DIMENSIONS = 6
+EXECUTORCH_SUFFIX, COREML_SUFFIX = ".pte", ".mlpackage"
+SHAPE_KEY = f"{KEY}_input"  # of the entry of an AOTInductor package with the shape of its input
 _MOST_IMAGES = 64  # of a batch of an ExecuTorch program: it plans its memory for the largest batch
 
 
@@ -58,8 +58,16 @@ def export_aoti(
 
 def write_aoti(program: torch.export.ExportedProgram, part: Path, metadata: Metadata | None) -> None:
     """Compile a program to a package."""
-    options: dict[str, Any] = {} if metadata is None else {"aot_inductor.metadata": {KEY: metadata.dumps()}}
+    entries = {SHAPE_KEY: json.dumps(_input_shape(program))} | ({} if metadata is None else {KEY: metadata.dumps()})
+    options: dict[str, Any] = {"aot_inductor.metadata": entries}
     quietly(lambda: compile_package(program, str(part), options))
+
+
+def _input_shape(program: torch.export.ExportedProgram) -> list[int | None]:
+    """Return the shape of the images that a program takes; None: any size."""
+    name = program.graph_signature.user_inputs[0]
+    node = next(node for node in program.graph.find_nodes(op="placeholder") if node.name == name)
+    return [size if isinstance(size, int) else None for size in node.meta["val"].shape]
 
 
 def export_openvino(
@@ -78,33 +86,11 @@ def export_openvino(
     require_packages("openvino", "openvino")
     out = Path(out)
     example = prepare_example(model, out, IR_SUFFIX, img_size, example, dynamic)
-    with atomic_path(out) as part:
+    with atomic_files(out) as part:
         source = export_onnx(model, part.with_suffix(".onnx"), example=example, dynamic=dynamic)
         write_openvino(source, part, metadata_for(model, example, dynamic, labels))
         source.unlink()
-        move_weights(part, out)
     return out
-
-
-def write_openvino(source: Path, part: Path, metadata: Metadata | None) -> None:
-    """Convert an ONNX file to IR."""
-    import openvino
-
-    def convert() -> None:
-        converted = openvino.convert_model(str(source))
-        if metadata is not None:
-            converted.set_rt_info(metadata.dumps(), [KEY])
-        openvino.save_model(converted, str(part), compress_to_fp16=False)
-
-    try:
-        quietly(convert)
-    except RuntimeError as error:  # OpenVINO reports a full disk this way
-        raise OSError(f"{part.name}: {first_line(error)}") from error
-
-
-def move_weights(part: Path, out: Path) -> None:
-    """Put the weights of an IR in their place; the graph, which is of no use without them, follows."""
-    os.replace(part.with_suffix(".bin"), out.with_suffix(".bin"))
 
 
 def export_executorch(
@@ -127,43 +113,10 @@ def export_executorch(
     example = prepare_example(model, out := Path(out), EXECUTORCH_SUFFIX, img_size, example, dynamic)
     with evaluating(model), torch.no_grad(), atomic_path(out) as part:
         program = spelled_out_program(model, example, dynamic, _MOST_IMAGES)
-        part.write_bytes(quietly(lambda: _executorch_bytes(program, metadata_for(model, example, dynamic, labels))))
+        metadata = metadata_for(model, example, dynamic, labels)
+        constants = None if metadata is None else {KEY: metadata.dumps()}
+        part.write_bytes(quietly(lambda: executorch_bytes(program, constants)))
     return out
-
-
-def _executorch_bytes(program: torch.export.ExportedProgram, metadata: Metadata | None) -> bytes:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
-    class FewDimensions(XnnpackPartitioner):
-        def get_matched_nodes_from_configs(self, exported: Any) -> list[list[fx.Node]]:
-            found = super().get_matched_nodes_from_configs(exported)
-            return [nodes for nodes in found if all(map(_xnnpack_takes, nodes))]
-
-    constants = None if metadata is None else {KEY: metadata.dumps()}
-    program = program.run_decompositions(
-        {torch.ops.aten.split_with_sizes.default: _slices, torch.ops.aten.split.Tensor: _pieces}
-    )
-    edge = to_edge_transform_and_lower(program, partitioner=[FewDimensions()], constant_methods=constants)
-    return bytes(edge.to_executorch().buffer)
-
-
-def _slices(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
-    """What split_with_sizes gives. ExecuTorch copies its results in an op that makes the free batch a constant."""
-    starts = accumulate(sizes, initial=0)
-    return [x.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=False)]
-
-
-def _pieces(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
-    """What split gives, and chunk, which is decomposed to it."""
-    length = x.shape[dim]
-    return _slices(x, [min(size, length - start) for start in range(0, length, size)], dim)
-
-
-def _xnnpack_takes(node: fx.Node) -> bool:
-    """XNNPACK fails on tensors of more dimensions when it loads the program, not when it is written."""
-    values = (part.meta.get("val") for part in (node, *node.all_input_nodes))
-    return all(not isinstance(value, Tensor) or value.dim() <= _XNNPACK_DIMENSIONS for value in values)
 
 
 def export_coreml(

@@ -1,9 +1,10 @@
-"""Refuse a path that cannot be written, before any work is done."""
+"""Refuse a path that cannot be written, before any work is done, and write there atomically."""
 
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 
-from .._files import why_not_writable
+from .._files import atomic_path, why_not_writable
 from .errors import ExportError, MissingExtraError
 
 _BESIDE = {".xml": ".bin"}  # suffix of a file -> of the second file that is written with it
@@ -13,6 +14,11 @@ def require_packages(extra: str, *packages: str) -> None:
     """Raise a MissingExtraError with the install command if one of the packages is not installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise MissingExtraError(f'needs {", ".join(missing)}: pip install "foveate[{extra}]"')
+
+
+def atomic_files(out: Path) -> AbstractContextManager[Path]:
+    """Return `atomic_path` for an exported file and what is written beside it: the weights of OpenVINO IR."""
+    return atomic_path(out, beside=_BESIDE.get(out.suffix))
 
 
 def check_target(out: Path, suffix: str) -> None:

@@ -10,21 +10,19 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._files import atomic_path
 from .agreement import BATCH_SIZES, Agreement, verify
 from .converters import (
     COREML_SUFFIX,
     EXECUTORCH_SUFFIX,
-    IR_SUFFIX,
     export_aoti,
     export_coreml,
     export_executorch,
     export_openvino,
-    move_weights,
 )
-from .files import check_empty_folder, check_target, require_packages
+from .files import atomic_files, check_empty_folder, check_target, require_packages
 from .graphs import ONNX_SUFFIX, PROGRAM_SUFFIX, export_onnx, export_program
 from .hub import save_hub
+from .ir import IR_SUFFIX
 from .metadata import check_labels
 
 
@@ -112,11 +110,9 @@ def write_verified(request: Request, images: Tensor, tolerance: float) -> Agreem
         DisagreementError: the file's outputs differ; nothing is written.
     """
     entry = FORMATS[request.format]
-    with atomic_path(request.out) as part:
+    with atomic_files(request.out) as part:
         write(request, part)
-        agreement = _verify(request, part, images, tolerance) if entry.runs_here else None
-        put_beside(request, part)
-    return agreement
+        return _verify(request, part, images, tolerance) if entry.runs_here else None
 
 
 def _verify(request: Request, part: Path, images: Tensor, tolerance: float) -> Agreement:
@@ -136,9 +132,3 @@ def write(request: Request, part: Path) -> None:
     if request.format not in (Format.HUB, Format.COREML):
         options["dynamic"] = request.dynamic
     entry.write(request.model, part, img_size=request.img_size, **options)
-
-
-def put_beside(request: Request, part: Path) -> None:
-    """Put what lies beside a file at `part` beside the request's path: the weights of OpenVINO IR."""
-    if request.format is Format.OPENVINO:
-        move_weights(part, request.out)

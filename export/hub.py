@@ -24,7 +24,7 @@ def save_hub(
     model: nn.Module,
     folder: str | Path,
     *,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     model_args: dict[str, Any] | None = None,
     labels: tuple[str, ...] | None = None,
 ) -> Path:

@@ -136,7 +136,7 @@ def _decoded(picture: Path | bytes, mode: str) -> Image.Image:
 def find_images(folder: str | Path) -> list[Path]:
     """Return the image files of a folder and its sub-folders, sorted by name; none where there is no folder.
 
-    Links to folders are followed, and no folder is searched twice.
+    Hidden files and folders are left out. Links to folders are followed, and no folder is searched twice.
     """
     found, searched = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):
@@ -144,8 +144,9 @@ def find_images(folder: str | Path) -> list[Path]:
             folders.clear()
             continue
         searched.add(real)
-        folders.sort()
-        found += [Path(where, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        images = (name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+        found += [Path(where, name) for name in images if not name.startswith(".")]
     return sorted(found)
 
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from .._files import atomic_path
 from .._modes import evaluating
 from .accuracy import class_folders, measure_top1
-from .converters import IR_SUFFIX, write_aoti, write_openvino
+from .converters import write_aoti
 from .errors import DisagreementError, ExportError
-from .formats import Format, Request, put_beside, write
+from .files import atomic_files
+from .formats import Format, Request, write
 from .graphs import export_onnx, prepare_example
 from .inputs import real_images
+from .ir import IR_SUFFIX, write_openvino
 from .metadata import Metadata, metadata_of
 from .presets import DEFAULT, Preset
 from .quantize import quantize_onnx, quantize_program
@@ -56,14 +57,12 @@ def write_int8(request: Request, observed: Tensor, images: Path | None, preset: 
     """
     held_out = real_images(request.model, images, count=_HELD_OUT, img_size=request.img_size)
     metadata = _metadata(request)
-    with TemporaryDirectory() as folder, atomic_path(request.out) as part:
+    with TemporaryDirectory() as folder, atomic_files(request.out) as part:
         plain = Path(folder) / request.out.name
         write(request, plain)
         write_quantized(request, part, observed, preset)
         sizes = (file_bytes(plain), file_bytes(part))
-        report = _compare(open_file(plain), open_file(part), held_out, images, metadata, sizes)
-        put_beside(request, part)
-    return report
+        return _compare(open_file(plain), open_file(part), held_out, images, metadata, sizes)
 
 
 def write_quantized(request: Request, part: Path, observed: Tensor, preset: Preset = DEFAULT) -> None:

@@ -4,9 +4,10 @@ Opening an ONNX file, OpenVINO IR or a hub folder runs no code from it. A .pt2 p
 `torch.export.load`, and an AOTInductor package is machine code: open only those that you trust.
 """
 
+import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from .._errors import first_line
 from .._torch import load_package
-from .converters import COREML_SUFFIX, EXECUTORCH_SUFFIX, IR_SUFFIX
+from .converters import COREML_SUFFIX, EXECUTORCH_SUFFIX, SHAPE_KEY
 from .errors import ExportError
 from .files import require_packages
 from .graphs import EXTRA_FILE, ONNX_SUFFIX, PROGRAM_SUFFIX
 from .hub_files import CONFIG
 from .inputs import without_warnings
+from .ir import IR_SUFFIX, import_openvino, plain_errors
 from .load import load_model
 from .metadata import KEY, Metadata, loads, metadata_of
 
@@ -105,22 +107,26 @@ def _open_onnx(path: Path) -> OpenFile:
 
 def _open_openvino(path: Path) -> OpenFile:
     require_packages("openvino", "openvino")
-    import openvino
-
     with path.open("rb") as file:
         if b"<net" not in file.read(_XML_START_BYTES):
             raise ExportError(f"{path} cannot be read: it is no OpenVINO IR")
-    core = openvino.Core()
-    loaded = core.read_model(str(path))
+    core = import_openvino().Core()
+    with plain_errors():
+        loaded = core.read_model(str(path))
     text = loaded.get_rt_info(KEY).astype(str) if loaded.has_rt_info(KEY) else None
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     options |= {"INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(loaded, "CPU", options).create_infer_request()
-    return OpenFile(
-        "OpenVINO",
-        lambda batch: [torch.from_numpy(out.copy()) for out in request.infer({0: batch.numpy()}).values()],
-        _metadata(text),
-    )
+    with plain_errors():
+        request = core.compile_model(loaded, "CPU", options).create_infer_request()
+
+    taken = [size.get_length() if size.is_static else None for size in loaded.inputs[0].partial_shape]
+
+    def run(batch: Tensor) -> list[Tensor]:
+        _check_shape(batch, taken)
+        with plain_errors():
+            return [torch.from_numpy(out.copy()) for out in request.infer({0: batch.numpy()}).values()]
+
+    return OpenFile("OpenVINO", run, _metadata(text))
 
 
 def _open_program(path: Path) -> OpenFile:
@@ -135,8 +141,14 @@ def _open_program(path: Path) -> OpenFile:
 
 def _open_aoti(path: Path) -> OpenFile:
     package = load_package(str(path))
-    metadata = _metadata(package.get_metadata().get(KEY))
-    return OpenFile("AOTInductor", lambda batch: _without_gradients(package, batch), metadata)
+    entries = package.get_metadata()
+    taken = json.loads(entries.get(SHAPE_KEY, "null"))
+
+    def run(batch: Tensor) -> list[Tensor]:
+        _check_shape(batch, taken)
+        return _without_gradients(package, batch)
+
+    return OpenFile("AOTInductor", run, _metadata(entries.get(KEY)))
 
 
 def _open_executorch(path: Path) -> OpenFile:
@@ -151,6 +163,20 @@ def _open_executorch(path: Path) -> OpenFile:
 
 def _open_coreml(path: Path) -> OpenFile:
     raise ExportError(f"{path}: Core ML packages run on macOS and iOS only; open it with coremltools there")
+
+
+def _check_shape(batch: Tensor, taken: Sequence[int | None] | None) -> None:
+    """Refuse images of another shape; OpenVINO and AOTInductor compute something of them.
+
+    Args:
+        taken: shape of the file's input, None where a size is free; None: unknown.
+    """
+    if taken is None:
+        return
+    fits = len(taken) == batch.dim() and all(want in (None, got) for want, got in zip(taken, batch.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in taken)
+        raise ExportError(f"the file takes images ({wanted}), got {tuple(batch.shape)}")
 
 
 def _without_gradients(call: Callable[[Tensor], Any], batch: Tensor) -> list[Tensor]:

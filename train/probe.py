@@ -40,7 +40,7 @@ class ProbeRequest:
     method: Method = "knn"
     neighbors: int = 20  # of method knn; votes are weighted by cosine similarity
     regularization: float = 1.0  # of method linear: scikit-learn's C, on standardized features
-    img_size: int | None = None  # px; None: the model's own
+    img_size: int | tuple[int, int] | None = None  # px, or (height, width); None: the model's own
     batch_size: int = 64
     workers: int = 4
     precision: Precision = "fp32"

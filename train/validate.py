@@ -54,7 +54,7 @@ class ValidationRequest:
     split: str | None = None  # None: validation (or val, ...) where `data` has one, otherwise `data` itself
     class_map: Path | None = None  # names in the order of the model's classes
     real_labels: str | Path | None = None  # JSON of ImageNet's reassessed labels; "imagenet": timm's copy
-    img_size: int | None = None  # px; None: the model's own
+    img_size: int | tuple[int, int] | None = None  # px, or (height, width); None: the model's own
     crop_pct: float | None = None  # None: the model's own
     batch_size: int = 64  # images of a process
     workers: int = 4  # loader processes of a process

@@ -102,6 +102,15 @@ def test_links_to_folders_are_followed_once(folder):
     assert image_files(link) == [link / "cat" / "a.png", link / "cat" / "below" / "b.JPG"]
 
 
+def test_hidden_files_and_folders_are_left_out(folder):
+    (folder / ".trash").mkdir()
+    (folder / ".trash" / "c.png").touch()
+    (folder / "below" / "._b.png").touch()  # as macOS writes beside each file
+    assert image_files(folder) == [folder / "a.png", folder / "below" / "b.JPG"]
+    hidden = folder / ".trash"
+    assert image_files(hidden) == [hidden / "c.png"]  # it was asked for
+
+
 def test_accuracy_sees_images_as_the_model_does(tmp_path):
     """One channel, 16 bits, and class folders that are links."""
     (tmp_path / "classes").mkdir()

@@ -54,6 +54,18 @@ def test_a_file_of_each_format_computes_what_the_model_computes(file):
     torch.testing.assert_close(opened.run(x)[0], net(x), rtol=0, atol=1e-4 * net(x).std().item())
 
 
+def test_images_of_another_size_are_refused(file):
+    """A runtime that does not look would compute something of them."""
+    file_format, path = file
+    if file_format is Format.HUB:
+        pytest.skip("takes any size")
+    opened = open_file(path)
+    for shape in ((1, 3, 96, 64), (2, 3, 32, 32), (1, 1, *SIZE)):
+        with pytest.raises(Exception, match=r"."):
+            opened.run(torch.randn(*shape))
+    assert opened.run(torch.randn(2, 3, *SIZE))[0].shape == (2, 7)
+
+
 def test_a_file_says_how_its_images_are_preprocessed(file):
     file_format, path = file
     found, wanted = open_file(path).metadata, metadata_of(small_net(), SIZE, labels=NAMES)
