@@ -56,11 +56,18 @@ def export_aoti(
     return out
 
 
-def write_aoti(program: torch.export.ExportedProgram, part: Path, metadata: Metadata | None) -> None:
-    """Compile a program to a package."""
+def write_aoti(
+    program: torch.export.ExportedProgram, part: Path, metadata: Metadata | None, int8: bool = False
+) -> None:
+    """Compile a program to a package.
+
+    Args:
+        int8: the program is quantized. Its weights are packed, without which the products are computed in float32.
+    """
     entries = {SHAPE_KEY: json.dumps(_input_shape(program))} | ({} if metadata is None else {KEY: metadata.dumps()})
-    options: dict[str, Any] = {"aot_inductor.metadata": entries}
-    quietly(lambda: compile_package(program, str(part), options))
+    options: dict[str, Any] = {"aot_inductor.metadata": entries, "freezing": int8}
+    with torch.no_grad():  # where gradients are on, nothing is frozen
+        quietly(lambda: compile_package(program, str(part), options))
 
 
 def _input_shape(program: torch.export.ExportedProgram) -> list[int | None]:

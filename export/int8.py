@@ -94,7 +94,7 @@ def _write_aoti(request: Request, part: Path, observed: Tensor, preset: Preset) 
     example = prepare_example(request.model, part, part.suffix, request.img_size, None, request.dynamic)
     with evaluating(request.model):
         program = quantize_program(request.model, example, observed, dynamic=request.dynamic, preset=preset)
-    write_aoti(program, part, _metadata(request))
+    write_aoti(program, part, _metadata(request), int8=True)
 
 
 _WRITERS: dict[Format, Callable[[Request, Path, Tensor, Preset], None]] = {

@@ -15,6 +15,7 @@ FREE = ("batch", "size")
 # odd, rectangular, tiny: smaller than a kernel, a window, a region; multiples of all strides and of none
 SIZES = [(8, 8), (9, 30), (16, 16), (17, 23), (32, 32), (33, 47), (35, 35), (40, 96), (48, 100), (64, 64), (65, 64)]
 SIZES += [(97, 33), (130, 70)]
+LEAST_SIDES = {"vitrpb_small": 16, "agent_pvt_tiny:mixed": 16}  # px; a patch, and a pooled cell of the last stage
 OF_SOME_SIZES = ("mixer_vit_tiny:nprf",)  # whose table of positions has an end
 MIXERS = {  # that have no family of their own, or other keywords
     "agent": {"agents": 4},
@@ -82,7 +83,7 @@ def test_an_onnx_file_holds_for_every_size(tmp_path):
 def test_onnx_files_of_all_families_hold_for_every_size(name, tmp_path):
     model = net(name)
     path = export_onnx(model, tmp_path / "net.onnx", example=images(2, (64, 64)), dynamic=FREE)
-    check(model, onnx_session(path), SIZES)
+    check(model, onnx_session(path), [size for size in SIZES if min(size) >= LEAST_SIDES.get(name, 0)])
 
 
 @pytest.mark.slow
