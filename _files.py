@@ -177,11 +177,11 @@ def _replace_both(part: Path, second: Path, out: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock on a folder, which ends with the process. Windows, and some file systems, have none."""
-    if os.name == "nt":
+    try:
+        import fcntl
+    except ImportError:
         yield
         return
-    import fcntl
-
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
