@@ -143,13 +143,14 @@ def atomic_path(out: Path, *, beside: str | None = None) -> Iterator[Path]:
         part = Path(folder) / out.name
         yield part
         second = None if beside is None else part.with_suffix(beside)
-        both = second is not None and second.exists()
-        for path in (*part.rglob("*"), part, *([second] if second is not None and both else [])):
+        if second is not None and not second.exists():  # the body wrote one file
+            second = None
+        for path in (*part.rglob("*"), part, *([] if second is None else [second])):
             _sync(path)
-        if second is not None and both:
-            _replace_both(part, second, out)
-        else:
+        if second is None:
             os.replace(part, out)
+        else:
+            _replace_both(part, second, out)
         _sync(out.parent)
 
 

@@ -15,8 +15,6 @@ _NUMBERS = (int, torch.SymInt)  # bool is an int
 
 def pair(op: str, name: str, value: T | Sequence[T]) -> list[T]:
     """Return an int or bool as [value, value], and a pair as a list."""
-    if type(value) is int or type(value) is bool:  # most calls: the rest takes a microsecond
-        return [value, value]
     if torch.jit.is_tracing() and isinstance(value, Sequence):  # the tracer's sizes are tensors
         value = [int(v) if isinstance(v, Tensor) else v for v in value]
     both = [value, value] if isinstance(value, _NUMBERS) else list(value) if isinstance(value, Sequence) else []

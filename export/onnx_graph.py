@@ -16,15 +16,16 @@ MOST_NUMBERS = 2**31  # of a stored tensor: equal ones of any size are stored on
 
 def simplify(model: Any) -> None:
     """Simplify an onnx_ir.Model in place: fold constants, drop what has no effect, merge batch norms and reshapes."""
-    from onnx_ir.passes import PassManager, Sequential, common
+    from onnx_ir.passes import Sequential, common
     from onnxscript.rewriter import RewritePass
 
     of_constants = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+    rewrite = Sequential(RewritePass(_rules()), common.RemoveUnusedNodesPass())
     common.InlinePass()(model)
     for _ in range(ROUNDS):
         folded = _fold(model)
         of_constants(model)
-        rewritten = PassManager([RewritePass(_rules()), common.RemoveUnusedNodesPass()], steps=1)(model).modified
+        rewritten = rewrite(model).modified
         if not (folded or rewritten):
             break
     Sequential(

@@ -70,7 +70,7 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
 
     with TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
-        quietly(lambda: _prepare(source, prepared))
+        fixed = quietly(lambda: _prepare(source, prepared))
         options: dict[str, Any] = {
             "quant_format": QuantFormat.QDQ,
             "activation_type": QuantType.QUInt8,
@@ -78,7 +78,7 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
             "per_channel": preset.per_channel,
             "reduce_range": not has_vnni(),
             "op_types_to_quantize": _ONNX_OPS,
-            "nodes_to_exclude": _without_images(prepared),
+            "nodes_to_exclude": fixed,
             "calibrate_method": CalibrationMethod.Percentile if by_share else CalibrationMethod.MinMax,
             "extra_options": ranges.get(preset.ranges, {}),
         }
@@ -87,8 +87,10 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
     return out
 
 
-def _prepare(source: Path, out: Path) -> None:
+def _prepare(source: Path, out: Path) -> list[str]:
     """Let ONNX Runtime fuse what it fuses before calibration, and note the shapes of all tensors.
+
+    Returns the names of nodes that depend on no image: a session computes them once, unless they are quantized.
 
     Constants are not folded: of a table of biases and a mask, the file would hold an entry for each pair of tokens, in
     float32. The session that runs the file folds them.
@@ -103,17 +105,13 @@ def _prepare(source: Path, out: Path) -> None:
     onnxruntime.InferenceSession(
         str(source), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
     )  # fmt: skip
-    onnx.shape_inference.infer_shapes_path(str(out))
-    model = onnx.load(out)
+    model = onnx.shape_inference.infer_shapes(onnx.load(out))
     add_pre_process_metadata(model)  # else ONNX Runtime warns that this step was left out
     onnx.save(model, out)
+    return _without_images(model.graph)
 
 
-def _without_images(path: Path) -> list[str]:
-    """Return the names of nodes that depend on no image: a session computes them once, unless they are quantized."""
-    import onnx
-
-    graph = onnx.load(path).graph
+def _without_images(graph: Any) -> list[str]:
     varying = {value.name for value in graph.input}
     fixed = []
     for node in graph.node:  # in the order in which they run
