@@ -23,6 +23,7 @@ __all__ = [
     "assumptions",
     "backward_number",
     "body_of",
+    "calls_are_seen",
     "compile_package",
     "compiled_graphs",
     "compiles",
@@ -71,6 +72,11 @@ def forward_ad_is_on() -> bool:
 def dispatch_modes_are_on() -> bool:
     """Say whether a TorchDispatchMode sees the operations of this thread: a tracer, FakeTensorMode, a user's own."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def calls_are_seen() -> bool:
+    """Say whether a profiler or a TorchFunctionMode sees the operators that this thread calls."""
+    return torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled()
 
 
 def body_of(op: CustomOpDef) -> Callable[..., Any]:

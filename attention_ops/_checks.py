@@ -25,8 +25,9 @@ def pair(op: str, name: str, value: T | Sequence[T]) -> list[T]:
 
 def check_at_least(op: str, name: str, values: Sequence[int], least: int) -> None:
     """Raise ValueError where one of the values is below `least`."""
-    if any(is_known(value < least) for value in values):
-        raise ValueError(f"{op}: {name} must be at least {least}, got {tuple(values)}")
+    for value in values:
+        if is_known(value < least):
+            raise ValueError(f"{op}: {name} must be at least {least}, got {tuple(values)}")
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, value_dim: bool = False) -> None:

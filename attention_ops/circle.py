@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.local.plan import Pattern
+from ..kernels.local.plan import Pattern, pattern_of
 from ._attend import accumulator
 from ._checks import check_at_least, check_qkv, why_no_local_kernel
 from ._graph.local import circle_attention_graph, circle_attention_lse_graph
@@ -156,7 +156,7 @@ def _graph_lse(q: Tensor, k: Tensor, v: Tensor, circle: Circle, extras: Extras, 
 
 
 def _pattern(radius: int) -> Pattern:
-    return Pattern("circle", (radius, radius), (radius - 1, radius - 1))
+    return pattern_of("circle", (radius, radius), (radius - 1, radius - 1))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, radius: int, extras: Extras, scale: float) -> Tensor:

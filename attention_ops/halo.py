@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..kernels.local.plan import Pattern
+from ..kernels.local.plan import Pattern, pattern_of
 from ._attend import accumulator
 from ._checks import check_alike, check_at_least, check_device, why_no_local_kernel
 from ._graph.halo import halo_attention_graph, halo_attention_lse_graph
@@ -155,7 +155,7 @@ def _fused_lse(
 
 
 def _pattern(blocks: Blocks) -> Pattern:
-    return Pattern("block", blocks.block_size, blocks.halo, (blocks.stride, blocks.stride))
+    return pattern_of("block", blocks.block_size, blocks.halo, (blocks.stride, blocks.stride))
 
 
 def _tables(rel_h: Tensor | None, rel_w: Tensor | None) -> tuple[Tensor, Tensor] | None:

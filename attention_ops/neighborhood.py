@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.local.plan import Pattern
+from ..kernels.local.plan import Pattern, pattern_of
 from ._attend import accumulator
 from ._checks import check_at_least, check_device, check_qkv, pair, why_no_local_kernel
 from ._graph.local import neighborhood_attention_graph, neighborhood_attention_lse_graph
@@ -195,7 +195,7 @@ def _fused_lse(
 
 def _pattern(neighborhood: Neighborhood) -> Pattern:
     kernel_size, dilation, is_causal, stride = neighborhood
-    return Pattern("neighborhood", kernel_size, stride=stride, dilation=dilation, causal=is_causal)
+    return pattern_of("neighborhood", kernel_size, stride=stride, dilation=dilation, causal=is_causal)
 
 
 def _macs(q: Tensor, v: Tensor, neighborhood: Neighborhood) -> int:

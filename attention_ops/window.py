@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels._launch import why_no_triton
-from ..kernels.local.plan import Pattern
+from ..kernels.local.plan import Pattern, pattern_of
 from ._attend import accumulator, sdpa
 from ._checks import check_at_least, check_device, check_qkv, pair, why_no_attention_kernel, why_no_local_kernel
 from ._clip import Clip, check_clip, clipped
@@ -250,7 +250,7 @@ def window_attention_lse_fused(
 
 
 def _pattern(windows: Windows | ClippedWindows) -> Pattern:
-    return Pattern("block", windows.window_size, shift=windows.shift)
+    return pattern_of("block", windows.window_size, shift=windows.shift)
 
 
 def why_not_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:

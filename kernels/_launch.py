@@ -13,6 +13,7 @@ from torch.library import CustomOpDef
 
 from .._torch import body_of, compiles, dispatch_modes_are_on, name_of, transforms_are_on
 
+PLAIN_TENSORS = (Tensor, nn.Parameter)  # no subclass, which may see the operations on it
 LEAST_TRITON = (3, 4)
 LEAST_CAPABILITY = (8, 0)  # Ampere: asynchronous copies and bfloat16 products
 MOST_HEAD_DIM = 128  # of the attention kernels: the registers hold no more
@@ -78,6 +79,11 @@ def power_of_2(length: int, least: int = 1) -> int:
     return max(1 << max(length - 1, 0).bit_length(), least)
 
 
+def cdiv(length: int, size: int) -> int:
+    """Return how many pieces of `size` cover `length`: triton.cdiv takes 2 us."""
+    return -(-length // size)
+
+
 def padded(width: int) -> int:
     """Return the width that a tile in a kernel has for so many columns: a power of two that tl.dot takes."""
     return power_of_2(width, LEAST_DOT)
@@ -134,9 +140,17 @@ def without_autocast(body: Callable[..., R]) -> Callable[..., R]:
 
 def in_eager_mode(inputs: tuple[Any, ...]) -> bool:
     """Say whether nothing traces, records or transforms what is computed from these inputs."""
-    if dispatch_modes_are_on() or transforms_are_on() or torch.jit.is_tracing() or compiles():
+    if is_recorded():
         return False
-    return not any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in inputs)
+    for x in inputs:  # a generator takes 1 us more
+        if isinstance(x, Tensor) and type(x) not in PLAIN_TENSORS:
+            return False
+    return True
+
+
+def is_recorded() -> bool:
+    """Say whether something traces, records or transforms all operations of this thread."""
+    return compiles() or dispatch_modes_are_on() or transforms_are_on() or torch.jit.is_tracing()
 
 
 def eager_forward(

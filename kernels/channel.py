@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._launch import (
     LEAST_PROGRAMS,
+    cdiv,
     dot_precision,
     eager_backward,
     eager_forward,
@@ -172,7 +173,7 @@ def launch_mixture(x: Tensor, mix: Tensor, out: Tensor, scale: float = 1.0, back
     batch, height, width, heads, _ = x.shape
     tiles = _tiles(x)
     (x_strides, x_width), (out_strides, out_width) = token_strides(x), token_strides(out)
-    mixture_kernel[(batch * heads * triton.cdiv(height * width, tiles["BLOCK_N"]),)](
+    mixture_kernel[(batch * heads * cdiv(height * width, tiles["BLOCK_N"]),)](
         x, mix, out, x_strides, out_strides, scale, heads, height * width,
         X_WIDTH=x_width, OUT_WIDTH=out_width, BACK=back, **tiles,
     )  # fmt: skip
@@ -188,7 +189,7 @@ def launch_softmax(parts: Tensor, scale: float) -> Tensor:
     heads, splits, dim, _ = parts.shape
     probs = parts.new_empty(heads, dim, dim)
     rows = softmax_rows(dim)
-    softmax_kernel[(heads * triton.cdiv(dim, rows["BLOCK_I"]),)](parts, probs, scale * LOG2_E, splits, **rows)
+    softmax_kernel[(heads * cdiv(dim, rows["BLOCK_I"]),)](parts, probs, scale * LOG2_E, splits, **rows)
     return probs
 
 
@@ -196,7 +197,7 @@ def launch_softmax_grad(parts: Tensor, probs: Tensor) -> Tensor:
     heads, splits, dim, _ = parts.shape
     dlogits = torch.empty_like(probs)
     rows = softmax_rows(dim)
-    softmax_grad_kernel[(heads * triton.cdiv(dim, rows["BLOCK_I"]),)](parts, probs, dlogits, splits, **rows)
+    softmax_grad_kernel[(heads * cdiv(dim, rows["BLOCK_I"]),)](parts, probs, dlogits, splits, **rows)
     return dlogits
 
 

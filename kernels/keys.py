@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import (
+    cdiv,
     dot_precision,
     eager_backward,
     eager_forward,
@@ -240,7 +241,7 @@ def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
 
 
 def _tiles_of_queries(call: Call) -> tuple[int]:
-    return (call.images * call.heads * triton.cdiv(call.queries, call.block_m),)
+    return (call.images * call.heads * cdiv(call.queries, call.block_m),)
 
 
 def launch_forward(call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -258,7 +259,7 @@ def launch_backward(call: Call, q, k, v, out, lse, grad, grad_lse, dq, dk, dv) -
         *_strides(q, k, v, out, grad, dq), *call.numbers,
         HAS_BIAS=has_bias, HAS_GRAD_LSE=grad_lse is not None, **call.constants,
     )  # fmt: skip
-    keys_dkv_kernel[(call.images * call.heads * triton.cdiv(call.keys, call.block_n),)](
+    keys_dkv_kernel[(call.images * call.heads * cdiv(call.keys, call.block_n),)](
         q, k, v, *call.pointers, grad, lse, delta, dk, dv, *_strides(q, k, v, grad, dk, dv), *call.numbers,
         HAS_BIAS=has_bias, **call.constants | {"BLOCK_M": DKV_BLOCK},
     )  # fmt: skip
@@ -275,7 +276,7 @@ def launch_bias_gradient(call: Call, q, k, v, grad, lse, delta) -> Tensor:
         part = of_rows[first : first + lines]  # (rows of the map, Ph, R)
         slab = len(part) * cols.shape[0]
         sums = q.new_empty(call.heads, slab, call.keys, dtype=torch.float32)
-        tiles = triton.cdiv(slab, call.block_m) * triton.cdiv(call.keys, call.block_n)
+        tiles = cdiv(slab, call.block_m) * cdiv(call.keys, call.block_n)
         keys_dbias_kernel[(call.heads * tiles,)](
             q, k, v, *call.pointers, grad, lse, delta, sums, *_strides(q, k, v, grad), *call.numbers,
             call.images, first * cols.shape[0], slab, **call.constants,

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import eager_backward, eager_forward, on_device, power_of_2, refuse_second_derivative, without_autocast
+from ._launch import (
+    cdiv,
+    eager_backward,
+    eager_forward,
+    on_device,
+    power_of_2,
+    refuse_second_derivative,
+    without_autocast,
+)
 
 BLOCK = 64
 
@@ -81,7 +89,7 @@ def mixture_backward_kernel(
 def _launch(x: Tensor, kernel: list[int]) -> tuple[tuple[int], dict]:
     batch, height, width, heads, dim = x.shape
     constants = {"ROWS": kernel[0], "COLS": kernel[1], "DIM": dim, "PAD": power_of_2(dim, 16), "BLOCK": BLOCK}
-    return (batch * heads * triton.cdiv(height * width, BLOCK),), constants | {"num_warps": 4}
+    return (batch * heads * cdiv(height * width, BLOCK),), constants | {"num_warps": 4}
 
 
 def launch_forward(weights: Tensor, v: Tensor, out: Tensor, kernel: list[int]) -> None:

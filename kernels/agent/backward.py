@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import eager_backward, on_device, refuse_second_derivative, without_autocast
-from .plan import Plan, constants, make_plan
-from .tiles import gradient_step, load_bias, load_rows, program, store_rows
+from .._launch import cdiv, eager_backward, on_device, refuse_second_derivative, without_autocast
+from .plan import Plan, constants, make_plan, part_of
+from .tiles import gradient_step, load_bias, load_rows, logit_gradients, program, store_rows
 
 LOG2_E = math.log2(math.e)
 
@@ -109,12 +109,12 @@ def bias_gradient_kernel(
     x_ptr, agents_ptr, gathered_ptr, dgathered_ptr, other_ptr, out_ptr, lse_ptr, bias_ptr, sums_ptr,
     x_strides, agents_strides, gathered_strides, dgathered_strides, other_strides, out_strides, bias_strides,
     sums_strides, scale_log2, images, heads, agents, tokens, shares,
-    OF_KEYS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OF_KEYS: tl.constexpr, PART: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum a tile of logit gradients, [tokens, agents], over a share of the images.
 
-    x and other: k and v (OF_KEYS), or q and the gradient of out.
+    x and other: k and v (OF_KEYS), or q and the gradient of out. PART: channels of a step.
     """
     blocks, pid = tl.cdiv(agents, BLOCK), tl.program_id(0)
     share, block = pid % shares, pid // shares % blocks
@@ -125,22 +125,29 @@ def bias_gradient_kernel(
     total = tl.zeros((TILE, BLOCK), tl.float32)
     for number in range(share, images, shares):
         image = tl.cast(number, tl.int64)
-        x = load_rows(x_ptr, x_strides, image, head, n, tokens, DIM, PAD)
-        t = load_rows(agents_ptr, agents_strides, image, head, a, agents, DIM, PAD)
-        values = load_rows(gathered_ptr, gathered_strides, image, head, a, agents, DIM, PAD)
-        other = load_rows(other_ptr, other_strides, image, head, n, tokens, DIM, PAD)
+        logits, dprobs = tl.zeros((TILE, BLOCK), tl.float32), tl.zeros((TILE, BLOCK), tl.float32)
+        delta = tl.zeros((BLOCK if OF_KEYS else TILE,), tl.float32)
+        for first in range(0, PAD, PART):
+            x = load_rows(x_ptr, x_strides, image, head, n, tokens, DIM, PART, first)
+            t = load_rows(agents_ptr, agents_strides, image, head, a, agents, DIM, PART, first)
+            values = load_rows(gathered_ptr, gathered_strides, image, head, a, agents, DIM, PART, first)
+            other = load_rows(other_ptr, other_strides, image, head, n, tokens, DIM, PART, first)
+            if OF_KEYS:
+                dvalues = load_rows(dgathered_ptr, dgathered_strides, image, head, a, agents, DIM, PART, first)
+                delta += tl.sum(dvalues * values.to(tl.float32), 1)
+                values = dvalues.to(values.dtype)
+            else:
+                out = load_rows(out_ptr, out_strides, image, head, n, tokens, DIM, PART, first)
+                delta += tl.sum(out.to(tl.float32) * other.to(tl.float32), 1)
+            logits = tl.dot(x, tl.trans(t), logits, input_precision=PRECISION)
+            dprobs = tl.dot(other, tl.trans(values), dprobs, input_precision=PRECISION)
         if OF_KEYS:
-            dvalues = load_rows(dgathered_ptr, dgathered_strides, image, head, a, agents, DIM, PAD)
-            delta = tl.sum(dvalues * values.to(tl.float32), 1)[None, :]
-            values = dvalues.to(values.dtype)
             places = lse_ptr + (image * heads + head) * agents + a
-            lse = tl.load(places, mask=a < agents, other=float("inf"))[None, :]
+            lse, delta = tl.load(places, mask=a < agents, other=float("inf"))[None, :], delta[None, :]
         else:
-            out = load_rows(out_ptr, out_strides, image, head, n, tokens, DIM, PAD)
-            delta = tl.sum(out.to(tl.float32) * other.to(tl.float32), 1)[:, None]
             places = lse_ptr + (image * heads + head) * tokens + n
-            lse = tl.load(places, mask=n < tokens, other=float("inf"))[:, None]
-        _, dlogits = gradient_step(x, t, other, values, bias, seen, lse, delta, scale_log2, PRECISION)
+            lse, delta = tl.load(places, mask=n < tokens, other=float("inf"))[:, None], delta[:, None]
+        _, dlogits = logit_gradients(logits, dprobs, bias, seen, lse, delta, scale_log2)
         total += dlogits
     sums_ptr += (share * heads + head).to(tl.int64) * sums_strides[0]
     offs = n[:, None].to(tl.int64) * sums_strides[1] + (a * sums_strides[2])[None, :]
@@ -177,12 +184,12 @@ def launch_bias_gradient(
     tokens = x.shape[1]
     shares = plan.shares(tokens)
     sums = x.new_empty(shares, plan.heads, tokens, plan.agents, dtype=torch.float32)
-    grid = (triton.cdiv(tokens, plan.back_tile) * plan.heads * plan.back_blocks * shares,)
+    grid = (cdiv(tokens, plan.back_tile) * plan.heads * plan.back_blocks * shares,)
     bias_gradient_kernel[grid](
         x, agents, gathered, dgathered, other, out, lse, bias, sums,
         x.stride(), agents.stride(), gathered.stride(), dgathered.stride(), other.stride(), out.stride(),
         bias.stride(), sums.stride()[1:], scale * LOG2_E, plan.images, plan.heads, plan.agents, tokens, shares,
-        OF_KEYS=of_keys, num_stages=1, **constants(x, plan, back=True),
+        OF_KEYS=of_keys, PART=part_of(x), num_stages=1, **constants(x, plan, back=True),
     )  # fmt: skip
     return sums.sum(0).to(bias.dtype)
 

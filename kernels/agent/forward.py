@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import eager_forward, on_device
+from .._launch import cdiv, eager_forward, on_device
 from .backward import call_backward
 from .plan import Plan, constants, make_plan
 from .tiles import attend_step, load_bias, load_rows, program, store_rows
@@ -190,7 +190,7 @@ def launch_gather(plan: Plan, k, v, agents, bias, gathered, lse, scale) -> None:
 
 def launch_read(plan: Plan, q, agents, gathered, bias, out, lse, scale) -> None:
     given = q if bias is None else bias
-    read_kernel[(plan.images * plan.heads * triton.cdiv(plan.queries, plan.tile),)](
+    read_kernel[(plan.images * plan.heads * cdiv(plan.queries, plan.tile),)](
         q, agents, gathered, given, out, lse,
         q.stride(), agents.stride(), gathered.stride(), given.stride(), out.stride(),
         scale * LOG2_E, plan.heads, plan.agents, plan.queries,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .._launch import LEAST_PROGRAMS, dot_precision, padded
+from .._launch import LEAST_PROGRAMS, MOST_HEAD_DIM, dot_precision, padded
 
 LEAST_ONE_PASS = LEAST_PROGRAMS // 2  # heads of all images with which one program a head fills a GPU (estimated)
 FEW_TOKENS = 256  # that one program reads in a few tiles, however few heads there are
@@ -76,16 +76,22 @@ def blocks_of(agents: int, dim: int, itemsize: int) -> tuple[int, int, int, int]
     return block, 64 if block < 128 else 32, back, 64 if back * wide <= 1024 else 32
 
 
+def part_of(x: Tensor) -> int:
+    """Channels that the gradient of a bias takes at a time: the registers hold three TF32 products of no more."""
+    return min(padded(x.shape[-1]), 32 if x.element_size() == 4 else MOST_HEAD_DIM)
+
+
 def constants(q: Tensor, plan: Plan, back: bool = False) -> dict[str, int | str | bool]:
     """What every kernel takes at compile time; `back`: of the backward pass."""
     block = plan.back_block if back else plan.block
     size = block * padded(q.shape[-1])
+    many = size >= (4096 if back else 8192) or (back and q.element_size() == 4 and padded(q.shape[-1]) > 64)
     return {
         "DIM": q.shape[-1],
         "PAD": padded(q.shape[-1]),
         "BLOCK": block,
         "TILE": plan.back_tile if back else plan.tile,
         "PRECISION": dot_precision(q.dtype),
-        "num_warps": 8 if size >= (4096 if back else 8192) else 4,
+        "num_warps": 8 if many else 4,
         "enable_fp_fusion": True,
     }

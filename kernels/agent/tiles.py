@@ -12,9 +12,9 @@ def program(heads, splits):
 
 
 @triton.jit
-def load_rows(ptr, strides, image, head, row, rows, DIM: tl.constexpr, PAD: tl.constexpr):
-    """[row, PAD] of (B, rows, heads, DIM); zeros past the last row and past DIM. image is int64."""
-    c = tl.arange(0, PAD)
+def load_rows(ptr, strides, image, head, row, rows, DIM: tl.constexpr, PAD: tl.constexpr, first=0):
+    """[row, PAD], from column `first`, of (B, rows, heads, DIM); zeros past the last row and DIM. image is int64."""
+    c = first + tl.arange(0, PAD)
     mask = (row < rows)[:, None] & (c < DIM)[None, :]
     offs = row[:, None] * strides[1] + (c * strides[3])[None, :]
     return tl.load(ptr + (image * strides[0] + head * strides[2]) + offs, mask=mask, other=0.0)
@@ -61,7 +61,13 @@ def gradient_step(x, y, grad_x, value_y, bias, seen, lse, delta, scale_log2, PRE
     The softmax may be along either axis: `lse` and `delta` are columns or rows. grad_x value_y^T is the gradient of the
     probabilities. Where not `seen` both are 0; they are 0 as well where lse is inf.
     """
-    logits = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale_log2 + bias - lse
-    probs = tl.where(seen, tl.exp2(logits), 0.0)
+    logits = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     dprobs = tl.dot(grad_x, tl.trans(value_y), input_precision=PRECISION)
+    return logit_gradients(logits, dprobs, bias, seen, lse, delta, scale_log2)
+
+
+@triton.jit
+def logit_gradients(logits, dprobs, bias, seen, lse, delta, scale_log2):
+    """What `gradient_step` returns, of the products x y^T and grad_x value_y^T."""
+    probs = tl.where(seen, tl.exp2(logits * scale_log2 + bias - lse), 0.0)
     return probs, probs * (dprobs - delta)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import (
+    cdiv,
     eager_backward,
     eager_forward,
     on_device,
@@ -132,7 +133,7 @@ def launch_sums(x: Tensor, y: Tensor | None, tiles: ChannelGateTiles) -> Tensor:
     parts = x.new_empty(batch, tiles.chunks, channels, dtype=torch.float32)
     other = x if y is None else y
     (x_strides, x_width), (other_strides, other_width) = map_strides(x), map_strides(other)
-    sums_kernel[(batch * triton.cdiv(channels, tiles.channels) * tiles.chunks,)](
+    sums_kernel[(batch * cdiv(channels, tiles.channels) * tiles.chunks,)](
         x, other, parts, x_strides, other_strides, channels, height * width, tiles.chunk, tiles.chunks,
         X_WIDTH=x_width, Y_WIDTH=other_width, PRODUCT=y is not None,
         BLOCK_C=tiles.channels, BLOCK_P=tiles.pixels, num_warps=4, enable_fp_fusion=True,
@@ -144,7 +145,7 @@ def launch_gate(
     x: Tensor, sums: Tensor, weight: Tensor, dz: Tensor | None, out: Tensor, tiles: ChannelGateTiles
 ) -> None:
     batch, channels, height, width = x.shape
-    programs = batch * triton.cdiv(channels, tiles.channels) * triton.cdiv(height * width, tiles.pixels)
+    programs = batch * cdiv(channels, tiles.channels) * cdiv(height * width, tiles.pixels)
     (x_strides, x_width), (out_strides, out_width) = map_strides(x), map_strides(out)
     gate_kernel[(programs,)](
         x, sums, weight, sums if dz is None else dz, out, x_strides, out_strides,
@@ -158,7 +159,7 @@ def launch_logits_grad(x: Tensor, sums: Tensor, products: Tensor, weight: Tensor
     """The gradients of the gates' logits (B, C), and of the weight, both fp32."""
     batch, channels, height, width = x.shape
     block = min(power_of_2(channels), 1024)
-    programs = batch * triton.cdiv(channels, block)
+    programs = batch * cdiv(channels, block)
     dz, dweight = sums.new_empty(batch, channels), sums.new_empty(programs, weight.shape[-1])
     logits_grad_kernel[(programs,)](
         sums, products, weight, dz, dweight, channels, height * width,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import cdiv
 from .plan import SPAN, TAPS, depthwise_tiles, taps_grad_tiles
 
 
@@ -168,11 +169,11 @@ def launch_depthwise(
     weight = weight[:, :, rows : weight.shape[2] - rows, cols : weight.shape[3] - cols]
     taps = (weight.flip(2, 3) if back else weight).flatten(1).t().float().contiguous()
     block_s, block_c, warps = depthwise_tiles(channels)
-    runs = triton.cdiv(width, SPAN * dilation)
+    runs = cdiv(width, SPAN * dilation)
     spans = batch * height * runs * dilation
-    programs = triton.cdiv(spans, block_s)
+    programs = cdiv(spans, block_s)
     parts = x.new_empty(programs, channels, dtype=torch.float32) if sums else None
-    depthwise_kernel[(programs * triton.cdiv(channels, block_c),)](
+    depthwise_kernel[(programs * cdiv(channels, block_c),)](
         x, taps, taps if bias is None else bias.contiguous(), x if addend is None else addend, out,
         taps if parts is None else parts, spans, runs, height, width,
         C=channels, ROWS=weight.shape[2], COLS=weight.shape[3], DILATION=dilation, SPAN=SPAN,
@@ -191,7 +192,7 @@ def launch_taps_grad(x: Tensor, grad: Tensor, taps: Sequence[int], dilation: int
     runs = batch * height * dilation
     programs, turns = taps_grad_tiles(runs, channels)
     parts = x.new_empty(programs, seen[0] * seen[1], channels, dtype=torch.float32)
-    taps_grad_kernel[(programs * triton.cdiv(channels, block_c),)](
+    taps_grad_kernel[(programs * cdiv(channels, block_c),)](
         x, grad, parts, runs, turns, height, width,
         C=channels, ROWS=seen[0], COLS=seen[1], DILATION=dilation, TAPS=TAPS,
         BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps, enable_fp_fusion=True,

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import (
+    cdiv,
     dot_precision,
     eager_backward,
     eager_forward,
@@ -107,7 +108,7 @@ def launch_gate(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor | None, out: 
     """out = x * (weight g + bias); maps channels last, weight (C, C, 1, 1), bias (C,)."""
     constants, pixels = _gate_constants(x, bias), x.numel() // x.shape[1]
     weight, bias = weight.flatten(1).contiguous(), x if bias is None else bias.contiguous()
-    large_kernel_gate_kernel[(triton.cdiv(pixels, constants["BLOCK_P"]),)](x, g, weight, bias, out, pixels, **constants)
+    large_kernel_gate_kernel[(cdiv(pixels, constants["BLOCK_P"]),)](x, g, weight, bias, out, pixels, **constants)
 
 
 def launch_gate_grad(
@@ -116,7 +117,7 @@ def launch_gate_grad(
     """Write the gradients of x, of the gate's logits and of g; return the sums of the last two, (C,) fp32."""
     constants, (pixels, channels) = _gate_constants(x, bias, grad=True), (x.numel() // x.shape[1], x.shape[1])
     weight, bias = weight.flatten(1).contiguous(), x if bias is None else bias.contiguous()
-    programs = triton.cdiv(pixels, constants["BLOCK_P"])
+    programs = cdiv(pixels, constants["BLOCK_P"])
     sums = x.new_empty(2, programs, channels, dtype=torch.float32)
     large_kernel_gate_grad_kernel[(programs,)](
         x, g, weight, bias, grad, dx, dlogits, dg, sums[0], sums[1], pixels, **constants

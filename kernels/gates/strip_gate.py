@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import eager_backward, eager_forward, on_device, refuse_second_derivative, without_autocast
+from .._launch import cdiv, eager_backward, eager_forward, on_device, refuse_second_derivative, without_autocast
 from .norm import StripNorm
 from .plan import strip_gate_tiles
 
@@ -118,7 +118,7 @@ def _launch(kernel, x: Tensor, other: Tensor, turns: int, *tensors: Tensor, **co
     """Launch on tiles of x; `other` is the second map that the kernel takes, whose strides it gets too."""
     batch, channels, height, width = x.shape
     block_c, block_h, block_w = strip_gate_tiles(channels, height, width, x.stride(1) == 1)
-    tiles = triton.cdiv(channels, block_c) * triton.cdiv(height, block_h * turns) * triton.cdiv(width, block_w)
+    tiles = cdiv(channels, block_c) * cdiv(height, block_h * turns) * cdiv(width, block_w)
     align = math.gcd(8, width, x.stride(2), other.stride(2))
     strides = [(m.stride(0), m.stride(1), m.stride(2) // align, m.stride(3)) for m in (x, other)]
     blocks = {"BLOCK_C": block_c, "BLOCK_H": block_h, "BLOCK_W": block_w, "ALIGN": align}
@@ -140,8 +140,8 @@ def launch_sums(x: Tensor, y: Tensor | None = None, gates: Strips | None = None)
     """Sums of the rows and of the columns of x; given y and gates, of x * y times the other strip's gates."""
     batch, channels, height, width = x.shape
     _, block_h, block_w = strip_gate_tiles(channels, height, width, x.stride(1) == 1)
-    rows = x.new_empty(batch, channels, triton.cdiv(width, block_w), height, dtype=torch.float32)
-    cols = x.new_empty(batch, channels, triton.cdiv(height, block_h * TURNS), width, dtype=torch.float32)
+    rows = x.new_empty(batch, channels, cdiv(width, block_w), height, dtype=torch.float32)
+    cols = x.new_empty(batch, channels, cdiv(height, block_h * TURNS), width, dtype=torch.float32)
     other, used = (x, (rows, cols)) if y is None or gates is None else (y, _contiguous(gates))
     _launch(sums_kernel, x, other, TURNS, x, other, *used, rows, cols, BACK=y is not None, TURNS=TURNS)
     return Strips(rows.sum(2), cols.sum(2))

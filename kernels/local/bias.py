@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import cdiv
 from .intervals import walk_offset
 from .plan import Plan
 
@@ -111,7 +112,7 @@ def bias_tiles(table: Tensor, plan: Plan) -> Tensor:
     heads, size = table.shape[0], bias_size(plan)
     dtype = torch.float32 if table.dtype == torch.float64 else table.dtype
     tiles = table.new_empty(heads, size, dtype=dtype)
-    bias_tiles_kernel[(triton.cdiv(size, BLOCK) * heads,)](
+    bias_tiles_kernel[(cdiv(size, BLOCK) * heads,)](
         table, tiles, ROWS=plan.rows, COLS=plan.cols, CELLS=table.numel() // heads, SIZE=size, BLOCK=BLOCK,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import power_of_2
+from .._launch import cdiv, power_of_2
 from .bias import table_cells
 from .intervals import hidden, in_elements, interval, load_tokens, map_offsets, own, walk, walk_offset
 from .plan import SIZES, Pattern, Plan
@@ -207,7 +207,7 @@ def table_gradient(
     block = min(power_of_2(columns), 128)
     entries = max(min(ENTRIES // block, power_of_2(len(sums) * several[0] * several[1])), 1)
     slots_y, slots_x = ((0,) * 8,) * 2 if shares is None else shares.numbers
-    grid = (sums.shape[1] * lines * triton.cdiv(columns, block),)
+    grid = (sums.shape[1] * lines * cdiv(columns, block),)
     table_gradient_kernel[grid](
         sums, dtable, sums.shape[1], pattern.dilation, size, len(sums), 1 if shares is None else shares.images,
         slots_y, slots_x, ROWS=rows, COLS=cols, COLUMNS=columns, SEVERAL_Y=several[0], SEVERAL_X=several[1],

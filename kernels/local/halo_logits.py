@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import padded
+from .._launch import cdiv, padded
 
 STRIP = 64  # queries
 SIZES = ("images", "heads", "lines", "length")  # arguments of which no kernel needs a version of its own
@@ -112,7 +112,7 @@ def _windows(tables: tuple[Tensor, Tensor]) -> tuple[int, int]:
 
 def _launch(kernel, axis: int, x: Tensor, first: tuple, strides: tuple, precision: str, **constants):
     lines, length = x.shape[1 + axis], x.shape[2 - axis]
-    grid = (x.shape[0] * lines * triton.cdiv(length, STRIP) * x.shape[3],)
+    grid = (x.shape[0] * lines * cdiv(length, STRIP) * x.shape[3],)
     kernel[grid](
         *first, *strides, x.shape[3], lines, length,
         AXIS=axis, STRIP=STRIP, PRECISION=precision, num_warps=4, num_stages=2, enable_fp_fusion=True, **constants,

@@ -27,7 +27,7 @@ from .forward import local_forward_kernel
 from .halo_logits import halo_logits, halo_logits_backward
 from .launch_plan import KernelLaunch, Sizes, full_precision, plan_launch, plan_one_pass, plan_shares
 from .one_pass import local_backward_kernel, local_closed_forward_kernel
-from .plan import Pattern, Plan
+from .plan import Pattern, Plan, pattern_of
 
 LOG2_E = math.log2(math.e)
 
@@ -69,17 +69,21 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _strides(*tensors: Tensor) -> tuple[int, tuple[tuple[int, ...], ...]]:
-    """Return a unit and the strides of maps in that unit.
+    """Return a unit and the strides of maps in that unit."""
+    return _in_units(16 // tensors[0].element_size(), tuple(t.stride()[:4] for t in tensors))
 
-    Triton knows of a number whether 16 divides it. Where it does not, but whole vectors of 16 bytes fit between tokens
-    (head_dim 24 in 16 bits), the unit is such a vector, so that kernels load vectors.
+
+@lru_cache(maxsize=1024)
+def _in_units(vector: int, strides: tuple[tuple[int, ...], ...]) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """Return a unit and strides in that unit: one number, or a vector of 16 bytes.
+
+    Triton knows of a number whether 16 divides it. Where it does not, but whole vectors fit between tokens (head_dim 24
+    in 16 bits), the unit is such a vector, so that kernels load vectors.
     """
-    strides = tuple(t.stride()[:4] for t in tensors)
-    unit = 16 // tensors[0].element_size()
     common = math.gcd(*(step for steps in strides for step in steps))
-    if common % 16 == 0 or common % unit:
+    if common % 16 == 0 or common % vector:
         return 1, strides
-    return unit, tuple(tuple(step // unit for step in steps) for steps in strides)
+    return vector, tuple(tuple(step // vector for step in steps) for steps in strides)
 
 
 def _tiles_of(bias: Tensor | None, plan: Plan, q: Tensor) -> Tensor:
@@ -204,11 +208,8 @@ def _forward(
     return out, lse
 
 
-_cached_pattern = lru_cache(maxsize=1024)(Pattern)
-
-
 def _pattern(kind, keys, reach, stride, dilation, causal, shift) -> Pattern:
-    return _cached_pattern(kind, *(tuple(pair) for pair in (keys, reach, stride, dilation, causal, shift)))
+    return pattern_of(kind, tuple(keys), tuple(reach), tuple(stride), tuple(dilation), tuple(causal), tuple(shift))
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,5 +333,7 @@ def local_attention_lse(
     return out, (lse * math.log(2)).permute(0, 2, 3, 1)
 
 
+@lru_cache(maxsize=1024)
 def fields(p: Pattern) -> tuple:
-    return p.kind, *(list(pair) for pair in (p.keys, p.reach, p.stride, p.dilation, p.causal, p.shift))
+    """The arguments of the ops that `_pattern` makes a pattern of."""
+    return p.kind, p.keys, p.reach, p.stride, p.dilation, p.causal, p.shift

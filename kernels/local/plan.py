@@ -53,6 +53,9 @@ class Pattern:
     shift: tuple[int, int] = (0, 0)
 
 
+pattern_of = lru_cache(maxsize=1024)(Pattern)  # the one object of these numbers, which knows its hash
+
+
 @keeps_hash
 @dataclass(frozen=True)
 class Axis:

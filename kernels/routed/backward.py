@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import eager_backward, on_device, power_of_2, refuse_second_derivative, without_autocast
+from .._launch import cdiv, eager_backward, on_device, power_of_2, refuse_second_derivative, without_autocast
 from ..packed import empty_gradients, separate
 from .inverse import InverseRoutes, invert_routes
 from .invert import launch_inverse
@@ -182,7 +182,7 @@ def _of_a_region(x: Tensor, cut: Regions) -> tuple[int, int, int]:
 def launch_queries(q, k, v, routes, out, lse, grad, delta, dq, cut: Regions, scale: float) -> None:
     batch, heads = q.shape[0], q.shape[3]
     block_m, block_n, warps = region_tiles(cut.queries, routes.shape[2] * cut.keys, q.itemsize)
-    queries_kernel[(batch * heads * cut.count * triton.cdiv(cut.queries, block_m),)](
+    queries_kernel[(batch * heads * cut.count * cdiv(cut.queries, block_m),)](
         q, k, v, routes, out, grad, lse, delta, dq,
         q.stride(), k.stride(), v.stride(), out.stride(), grad.stride(), dq.stride(),
         scale, scale * math.log2(math.e), heads, cut.count, routes.shape[2],
@@ -196,7 +196,7 @@ def launch_keys(
 ) -> None:
     heads, count = q.shape[3], q.shape[0] * cut.count
     block_n, block_m, warps = region_tiles(cut.keys, lists.piece * cut.queries, q.itemsize)
-    keys_kernel[((lists.extras if extra else count) * heads * triton.cdiv(cut.keys, block_n),)](
+    keys_kernel[((lists.extras if extra else count) * heads * cdiv(cut.keys, block_n),)](
         q, k, v, grad, lse, delta, dk, dv, *sums,
         lists.queries, lists.starts, lists.ends, lists.extra_starts, lists.extra_owners,
         q.stride(), k.stride(), v.stride(), grad.stride(), dk.stride(), dv.stride(),

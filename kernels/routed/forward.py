@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import eager_forward, on_device, power_of_2
+from .._launch import cdiv, eager_forward, on_device, power_of_2
 from .backward import call_backward
 from .plan import Regions, constants, region_tiles
 from .tokens import load_region, routes_are_valid, store_region
@@ -69,7 +69,7 @@ def forward_kernel(
 
 def launch_forward(q, k, v, routes, out, lse, cut: Regions, scale: float) -> None:
     block_m, block_n, warps = region_tiles(cut.queries, routes.shape[2] * cut.keys, q.itemsize)
-    forward_kernel[(q.shape[0] * q.shape[3] * cut.count * triton.cdiv(cut.queries, block_m),)](
+    forward_kernel[(q.shape[0] * q.shape[3] * cut.count * cdiv(cut.queries, block_m),)](
         q, k, v, routes, out, lse,
         q.stride(), k.stride(), v.stride(), out.stride(),
         scale * math.log2(math.e), q.shape[3], cut.count, routes.shape[2],

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import LEAST_DOT, on_device, padded, power_of_2
+from .._launch import LEAST_DOT, cdiv, on_device, padded, power_of_2
 
 _TOKENS = 16  # of a tile that is summed
 _LOWEST = -(2**63)  # below the key of every score
@@ -91,14 +91,14 @@ def launch_routes(q: Tensor, k: Tensor, grid: tuple[int, int], region: tuple[int
     regions = grid[0] * grid[1]
     block_c = min(power_of_2(channels), 128)
     means = q.new_empty(2, batch, regions, channels, dtype=torch.float32)
-    region_means_kernel[(batch * regions * triton.cdiv(channels, block_c),)](
+    region_means_kernel[(batch * regions * cdiv(channels, block_c),)](
         q, k, means, q.stride(), k.stride(), batch, height, width, channels,
         GRID_H=grid[0], GRID_W=grid[1], ROWS=region[0], COLS=region[1],
         BLOCK_T=min(power_of_2(region[0] * region[1]), _TOKENS), BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     routes = q.new_empty(batch, regions, topk, dtype=torch.int64)
     block_r = padded(regions)
-    routes_kernel[(batch * triton.cdiv(regions, LEAST_DOT),)](
+    routes_kernel[(batch * cdiv(regions, LEAST_DOT),)](
         means, routes, batch, channels, topk,
         REGIONS=regions, BLOCK_R=block_r, BLOCK_Q=LEAST_DOT, BLOCK_C=min(padded(channels), 32 if block_r > 64 else 64),
         LOWEST=_LOWEST, num_warps=4,

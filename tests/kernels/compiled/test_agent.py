@@ -14,7 +14,7 @@ LAYERS = {
     "Swin, stage 1": pytest.param((3136, 9, 3, 32), marks=pytest.mark.slow),
     "dense, 784 agents": pytest.param((4096, 784, 8, 64), marks=pytest.mark.slow),
 }
-FEW_SPILLS = 8  # loads and stores in loops whose products are three of TF32, at 255 registers a thread
+FEW_SPILLS = 5  # loads and stores, of more than 600 instructions, in loops whose products are three of TF32
 WIDE = {"head_dim 128": (784, 49, 4, 128), "head_dim 128, 784 agents": (784, 784, 4, 128)}
 
 
@@ -90,5 +90,5 @@ def test_float32_fits(compile_for, shared_limit_bytes, dim, capability):
         for kernel in compile_for(capability, launch, 784, agents, 4, dim, torch.float32):
             assert kernel.shared_bytes <= shared_limit_bytes[capability], (kernel.name, kernel.shared_bytes)
             assert kernel.name == "combine_kernel" or kernel.count("tf32") > 0
-            spills = kernel.loop_spills()  # a word or two of hundreds of instructions
-            assert dim > 64 or len(spills) <= FEW_SPILLS, (kernel.name, dim, kernel.registers, len(spills))
+            spills = kernel.loop_spills()
+            assert len(spills) <= (FEW_SPILLS if capability == 120 else 0), (kernel.name, kernel.registers, len(spills))
