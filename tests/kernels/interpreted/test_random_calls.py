@@ -49,6 +49,11 @@ def test_owners_past_the_map_read_no_partial_sum(seed):
     assert check(draw("window_attention_lse", seed), "fused") is None
 
 
+def test_tiles_past_a_short_dilation_group_read_no_bias():
+    """7 columns in 3 groups: tiles of two columns, of which the groups of 2 columns have one and that of 3 has two."""
+    assert check(draw("neighborhood_attention", 1033), "fused") is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_hundreds_of_random_calls(name):
