@@ -84,7 +84,8 @@ def bias_of_tile(bias_ptr, head, tile_y, tile_x, begin_y, begin_x, ROWS: tl.cons
     else:
         bias_ptr += head.to(tl.int64) * (COLS.shifts * ROWS.lines * COLS.walk)
         shift, line = begin_x - tile_x * COLS.tile + COLS.keys - 1, begin_y - tile_y * ROWS.tile + ROWS.keys - 1
-        rows = (shift * ROWS.lines + line) * COLS.walk
+        # below 0 for a tile past a dilation group that is short: it uses no bias, but reads some
+        rows = tl.maximum(shift * ROWS.lines + line, 0) * COLS.walk
         rows += ((COLS.tile - 1 - m % COLS.tile) * ROWS.lines + ROWS.tile - 1 - m // COLS.tile) * COLS.walk
     return bias_ptr + (rows[:, None] + n[None, :])
 

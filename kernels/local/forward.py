@@ -23,7 +23,6 @@ from .intervals import (
     of_head,
     own,
     place_cells,
-    steps_of,
     store_tokens,
     walk,
 )
@@ -51,7 +50,7 @@ def local_forward_kernel(
     y, valid_y, begin_y, visits_y, keys_y, word_y, high_y = own(
         m // COLS.tile, tile_y, group_y, dilation[0], queries[0], keys[0], ROWS
     )
-    x, valid_x, begin_x, visits_x, keys_x, word_x, high_x = own(
+    x, valid_x, begin_x, _, keys_x, word_x, high_x = own(
         m % COLS.tile, tile_x, group_x, dilation[1], queries[1], keys[1], COLS
     )
     valid = valid_y & valid_x
@@ -69,7 +68,7 @@ def local_forward_kernel(
     top = tl.full((M,), FLOOR, tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, PAD_V), tl.float32)
-    for step in range(steps_of(visits_y, visits_x, COLS)):
+    for step in range(visits_y * COLS.walks):
         step_y, step_x = step // COLS.walks, step % COLS.walks
         key_y, inside_y = walk(step_y, n // COLS.walk, begin_y, keys_y, ROWS)
         key_x, inside_x = walk(step_x, n % COLS.walk, begin_x, keys_x, COLS)

@@ -186,12 +186,6 @@ def own(i, tile, group, dilation, owners, walked, AXIS: tl.constexpr):
 
 
 @triton.jit
-def steps_of(visits_y, visits_x, COLS: tl.constexpr):
-    """How many walked tiles an owner tile visits: none where it lies past a dilation group that is short."""
-    return visits_y * tl.minimum(visits_x, 1) * COLS.walks
-
-
-@triton.jit
 def walk(index, i, begin, end, AXIS: tl.constexpr):
     """One axis of the walked tile `index`: its tokens, and which of them lie on the map and before `end`."""
     x = begin + walk_offset(index, AXIS) + i
