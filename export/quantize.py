@@ -148,6 +148,7 @@ def quantize_program(
 
     def quantize() -> torch.export.ExportedProgram:
         graph = torch.export.export(model, (example,), dynamic_shapes=shapes).module()
+        _copy_permuted_inputs(graph)
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(_torchao_config(x86.get_default_x86_inductor_quantization_config(), preset))
         prepared = prepare_pt2e(graph, quantizer)
@@ -157,6 +158,21 @@ def quantize_program(
 
     with torch.no_grad():
         return quietly(quantize)
+
+
+def _copy_permuted_inputs(module: torch.fx.GraphModule) -> None:
+    """Copy what linear layers of more than two dimensions take, where it is not contiguous.
+
+    torch computes the layer as a batched product otherwise, for which torchao's int8 product wants a fixed batch.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        x = node.args[0]
+        if x.meta["val"].dim() > 2 and not x.meta["val"].is_contiguous():
+            with module.graph.inserting_before(node):
+                copied = module.graph.call_function(torch.ops.aten.contiguous.default, (x,))
+            copied.meta = {**x.meta, "val": x.meta["val"].contiguous()}
+            node.replace_input_with(x, copied)
+    module.recompile()
 
 
 def _torchao_config(config: Any, preset: Preset) -> Any:

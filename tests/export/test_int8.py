@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from foveate.commands.main import app
 from foveate.export import ExportError, export_onnx, open_file, quantize_onnx
+from foveate.export.converters import write_aoti
 from foveate.export.formats import FORMATS, Format, Request
 from foveate.export.int8 import write_int8
 from foveate.export.presets import PRESETS
@@ -215,6 +216,29 @@ def test_torchao_takes_the_presets_that_it_can():
     assert not torch.equal(*outs.values())
     with pytest.raises(ExportError, match="torchao finds ranges by default or moving, not by percentile"):
         quantize_program(model, example, x, dynamic=("batch",), preset=PRESETS["percentile"])
+
+
+class OverTokens(nn.Module):
+    """A layer over the tokens of a map: what it takes is transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.tokens, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(16, 16), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.tokens(self.proj(x).flatten(2).mT.contiguous().mT).mean(-1))
+
+
+@pytest.mark.slow
+def test_a_layer_over_tokens_is_an_int8_product_of_any_batch(tmp_path):
+    torch.manual_seed(0)
+    model, x, out = OverTokens().eval(), torch.randn(16, 3, 32, 32), tmp_path / "net.pt2"
+    with torch.no_grad():
+        write_aoti(quantize_program(model, x[:2], x, dynamic=("batch",)), out, None, int8=True)
+        wanted = model(x)
+    run = open_file(out).run
+    for batch in (1, 5):
+        assert 0 < (run(x[:batch])[0] - wanted[:batch]).square().mean().sqrt() < 0.1 * wanted.std()
 
 
 def export(*arguments: str):
