@@ -1,5 +1,6 @@
 """Write a file or a folder atomically, and read files of unknown origin safely."""
 
+import errno
 import json
 import os
 import stat
@@ -23,6 +24,7 @@ IMAGE_SUFFIXES = (
     ".ppm",
     ".pgm",
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space on the disk, for the user, or for a file
 PART = ".part"  # suffix of the temporary folders; a killed process may leave one
 
 IS_FOLDER = "is a folder"
@@ -141,7 +143,12 @@ def atomic_path(out: Path, *, beside: str | None = None) -> Iterator[Path]:
     """
     with TemporaryDirectory(prefix=f".{out.name[:40]}.", suffix=PART, dir=out.parent) as folder:
         part = Path(folder) / out.name
-        yield part
+        try:
+            yield part
+        except OSError as error:
+            if error.errno in _FULL and error.filename is None:  # of a write to an open file
+                error.filename = str(out)
+            raise
         second = None if beside is None else part.with_suffix(beside)
         if second is not None and not second.exists():  # the body wrote one file
             second = None

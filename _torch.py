@@ -5,6 +5,8 @@ oneDNN's operators are in attention_ops/_onednn.py, which tries each of them bef
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,8 +150,10 @@ def without_compiler_caches() -> AbstractContextManager[None]:
 
 
 def compile_package(program: torch.export.ExportedProgram, path: str, options: dict[str, Any]) -> None:
-    """Compile a program with AOTInductor and write its package."""
-    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+    """Compile a program with AOTInductor and write its package: torch's writer aborts the process on a full disk."""
+    package = BytesIO()
+    torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
+    Path(path).write_bytes(package.getbuffer())
 
 
 def load_package(path: str) -> Any:

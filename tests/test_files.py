@@ -1,5 +1,6 @@
 """A file or folder appears whole, or not at all."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -45,3 +46,12 @@ def test_a_relative_name_is_a_name_in_the_current_folder(tmp_path, monkeypatch):
     with atomic_path(Path("net.onnx")) as part:
         part.write_text("new")
     assert os.listdir() == ["net.onnx"]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    out = tmp_path / "net.onnx"
+    with pytest.raises(OSError, match=r"No space left on device: '.*net.onnx'"), atomic_path(out):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match="other.bin"), atomic_path(out):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "other.bin")
+    assert os.listdir(tmp_path) == []

@@ -1,11 +1,15 @@
 """A path that cannot be written to is refused."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from foveate._files import atomic_path, text_lines
 from foveate.export import ExportError
+from foveate.export.converters import write_aoti
 from foveate.export.files import check_empty_folder, check_target
 
 
@@ -51,3 +55,12 @@ def test_the_longest_name_of_a_file_can_be_written(tmp_path):
 
 def test_lines_end_as_on_any_system_and_nowhere_else():
     assert text_lines("\ufeffa\r\nb\rc\u2028d\x85\n") == ["a", "b", "c\u2028d\x85", ""]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's device that is always full")
+def test_a_disk_that_fills_up_while_a_package_is_written_is_an_error():
+    """torch's own writer ends the process there."""
+    program = torch.export.export(nn.Linear(4, 4), (torch.zeros(2, 4),))
+    with pytest.raises(OSError, match="No space left"):
+        write_aoti(program, Path("/dev/full"), None)
