@@ -52,6 +52,6 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     out = tmp_path / "net.onnx"
     with pytest.raises(OSError, match=r"No space left on device: '.*net.onnx'"), atomic_path(out):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(OSError, match="other.bin"), atomic_path(out):
+    with pytest.raises(OSError, match=r"other\.bin"), atomic_path(out):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "other.bin")
     assert os.listdir(tmp_path) == []
