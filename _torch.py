@@ -151,7 +151,11 @@ def without_compiler_caches() -> AbstractContextManager[None]:
 
 def compile_package(program: torch.export.ExportedProgram, path: str, options: dict[str, Any]) -> None:
     """Compile a program with AOTInductor and write its package: torch's writer aborts the process on a full disk."""
+    from torch._inductor import config
+
     package = BytesIO()
+    if hasattr(config.aot_inductor, "enable_line_tables"):  # a third of the code; older versions of torch add none
+        options = options | {"aot_inductor.enable_line_tables": False}
     torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
     Path(path).write_bytes(package.getbuffer())
 
