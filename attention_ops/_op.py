@@ -23,10 +23,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache
 from operator import itemgetter
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from .._torch import calls_are_seen, compiles, forward_ad_is_on, is_faked_or_rec
 from ..kernels._launch import PLAIN_TENSORS, autocasts, is_recorded, no_autocast
 from ._checks import pair
 from ._graph.exporting import is_exported
+from ._schema import Impl, plain_types, schema_of, schema_types
 
 Size = Annotated[int | Sequence[int], "int[2]"]  # tokens, one number or (rows, columns); a constant under tracers
 SymSize = Annotated[int | Sequence[int], "SymInt[2]"]  # tokens; may depend on a traced size
@@ -44,39 +44,6 @@ Flags = Annotated[bool | Sequence[bool], "bool[2]"]
 Count = Annotated[int, "SymInt"]
 Tensors = Annotated[Sequence[Tensor], "Tensor[]"]
 Pair = tuple[int, int]  # (rows, columns), as bodies receive sizes
-
-
-class Impl(str, Enum):
-    """The body to run. A body requested by name runs or raises."""
-
-    AUTO = "auto"  # fused where it can run, else tiled
-    FUSED = "fused"
-    TILED = "tiled"
-    REFERENCE = "reference"
-
-
-_SCHEMA_TYPES = {
-    Tensor: "Tensor",
-    Tensor | None: "Tensor?",
-    int: "int",
-    float: "float",
-    float | None: "float?",
-    bool: "bool",
-    str: "str",
-    str | None: "str?",
-    Impl | str: "str",
-}
-_VALUES: dict[str, tuple[type, ...]] = {  # what a call without the dispatcher takes for a schema type; of others, None
-    "Tensor": PLAIN_TENSORS,
-    "int": (int,),
-    "SymInt": (int,),
-    "float": (float,),
-    "bool": (bool,),
-    "str": (str, Impl),
-    "int[2]": (int, tuple, list),
-    "SymInt[2]": (int, tuple, list),
-    "bool[2]": (bool, tuple, list),
-}
 Body = Callable[..., Any]  # returns what the public function returns: one tensor, or a tuple of them
 Bundles = Mapping[str, Callable[..., Any]]  # by name, NamedTuples whose fields are arguments
 
@@ -102,7 +69,7 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self.bind(*args, **kwargs))
 
-    def takes(self, values: tuple[Any, ...]) -> bool:
+    def is_plain_call(self, values: tuple[Any, ...]) -> bool:
         """Say whether a call with these values, one an argument, is the same without the dispatcher: 10 us shorter."""
         if is_recorded() or calls_are_seen() or len(values) != len(self.types):
             return False
@@ -182,10 +149,6 @@ class Op:
         if run is not Impl.TILED or self.graph is tiled or not (transformed or is_traced(tensors)):
             return self.bodies[run]
         return self.opaque if not transformed and _is_compiled_for_inference(tensors) else self.graph
-
-
-def _types_of(schema_type: str) -> tuple[type, ...]:
-    return _VALUES.get(schema_type.rstrip("?"), ()) + ((type(None),) if schema_type.endswith("?") else ())
 
 
 def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
@@ -269,25 +232,22 @@ def declare(
     Raises:
         TypeError: a body does not take exactly the arguments of the public signature.
     """
-    hints, bundles = get_type_hints(promise, include_extras=True), bundles or {}
-    parameters = dict(inspect.signature(promise).parameters)
+    kinds, parameters, bundles = schema_types(promise), inspect.signature(promise).parameters, bundles or {}
     bodies = {Impl.REFERENCE: reference, Impl.TILED: tiled} | ({Impl.FUSED: fused} if fused else {})
+    wanted = sorted(set(parameters) - {"impl"})
     for body in (*bodies.values(), graph or tiled):
         taken = [n for name in _names(body) for n in (_names(bundles[name]) if name in bundles else (name,))]
-        if sorted(taken) != sorted(set(parameters) - {"impl"}):
-            wanted = ", ".join(sorted(set(parameters) - {"impl"}))
-            raise TypeError(
-                f"{getattr(body, '__name__', body)} must take the arguments of {promise.__name__}: {wanted}"
-            )
-    schema_types = {name: _schema_type(hints[name]) for name in parameters}
-    pairs = tuple(name for name, kind in schema_types.items() if kind.rstrip("?").endswith("[2]"))
+        if sorted(taken) != wanted:
+            called = getattr(body, "__name__", body)
+            raise TypeError(f"{called} must take the arguments of {promise.__name__}: {', '.join(wanted)}")
+    pairs = tuple(name for name, kind in kinds.items() if kind.rstrip("?").endswith("[2]"))
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     defaults |= {name: (defaults[name],) * 2 for name in pairs if isinstance(defaults[name], int)}
     op = Op(
         name=promise.__name__,
         defaults=defaults,
-        types=tuple(_types_of(kind) for kind in schema_types.values()),
-        tensors=tuple(name for name, kind in schema_types.items() if kind.startswith("Tensor")),
+        types=tuple(map(plain_types, kinds.values())),
+        tensors=tuple(name for name, kind in kinds.items() if kind.startswith("Tensor")),
         pairs=pairs,
         check=check,
         bodies=bodies,
@@ -308,7 +268,7 @@ def register(promise: Callable[..., Any], body: Body) -> None:
     """Define `foveate::NAME` with the schema of a public function, made of the operations of `body`."""
     qualified = f"foveate::{promise.__name__}"
     REGISTERED[promise.__name__] = body
-    torch.library.define(qualified, _schema(promise))
+    torch.library.define(qualified, schema_of(promise))
     for key in (
         "CompositeImplicitAutograd",
         "FuncTorchBatched",
@@ -336,7 +296,7 @@ def _register_opaque(promise: Callable[..., Any], op: Op) -> None:
         with torch.autocast("cpu", enabled=False):  # its arguments are cast; autocast may be on where the graph runs
             return _contiguous(tiled(*args, **kwargs))
 
-    torch.library.define(qualified, _schema(promise, without=("impl",)))
+    torch.library.define(qualified, schema_of(promise, without=("impl",)))
     torch.library.impl(qualified, "CPU", on_cpu)
     graph = op.calling(op.graph)
     torch.library.register_fake(qualified, lambda *args, **kwargs: _contiguous(graph(*args, **kwargs)))
@@ -346,24 +306,10 @@ def _contiguous(out: Any) -> Any:
     return tuple(t.contiguous() for t in out) if isinstance(out, tuple) else out.contiguous()
 
 
-def _schema(promise: Callable[..., Any], without: tuple[str, ...] = ()) -> str:
-    hints = get_type_hints(promise, include_extras=True)
-    words, keyword_only = [], False
-    for name, parameter in inspect.signature(promise).parameters.items():
-        if name in without:
-            continue
-        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
-            words.append("*")
-            keyword_only = True
-        words.append(f"{_schema_type(hints[name])} {name}{_schema_default(parameter.default, hints[name])}")
-    outputs = "Tensor" if hints["return"] is Tensor else f"({', '.join('Tensor' for _ in get_args(hints['return']))})"
-    return f"({', '.join(words)}) -> {outputs}"
-
-
 def run(name: str, *values: Any) -> Any:
     """Call the op `name` with all arguments of its public function, in the order of its signature."""
     op = OPS[name]
-    if not torch.compiler.is_compiling() and op.takes(values):
+    if not torch.compiler.is_compiling() and op.is_plain_call(values):
         return op.run(values)
     arguments = dict(zip(op.defaults, values, strict=True))
     for (key, value), types in zip(arguments.items(), op.types, strict=True):
@@ -388,24 +334,6 @@ def call(name: str, arguments: dict[str, Any]) -> Any:
 def _spell_out(name: str, arguments: dict[str, Any]) -> Any:
     """Record the operations that an op consists of. torch.compile's tracer does not look into this function."""
     return REGISTERED[name](**arguments)
-
-
-def _schema_type(hint: Any) -> str:
-    if get_origin(hint) is Annotated:
-        return get_args(hint)[1]
-    if hint in _SCHEMA_TYPES:
-        return _SCHEMA_TYPES[hint]
-    arms = [arm for arm in get_args(hint) if arm is not type(None)]  # an annotated type or None
-    return f"{_schema_type(arms[0])}?"
-
-
-def _schema_default(default: Any, hint: Any) -> str:
-    if default is inspect.Parameter.empty:
-        return ""
-    if isinstance(default, str):
-        return f"='{default.value if isinstance(default, Impl) else default}'"
-    both = _schema_type(hint).endswith("[2]")
-    return f"=[{default}, {default}]" if both else f"={default}"
 
 
 # Autocast, torch.func and tracers

@@ -1,11 +1,14 @@
-"""Print what the Python of a call takes with the `foveate` that is on the path, as JSON. Run by call_overhead.py.
+"""Print what the Python of a call takes with a package, as JSON: a script that call_overhead.py runs.
 
-It imports the package by its name, whichever commit that is, and runs as a script.
+    python _calls_of.py foveate
+
+The package is the one of that name on the path, of whichever commit.
 """
 
 import json
 import sys
 import time
+from importlib import import_module
 from types import SimpleNamespace
 from unittest import mock
 
@@ -57,11 +60,10 @@ def main() -> None:
     setattr(driver, "_active" if hasattr(driver, "_active") else "active", gpu)
     CompiledKernel.run = property(lambda self: nothing)
     CompiledKernel.launch_metadata = nothing
-    import foveate
-    from foveate import attention_ops as ops
-
+    package = sys.argv[1]
+    ops = import_module(f"{package}.attention_ops")
     for name, module in list(sys.modules.items()):  # kernels take the tensors of a CPU
-        if name.startswith(f"{foveate.__name__}.") and hasattr(module, "why_no_triton"):
+        if name.startswith(f"{package}.") and hasattr(module, "why_no_triton"):
             module.why_no_triton = nothing
     rpb, bias = torch.empty(2, 13, 13), torch.empty(2, 49, 49)
     calls = {

@@ -20,6 +20,7 @@ from ._timing import describe_machine, write_report
 
 MODULE = "foveate.benchmarks.call_overhead"
 SCRIPT = Path(__file__).with_name("_calls_of.py")
+PACKAGE = __name__.partition(".")[0]
 TURNS = 2
 Calls = dict[str, dict[str, float]]  # microseconds of each kind of call, by op
 
@@ -30,7 +31,7 @@ def measure(folder: Path | None) -> Calls:
     environment["OMP_NUM_THREADS"] = "1"
     if folder is not None:
         environment["PYTHONPATH"] = str(folder.resolve())
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(SCRIPT), PACKAGE], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{SCRIPT.name} failed with the package of {folder or 'this process'}:\n{done.stderr.strip()}")
     return json.loads(done.stdout)
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--against", type=Path, metavar="DIR", help="folder that holds another package foveate")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     options = parser.parse_args(arguments)
-    if options.against is not None and not (options.against / "foveate" / "__init__.py").is_file():
+    if options.against is not None and not (options.against / PACKAGE / "__init__.py").is_file():
         parser.error(f"--against: wanted a folder that holds the package foveate, got {options.against}")
     now, before = measure(None), None
     for turn in range(TURNS):
