@@ -20,7 +20,7 @@ from ._timing import describe_machine, write_report
 
 MODULE = "foveate.benchmarks.call_overhead"
 SCRIPT = Path(__file__).with_name("_calls_of.py")
-PACKAGE = __name__.partition(".")[0]
+PACKAGE = MODULE.partition(".")[0]
 TURNS = 2
 Calls = dict[str, dict[str, float]]  # microseconds of each kind of call, by op
 
