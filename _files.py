@@ -146,9 +146,10 @@ def atomic_path(out: Path, *, beside: str | None = None) -> Iterator[Path]:
         try:
             yield part
         except OSError as error:
-            if error.errno in _FULL and error.filename is None:  # of a write to an open file
-                error.filename = str(out)
-            raise
+            inner = out.parent.suffix == PART  # of another file or folder that is being written
+            if error.errno not in _FULL or error.filename is not None or inner:
+                raise
+            raise OSError(error.errno, error.strerror, str(out)) from error  # of a write to an open file
         second = None if beside is None else part.with_suffix(beside)
         if second is not None and not second.exists():  # the body wrote one file
             second = None

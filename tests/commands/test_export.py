@@ -125,7 +125,7 @@ def test_a_full_disk_prints_one_line_and_leaves_nothing(monkeypatch):
 
     monkeypatch.setattr("foveate._files.os.replace", full)
     done = export("test_resnet", "-o", "hub", "--format", "hub", *SMALL)
-    assert (done.exit_code, done.stderr) == (2, "foveate export: [Errno 28] No space left on device\n")
+    assert (done.exit_code, done.stderr) == (2, "foveate export: [Errno 28] No space left on device: 'hub'\n")
     assert os.listdir() == []
 
 

@@ -265,8 +265,9 @@ def test_a_full_disk_ends_training_in_one_line(monkeypatch):
     monkeypatch.setattr("foveate.train.checkpoints.save_torch", fail(FULL))
     done = CliRunner().invoke(app, ["train", "recipe.json", "--work-dir", "run"])
     assert done.exit_code == 2, done.output
-    said = f"foveate train: work_dir {Path('run').absolute()}: No space left on device; no checkpoint was written yet\n"
-    assert done.stderr == said
+    run = Path("run").absolute()
+    why = f"No space left on device ({run / 'best.pth'}); no checkpoint was written yet"
+    assert done.stderr == f"foveate train: work_dir {run}: {why}\n"
     assert not list(Path("run").glob("*.pth")) and not list(Path("run").glob(".*"))
 
 

@@ -77,14 +77,14 @@ def test_peft_itself_reads_the_adapter(run, base):
     net.load_state_dict(weights, strict=False)
     adapted = PeftModel.from_pretrained(net, str(run.work_dir / "adapter")).eval()
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(adapted(x), load_net(run.best_checkpoint)(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(adapted(x), load_net(run.best_checkpoint)(x), rtol=1e-5, atol=1e-6)
 
 
 def test_the_adapter_holds_the_averages_where_they_are_on(recipe, base, tmp_path):
     run = train({**recipe(), "ema": 0.5}, work_dir=tmp_path / "run", device="cpu")
     adapted = load_model("nat_mini", base, adapter=run.work_dir / "adapter", **KEYWORDS | {"num_classes": 5})
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(adapted(x), load_net(run.best_checkpoint)(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(adapted(x), load_net(run.best_checkpoint)(x), rtol=1e-5, atol=1e-6)
 
 
 def test_a_checkpoint_is_evaluated_and_resumed(run, recipe):
