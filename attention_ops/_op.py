@@ -67,7 +67,7 @@ class Op:
     bundles: Bundles
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self.bind(*args, **kwargs))
+        return self.run(self.bind(*args, **kwargs))
 
     def is_plain_call(self, values: tuple[Any, ...]) -> bool:
         """Say whether a call with these values, one an argument, is the same without the dispatcher: 10 us shorter."""
@@ -75,16 +75,8 @@ class Op:
             return False
         return all(map(_is_one_of, values, self.types))
 
-    def run(self, values: tuple[Any, ...]) -> Any:
-        """Call the op without the dispatcher."""
-        arguments = dict(zip(self.defaults, values, strict=True))
-        for name in self.pairs:
-            arguments[name] = _pair_of(self.name, name, arguments[name])
-        if isinstance(arguments["impl"], Impl):
-            arguments["impl"] = arguments["impl"].value
-        return self._run(arguments)
-
-    def _run(self, arguments: dict[str, Any]) -> Any:
+    def run(self, arguments: dict[str, Any]) -> Any:
+        """Run the body for all arguments by name, pairs as tuples, without the dispatcher."""
         impl, tensors = arguments.pop("impl"), self._tensors(arguments)
         first = tensors[0]
         if autocast := autocasts(first):
@@ -105,7 +97,10 @@ class Op:
             return _call(body, arguments)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return all arguments by name, pairs as tuples: torch leaves out those that have their default value."""
+        """Return all arguments by name, pairs as tuples, from what torch hands over: the schema has checked it.
+
+        Torch leaves out arguments that have their default value. Sizes may be nodes of a graph.
+        """
         given = dict(zip(self.defaults, args, strict=False)) | kwargs
         arguments = {name: given[name] if name in given else default for name, default in self.defaults.items()}
         for name in self.pairs:
@@ -309,17 +304,16 @@ def _contiguous(out: Any) -> Any:
 def run(name: str, *values: Any) -> Any:
     """Call the op `name` with all arguments of its public function, in the order of its signature."""
     op = OPS[name]
-    if not torch.compiler.is_compiling() and op.is_plain_call(values):
-        return op.run(values)
     arguments = dict(zip(op.defaults, values, strict=True))
+    for key in op.pairs:
+        arguments[key] = _pair_of(name, key, arguments[key])
+    if isinstance(arguments["impl"], Impl):
+        arguments["impl"] = arguments["impl"].value
+    if not torch.compiler.is_compiling() and op.is_plain_call(values):
+        return op.run(arguments)
     for (key, value), types in zip(arguments.items(), op.types, strict=True):
         if value is None and types == PLAIN_TENSORS:  # the dispatcher would take it
             raise TypeError(f"{name}: {key} must be a tensor, got None")
-    for key in op.pairs:
-        if arguments[key] is not None:
-            arguments[key] = pair(name, key, arguments[key])
-    if isinstance(arguments["impl"], Impl):
-        arguments["impl"] = arguments["impl"].value
     return call(name, arguments)
 
 
