@@ -3,11 +3,12 @@
 oneDNN's operators are in attention_ops/_onednn.py, which tries each of them before it is used.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 import torch.fx.experimental._config
@@ -149,15 +150,56 @@ def without_compiler_caches() -> AbstractContextManager[None]:
     return config.patch(force_disable_caches=True)
 
 
-def compile_package(program: torch.export.ExportedProgram, path: str, options: dict[str, Any]) -> None:
-    """Compile a program with AOTInductor and write its package: torch's writer aborts the process on a full disk."""
+def compile_package(
+    program: torch.export.ExportedProgram, path: str, options: dict[str, Any], *, packed: bool = False
+) -> None:
+    """Compile a program with AOTInductor and write its package, without the generated sources.
+
+    torch's writer aborts the process on a full disk: the package goes through memory.
+
+    Args:
+        packed: weights are packed for oneDNN's products, instead of at each call. What a program computes from tables
+            or makes of numbers, such as the bias of each pair of tokens, is computed when the package is first called.
+    """
     from torch._inductor import config
 
     package = BytesIO()
     if hasattr(config.aot_inductor, "enable_line_tables"):  # a third of the code; older versions of torch add none
         options = options | {"aot_inductor.enable_line_tables": False}
-    torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
-    Path(path).write_bytes(package.getbuffer())
+    with _packing_weights() if packed else nullcontext({}) as packing:
+        torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options | packing)
+    out = BytesIO()
+    with ZipFile(package) as whole, ZipFile(out, "w") as kept:
+        for entry in whole.infolist():
+            if not entry.filename.endswith(".cpp"):
+                kept.writestr(entry, whole.read(entry))
+    Path(path).write_bytes(out.getbuffer())
+
+
+@contextmanager
+def _packing_weights() -> Iterator[dict[str, Any]]:
+    """Yield options with which constants are folded: weights at once, what is larger than its source at the first call.
+
+    torch has one list of operations that it does not fold, for both.
+    """
+    from torch._inductor import constant_folding
+
+    unfolded, aten = constant_folding._dont_constant_fold, torch.ops.aten
+    before = tuple(unfolded)
+    unfolded += [aten.index.Tensor, aten._unsafe_index.Tensor, aten.gather.default, aten.index_select.default]
+    unfolded += [aten.embedding.default, torch.ops.prims.iota.default]
+
+    def fold_all(graph: torch.fx.Graph) -> None:  # called between the two
+        unfolded[:] = before
+
+    try:
+        yield {
+            "freezing": True,
+            "aot_inductor.use_runtime_constant_folding": True,
+            "post_grad_custom_post_pass": fold_all,
+        }
+    finally:
+        unfolded[:] = before
 
 
 def load_package(path: str) -> Any:

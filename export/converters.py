@@ -65,9 +65,8 @@ def write_aoti(
         int8: the program is quantized. Its weights are packed, without which the products are computed in float32.
     """
     entries = {SHAPE_KEY: json.dumps(_input_shape(program))} | ({} if metadata is None else {KEY: metadata.dumps()})
-    options: dict[str, Any] = {"aot_inductor.metadata": entries, "freezing": int8}
-    with torch.no_grad():  # where gradients are on, nothing is frozen
-        quietly(lambda: compile_package(program, str(part), options))
+    with torch.no_grad():  # where gradients are on, nothing is packed
+        quietly(lambda: compile_package(program, str(part), {"aot_inductor.metadata": entries}, packed=int8))
 
 
 def _input_shape(program: torch.export.ExportedProgram) -> list[int | None]:

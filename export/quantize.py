@@ -148,6 +148,7 @@ def quantize_program(
 
     def quantize() -> torch.export.ExportedProgram:
         graph = torch.export.export(model, (example,), dynamic_shapes=shapes).module()
+        _share_equal_constants(graph)
         _copy_permuted_inputs(graph)
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(_torchao_config(x86.get_default_x86_inductor_quantization_config(), preset))
@@ -158,6 +159,18 @@ def quantize_program(
 
     with torch.no_grad():
         return quietly(quantize)
+
+
+def _share_equal_constants(module: torch.fx.GraphModule) -> None:
+    """Keep one of the constants that are equal, such as the indices of a table in each block."""
+    kept: dict[tuple[Any, ...], str] = {}
+    constants = dict(module.named_buffers())
+    for node in module.graph.find_nodes(op="get_attr"):
+        value = constants.get(node.target)
+        if value is not None and value.dim() > 0 and not value.is_floating_point():
+            key = (value.dtype, value.shape, value.stride(), value.numpy().tobytes())
+            node.target = kept.setdefault(key, node.target)
+    module.recompile()
 
 
 def _copy_permuted_inputs(module: torch.fx.GraphModule) -> None:

@@ -241,6 +241,42 @@ def test_a_layer_over_tokens_is_an_int8_product_of_any_batch(tmp_path):
         assert 0 < (run(x[:batch])[0] - wanted[:batch]).square().mean().sqrt() < 0.1 * wanted.std()
 
 
+class WithBiases(nn.Module):
+    """Blocks that add a bias for each pair of tokens, gathered from a table by indices of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 5)
+        tokens = torch.arange(256)
+        for block in range(3):
+            self.register_buffer(f"index{block}", tokens[:, None] - tokens + 255)
+            self.register_parameter(f"table{block}", nn.Parameter(torch.randn(511, 4)))
+
+    def forward(self, x):
+        x = self.proj(x).flatten(2).mT
+        for block in range(3):
+            bias = getattr(self, f"table{block}")[getattr(self, f"index{block}").flatten()]
+            heads = bias.view(256, 256, 4).permute(2, 0, 1).softmax(-1) @ x.unflatten(-1, (4, 2)).transpose(1, 2)
+            x = x + heads.transpose(1, 2).flatten(2)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.slow
+def test_an_int8_package_stores_tables_and_not_what_is_gathered_from_them(tmp_path):
+    torch.manual_seed(0)
+    model, x, out = WithBiases().eval(), torch.randn(16, 3, 32, 32), tmp_path / "net.pt2"
+    with torch.no_grad():
+        write_aoti(quantize_program(model, x[:2], x, dynamic=("batch",)), out, None, int8=True)
+        wanted = model(x)
+    index, biases = model.index0.nbytes, 3 * 4 * 4 * 256**2
+    assert index < out.stat().st_size < 2 * index < biases  # one index of three, no bias
+    run = open_file(out).run
+    for batch in (1, 5, 5):
+        assert 0 < (run(x[:batch])[0] - wanted[:batch]).square().mean().sqrt() < 0.1 * wanted.std()
+    with zipfile.ZipFile(out) as files:
+        assert not any(name.endswith(".cpp") for name in files.namelist())
+
+
 def export(*arguments: str):
     return CliRunner().invoke(app, ["export", "van_b0", "--model-arg", "num_classes=3", *arguments])
 
