@@ -171,8 +171,8 @@ def compile_package(
     out = BytesIO()
     with ZipFile(package) as whole, ZipFile(out, "w") as kept:
         for entry in whole.infolist():
-            if not entry.filename.endswith(".cpp"):
-                kept.writestr(entry, whole.read(entry))
+            # torch 2.11 looks for metadata by the name of a source
+            kept.writestr(entry, b"" if entry.filename.endswith(".cpp") else whole.read(entry))
     Path(path).write_bytes(out.getbuffer())
 
 
