@@ -6,7 +6,6 @@ Each starts from the program or the ONNX file of graphs.py, so all of them compu
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn

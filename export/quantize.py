@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -164,10 +165,9 @@ def quantize_program(
 def _share_equal_constants(module: torch.fx.GraphModule) -> None:
     """Keep one of the constants that are equal, such as the indices of a table in each block."""
     kept: dict[tuple[Any, ...], str] = {}
-    constants = dict(module.named_buffers())
     for node in module.graph.find_nodes(op="get_attr"):
-        value = constants.get(node.target)
-        if value is not None and value.dim() > 0 and not value.is_floating_point():
+        value = attrgetter(node.target)(module)
+        if isinstance(value, Tensor) and value.dim() > 0 and not value.is_floating_point():
             key = (value.dtype, value.shape, value.stride(), value.numpy().tobytes())
             node.target = kept.setdefault(key, node.target)
     module.recompile()

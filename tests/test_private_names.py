@@ -42,7 +42,7 @@ def test_private_names_are_used_in_one_file(package):
 def test_private_operators_are_used_where_they_are_tried_or_told():
     """oneDNN's are tried before use; the flash kernel's two are what torch's own backward calls."""
     using = {path.name for path in SOURCES if "torch.ops.mkldnn." in path.read_text()}
-    assert using == {"_onednn.py"}
+    assert using == {"_onednn.py", "_torch.py"}
 
 
 def test_the_installed_timm_is_one_that_this_package_allows():
