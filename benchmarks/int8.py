@@ -7,7 +7,8 @@ Accuracy   Top-1 on the 1000 held-out digits of the models of the digits recipes
 Speed      Milliseconds of a batch at --img-size, float32 and int8 files taking turns (see _timing.py), of models of
            published size with random weights. int8 is "-" on a CPU without VNNI or AMX. AOTI compiles for minutes a
            model: it is measured on request, `--runtimes onnxruntime openvino aoti`. Writing files takes most of the
-           time: `--files DIR` keeps them, so that a second run, on a quiet machine, only measures.
+           time: `--files DIR` keeps them, so that a second run, on a quiet machine, only measures. `--runtimes` without
+           a name leaves speed out, as `--recipes` leaves out accuracy.
 Size       Int8 file over float32 file. Files of digits models are mostly graph; the table of speed is of real sizes.
 """
 
@@ -213,7 +214,7 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[Settings, Path |
     add_model_options(parser, default)
     names = " ".join(RUNTIMES)
     parser.add_argument("--recipes", nargs="*", default=digits_recipes(), metavar="NAME", help="digits (default: all)")
-    parser.add_argument("--runtimes", nargs="+", default=default.runtimes, metavar="NAME", help=names)
+    parser.add_argument("--runtimes", nargs="*", default=default.runtimes, metavar="NAME", help=names)
     parser.add_argument("--runs", type=Path, metavar="DIR", help="keep the digits runs in DIR, and take those there")
     parser.add_argument("--files", type=Path, metavar="DIR", help="keep the files in DIR, and take those there")
     parser.add_argument("--epochs", type=int, help="epochs of training (default: the recipes')")
@@ -228,9 +229,10 @@ def main(arguments: list[str] | None = None) -> None:
     with TemporaryDirectory() as temporary:
         runs = settings.runs or Path(temporary)
         accuracies = [measure_accuracy(name, runs / name, settings.epochs) for name in settings.recipes]
-    speeds = [measure_speed(name, settings) for name in settings.models]
+    speeds = [measure_speed(name, settings) for name in settings.models] if settings.runtimes else []
     tables = [tabulate_accuracy(accuracies)] if accuracies else []
-    report = Group(*tables, tabulate_speed(speeds, settings), notes([*accuracies, *speeds]))
+    tables += [tabulate_speed(speeds, settings)] if speeds else []
+    report = Group(*tables, notes([*accuracies, *speeds]))
     write_report(report, module=MODULE, machine=describe_machine(), out=out)
 
 

@@ -23,7 +23,9 @@ from .graphs import INPUT_NAME, dynamic_shapes_of, quietly
 from .presets import DEFAULT, MOMENTUM, OF_TORCHAO, PERCENTILE, Preset
 
 _BATCH = 8
-_ONNX_OPS = ["Conv", "Gemm", "MatMul"]
+_PRODUCTS = ["Conv", "Gemm", "MatMul"]
+_CUTS = ["Clip", "Relu"]  # what they cut is outside the range of a convolution's int8 output
+_FLOAT_OUTPUTS = ["Gemm", "MatMul"]  # their int8 kernels write float32, which is what norms, softmax and sums take
 
 
 def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFAULT) -> Path:
@@ -78,10 +80,10 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
             "weight_type": QuantType.QInt8,
             "per_channel": preset.per_channel,
             "reduce_range": not has_vnni(),
-            "op_types_to_quantize": _ONNX_OPS,
+            "op_types_to_quantize": _PRODUCTS + _CUTS,
             "nodes_to_exclude": fixed,
             "calibrate_method": CalibrationMethod.Percentile if by_share else CalibrationMethod.MinMax,
-            "extra_options": ranges.get(preset.ranges, {}),
+            "extra_options": {"OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS} | ranges.get(preset.ranges, {}),
         }
         with redirect_stdout(StringIO()):  # the search for percentiles prints its progress
             quietly(lambda: quantize_static(str(prepared), str(out), Images(), **options))

@@ -241,6 +241,29 @@ def test_a_layer_over_tokens_is_an_int8_product_of_any_batch(tmp_path):
         assert 0 < (run(x[:batch])[0] - wanted[:batch]).square().mean().sqrt() < 0.1 * wanted.std()
 
 
+def test_int8_products_convert_nothing_twice(tmp_path):
+    """Convolutions write what the next one reads, and matrix products float32, which sums and softmax take."""
+    onnx = pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    convs = [
+        nn.Conv2d(3, 8, 3, 2),
+        nn.ReLU6(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 1),
+        nn.Flatten(),
+    ]
+    model, x = nn.Sequential(*convs, nn.Linear(8 * 13**2, 8), nn.Softmax(-1)), torch.randn(16, 3, 32, 32)
+    source = export_onnx(model.eval(), tmp_path / "net.onnx", example=x[:2])
+    graph = onnx.load(quantize_onnx(source, tmp_path / "int8.onnx", x)).graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("Conv") == 3 and not {"Clip", "Relu"} & set(kinds)
+    assert kinds.count("QuantizeLinear") == 5  # the image, what each convolution writes, and that as rows
+    makers = {name: node for node in graph.node for name in node.output}
+    (softmax,) = (node for node in graph.node if node.op_type == "Softmax")
+    assert makers[softmax.input[0]].op_type in ("Gemm", "MatMul", "Add")
+
+
 class WithBiases(nn.Module):
     """Blocks that add a bias for each pair of tokens, gathered from a table by indices of their own."""
 
