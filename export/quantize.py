@@ -73,7 +73,7 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
 
     with TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
-        fixed = quietly(lambda: _prepare(source, prepared))
+        fixed, stacks = quietly(lambda: _prepare(source, prepared))
         options: dict[str, Any] = {
             "quant_format": QuantFormat.QDQ,
             "activation_type": QuantType.QUInt8,
@@ -83,17 +83,22 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
             "op_types_to_quantize": _PRODUCTS + _CUTS,
             "nodes_to_exclude": fixed,
             "calibrate_method": CalibrationMethod.Percentile if by_share else CalibrationMethod.MinMax,
-            "extra_options": {"OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS} | ranges.get(preset.ranges, {}),
+            "extra_options": {
+                "OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS,
+                "TensorQuantOverrides": {name: [{"quant_type": QuantType.QInt8}] for name in stacks},  # one scale each
+                **ranges.get(preset.ranges, {}),
+            },
         }
         with redirect_stdout(StringIO()):  # the search for percentiles prints its progress
             quietly(lambda: quantize_static(str(prepared), str(out), Images(), **options))
     return out
 
 
-def _prepare(source: Path, out: Path) -> list[str]:
+def _prepare(source: Path, out: Path) -> tuple[list[str], list[str]]:
     """Let ONNX Runtime fuse what it fuses before calibration, and note the shapes of all tensors.
 
-    Returns the names of nodes that depend on no image: a session computes them once, unless they are quantized.
+    Returns the names of nodes that depend on no image, which a session computes once, unless they are quantized; and
+    of weights that are stacks of matrices, for which ONNX Runtime has no products with a scale per channel.
 
     Constants are not folded: of a table of biases and a mask, the file would hold an entry for each pair of tokens, in
     float32. The session that runs the file folds them.
@@ -111,7 +116,9 @@ def _prepare(source: Path, out: Path) -> list[str]:
     model = onnx.shape_inference.infer_shapes(onnx.load(out))
     add_pre_process_metadata(model)  # else ONNX Runtime warns that this step was left out
     onnx.save(model, out)
-    return _without_images(model.graph)
+    ranks = {weight.name: len(weight.dims) for weight in model.graph.initializer}
+    seconds = [node.input[1] for node in model.graph.node if node.op_type == "MatMul"]
+    return _without_images(model.graph), [name for name in seconds if ranks.get(name, 0) > 2]
 
 
 def _without_images(graph: Any) -> list[str]:

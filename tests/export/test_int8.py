@@ -264,6 +264,28 @@ def test_int8_products_convert_nothing_twice(tmp_path):
     assert makers[softmax.input[0]].op_type in ("Gemm", "MatMul", "Add")
 
 
+class Stack(nn.Module):
+    """Tokens of two heads, each multiplied by a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.matrices = nn.Conv2d(3, 16, 8, 8), nn.Parameter(torch.randn(2, 8, 5))
+
+    def forward(self, x):
+        return (self.proj(x).flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2) @ self.matrices).sum(1).mean(1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_stack_of_matrices_is_quantized_with_one_scale(preset, tmp_path):
+    torch.manual_seed(0)
+    model, x = Stack().eval(), torch.randn(16, 3, 32, 32)
+    source = export_onnx(model, tmp_path / "net.onnx", example=x[:2])
+    path = quantize_onnx(source, tmp_path / "int8.onnx", x, PRESETS[preset])
+    got, wanted = open_file(path).run(x)[0], model(x).detach()
+    assert 0 < (got - wanted).square().mean().sqrt() < 0.1 * wanted.std()
+    assert any(value.shape == (2, 8, 5) and value.dtype == np.int8 for value, _ in onnx_weights(path).values())
+
+
 class WithBiases(nn.Module):
     """Blocks that add a bias for each pair of tokens, gathered from a table by indices of their own."""
 
