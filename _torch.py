@@ -186,14 +186,10 @@ def _packing_weights() -> Iterator[dict[str, Any]]:
 
     unfolded, aten = constant_folding._dont_constant_fold, torch.ops.aten
     before = tuple(unfolded)
-    unfolded += [aten.index.Tensor, aten._unsafe_index.Tensor, aten.gather.default, aten.index_select.default]
-    unfolded += [
-        aten.embedding.default,
-        torch.ops.prims.iota.default,
-        aten.bitwise_and.Tensor,
-        aten.logical_and.default,
-    ]
-    unfolded += [aten.mm.default, aten.bmm.default, aten.add.Tensor]  # of position tables: other sizes, rows + columns
+    gathers = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.gather.default, aten.index_select.default)
+    masks = (torch.ops.prims.iota.default, aten.bitwise_and.Tensor, aten.logical_and.default)
+    resized = (aten.mm.default, aten.bmm.default, aten.add.Tensor)  # position tables, and sums of rows and columns
+    unfolded += [*gathers, aten.embedding.default, *masks, *resized]
     if torch.backends.mkldnn.is_available():
         unfolded.append(torch.ops.mkldnn._linear_pointwise.default)  # what `mm` has become by then
 
