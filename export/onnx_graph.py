@@ -15,7 +15,10 @@ MOST_NUMBERS = 2**31  # of a stored tensor: equal ones of any size are stored on
 
 
 def simplify(model: Any) -> None:
-    """Simplify an onnx_ir.Model in place: fold constants, drop what has no effect, merge batch norms and reshapes."""
+    """Simplify an onnx_ir.Model in place: fold constants, drop what has no effect, merge batch norms and reshapes.
+
+    What the exporter notes at each node goes too: it names source files of this machine, and can be half of a file.
+    """
     from onnx_ir.passes import Sequential, common
     from onnxscript.rewriter import RewritePass
 
@@ -37,6 +40,7 @@ def simplify(model: Any) -> None:
         common.CommonSubexpressionEliminationPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
+        common.ClearMetadataAndDocStringPass(),
     )(model)
 
 

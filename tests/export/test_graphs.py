@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+import foveate
 from foveate.export import (
     DisagreementError,
     ExportError,
@@ -28,6 +29,16 @@ class Branching(nn.Module):
 
     def forward(self, x):
         return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+@WRITERS
+def test_files_name_no_source_of_this_machine(write, name, tmp_path):
+    path = write(timm.create_model("van_b0", num_classes=5, depths=(1, 1, 1, 1)), tmp_path / name, img_size=64)
+    held = path.read_bytes()
+    assert b"stack_trace" not in held
+    assert not [
+        folder for module in (timm, torch, foveate) if (folder := os.path.dirname(module.__file__)).encode() in held
+    ]
 
 
 def test_a_free_batch_takes_every_batch_size(net, exported, images):
