@@ -36,9 +36,10 @@ def interleaved_seconds(
     device: str = "cpu",
     warmup: int = 1,
     replay: bool = False,
+    settle: bool = False,
 ) -> dict[K, float]:
     """Return the median seconds of each call; the arguments are those of `interleaved_rounds`."""
-    taken = interleaved_rounds(calls, rounds=rounds, device=device, warmup=warmup, replay=replay)
+    taken = interleaved_rounds(calls, rounds=rounds, device=device, warmup=warmup, replay=replay, settle=settle)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
@@ -49,6 +50,7 @@ def interleaved_rounds(
     device: str = "cpu",
     warmup: int = 1,
     replay: bool = False,
+    settle: bool = False,
 ) -> dict[K, list[float]]:
     """Return the seconds of each call in each round; calls take turns (A B C A B C ...): other load affects all.
 
@@ -57,6 +59,8 @@ def interleaved_rounds(
     Args:
         replay: on a GPU, time CUDA graphs of the calls: the GPU's work without Python and launches. A call that cannot
             be captured is timed as it is.
+        settle: run each call once more before it is timed: for calls of several runtimes or sessions, each with threads
+            of its own, which still wait for work while the next one begins.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -65,6 +69,8 @@ def interleaved_rounds(
     seconds: dict[K, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + rounds):
         for name, call in calls.items():
+            if settle:
+                call()
             elapsed = _seconds(call, device)
             if turn >= warmup:
                 seconds[name].append(elapsed)

@@ -167,7 +167,7 @@ def measure(settings: BenchSettings, say: Say = lambda line: None) -> list[Row]:
         calls |= _prepare_group(group, settings, say)
     if calls:
         say(f"measuring {len(calls)} cells in {settings.rounds} rounds")
-        taken = interleaved_rounds(calls, rounds=settings.rounds, device=settings.device)
+        taken = interleaved_rounds(calls, rounds=settings.rounds, device=settings.device, settle=True)
         for row in rows:
             row.seconds = taken.get(row.cell, [])
     return rows

@@ -108,7 +108,7 @@ def _measure_engines(row: Row, settings: Settings) -> None:
             row.refused[name] = str(error)
     row.memory |= {name: peak_tensor_bytes(calls[name]) for name in ("fused",) if name in calls}
     row.faults |= {name: page_faults(calls[name]) for name in ("kept", "fused") if name in calls}
-    seconds = interleaved_seconds(calls, rounds=settings.rounds, warmup=2)
+    seconds = interleaved_seconds(calls, rounds=settings.rounds, warmup=2, settle=True)
     row.speed |= {name: settings.batch / taken for name, taken in seconds.items()}
 
 

@@ -142,7 +142,7 @@ def _measure_files(
     timed = paths if has_vnni() else paths[:1]
     batch = images[: settings.batch]
     calls: dict[str, Callable[[], object]] = {p.parent.name: partial(open_file(p).run, batch) for p in timed}
-    seconds = interleaved_seconds(calls, rounds=settings.rounds, warmup=3)
+    seconds = interleaved_seconds(calls, rounds=settings.rounds, warmup=3, settle=True)
     found.seconds[runtime] = (seconds["float32"], seconds.get("int8"))
 
 

@@ -63,7 +63,7 @@ def measure(name: str, batch: int, img_size: int, rounds: int, *, with_onnx: boo
             calls = {
                 ("onnx", key): _session(model, Path(folder) / f"{key}.onnx", images) for key, model in models.items()
             }
-            seconds |= interleaved_seconds(calls, rounds=rounds)
+            seconds |= interleaved_seconds(calls, rounds=rounds, settle=True)
     return [_row(name, scope, plans[scope], seconds) for scope in SCOPES]
 
 

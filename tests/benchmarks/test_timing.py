@@ -21,8 +21,20 @@ from foveate.benchmarks._timing import (
 
 def test_calls_take_turns():
     seen = []
-    interleaved_seconds({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, rounds=2, warmup=1)
+    calls = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    interleaved_seconds(calls, rounds=2, warmup=1)
     assert "".join(seen) == "ababab"
+
+
+def test_a_settled_call_is_timed_after_one_that_is_not(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: now[0])
+    taken = iter([50, 1, 60, 2, 70, 3])  # s; the first of each pair finds the threads of another
+
+    def call():
+        now[0] += next(taken)
+
+    assert interleaved_seconds({"a": call}, rounds=3, warmup=0, settle=True) == {"a": 2}
 
 
 def test_the_median_of_the_rounds_is_taken_and_the_warm_up_is_not(monkeypatch):
