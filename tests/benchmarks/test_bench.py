@@ -52,7 +52,7 @@ def test_cells_take_turns(monkeypatch):
     monkeypatch.setattr(bench, "peak_bytes", lambda call, device, first: None)
     settings = BenchSettings(models=("test_resnet",), batches=(1, 2), sizes=(32,), rounds=3)
     rows = measure(settings)
-    assert seen == ["e1", "f1", "e2", "f2"] * (1 + 3)  # one warm-up
+    assert seen == ["e1", "e1", "f1", "f1", "e2", "e2", "f2", "f2"] * (1 + 3)  # one warm-up; the second of two is timed
     assert all(len(row.seconds) == 3 for row in rows)
 
 
