@@ -24,6 +24,7 @@ from .._version import __version__
 
 FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
 REPORT_COLUMNS = 140
+SETTLE = 0.05  # s
 _RESET_PEAK = "5"  # resets the peak when written to Linux's /proc/self/clear_refs
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve")
 K = TypeVar("K")  # what names a call
@@ -59,8 +60,8 @@ def interleaved_rounds(
     Args:
         replay: on a GPU, time CUDA graphs of the calls: the GPU's work without Python and launches. A call that cannot
             be captured is timed as it is.
-        settle: run each call once more before it is timed: for calls of several runtimes or sessions, each with threads
-            of its own, which still wait for work while the next one begins.
+        settle: before each timed call, run it for 50 ms, at least once: for calls of several runtimes or sessions, each
+            with threads of its own, which still wait for work while the next one begins.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -70,11 +71,18 @@ def interleaved_rounds(
     for turn in range(warmup + rounds):
         for name, call in calls.items():
             if settle:
-                call()
+                _run_for(SETTLE, call)
             elapsed = _seconds(call, device)
             if turn >= warmup:
                 seconds[name].append(elapsed)
     return seconds
+
+
+def _run_for(least: float, call: Callable[[], object]) -> None:
+    start = time.perf_counter()
+    call()
+    while time.perf_counter() - start < least:
+        call()
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu", *, first: bool = False) -> int | None:

@@ -29,7 +29,7 @@ def test_calls_take_turns():
 def test_a_settled_call_is_timed_after_one_that_is_not(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(_timing.time, "perf_counter", lambda: now[0])
-    taken = iter([50, 1, 60, 2, 70, 3])  # s; the first of each pair finds the threads of another
+    taken = iter([0.06, 1, 0.03, 0.03, 2, 9, 3])  # s: 50 ms go to calls that are not timed, at least one
 
     def call():
         now[0] += next(taken)
