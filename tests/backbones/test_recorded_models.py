@@ -16,7 +16,7 @@ MODELS = ["kdgqa__vit_s_kdgqa_kv3", "kdgqa__vit_s_pgqa_kv3", "ninformer__cifar10
 MODELS += ["ulsam__mv1_g4_pos12", "ulsam__mv1_g4_rep12", "ulsam__mv2_g4_rep14_17"]
 TOLERANCE = 5e-5  # of the standard deviation
 # Of the norm of a gradient, in float64: the recorded float32 has some ReLU6 on the other side of its corner
-GRADIENT_TOLERANCE = {"ulsam__mv2_g4_rep14_17": 5e-4}
+GRADIENT_TOLERANCE = {"ulsam__mv2_g4_rep14_17": 5e-4, "ulsam__mv1_g4_rep12": 3e-3}
 FAST = ("ninformer__cifar10", "ulsam__mv1_g4_pos12", "ulsam__mv2_g4_rep14_17")
 every_model = pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
