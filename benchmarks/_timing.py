@@ -60,8 +60,8 @@ def interleaved_rounds(
     Args:
         replay: on a GPU, time CUDA graphs of the calls: the GPU's work without Python and launches. A call that cannot
             be captured is timed as it is.
-        settle: before each timed call, run it for 50 ms, at least once: for calls of several runtimes or sessions, each
-            with threads of its own, which still wait for work while the next one begins.
+        settle: on a CPU, run each call for 50 ms, at least once, before it is timed: for calls of several runtimes or
+            sessions, each with threads of its own, which still wait for work while the next one begins.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -70,7 +70,7 @@ def interleaved_rounds(
     seconds: dict[K, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + rounds):
         for name, call in calls.items():
-            if settle:
+            if settle and not device.startswith("cuda"):
                 _run_for(SETTLE, call)
             elapsed = _seconds(call, device)
             if turn >= warmup:

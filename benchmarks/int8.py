@@ -69,6 +69,8 @@ class Settings(ModelSettings):
             raise ValueError(f"unknown runtimes: {', '.join(unknown)}; known: {', '.join(RUNTIMES)}")
         if unknown := [name for name in self.recipes if name not in digits_recipes()]:
             raise ValueError(f"unknown recipes: {', '.join(unknown)}; known: {', '.join(digits_recipes())}")
+        if not (self.recipes or self.runtimes):
+            raise ValueError("wanted names of recipes, runtimes or both, got none")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"wanted at least 1, got epochs {self.epochs}")
 

@@ -125,6 +125,7 @@ def test_accuracy_is_the_share_of_hits():
     [
         (["--runtimes", "tvm"], "unknown runtimes: tvm; known: onnxruntime"),
         (["--recipes", "nat"], "unknown recipes: nat; known: agent_cswin_micro"),
+        (["--recipes", "--runtimes"], "wanted names of recipes, runtimes or both, got none"),
         (["--epochs", "0"], "wanted at least 1, got epochs 0"),
         (["--models", "no_such"], "unknown models: no_such"),
     ],

@@ -79,6 +79,9 @@ def test_on_a_gpu_a_replayed_graph_is_timed_by_events_after_a_flush(monkeypatch)
     seen.clear()
     interleaved_seconds(calls, rounds=1, device="cuda", warmup=0, replay=True)
     assert seen == ["flush", "event", "graph", "event", "synchronize"]
+    seen.clear()
+    interleaved_seconds(calls, rounds=1, device="cuda", warmup=0, settle=True)  # no threads wait there
+    assert seen == one
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
