@@ -73,7 +73,7 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
 
     with TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
-        fixed, stacks = quietly(lambda: _prepare(source, prepared))
+        graph = quietly(lambda: _prepare(source, prepared))
         options: dict[str, Any] = {
             "quant_format": QuantFormat.QDQ,
             "activation_type": QuantType.QUInt8,
@@ -81,11 +81,11 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
             "per_channel": preset.per_channel,
             "reduce_range": not has_vnni(),
             "op_types_to_quantize": _PRODUCTS + _CUTS,
-            "nodes_to_exclude": fixed,
+            "nodes_to_exclude": _without_images(graph),
             "calibrate_method": CalibrationMethod.Percentile if by_share else CalibrationMethod.MinMax,
             "extra_options": {
                 "OpTypesToExcludeOutputQuantization": _FLOAT_OUTPUTS,
-                "TensorQuantOverrides": {name: [{"quant_type": QuantType.QInt8}] for name in stacks},  # one scale each
+                "TensorQuantOverrides": {name: [{"quant_type": QuantType.QInt8}] for name in _stacks(graph)},
                 **ranges.get(preset.ranges, {}),
             },
         }
@@ -94,11 +94,8 @@ def quantize_onnx(source: Path, out: Path, images: Tensor, preset: Preset = DEFA
     return out
 
 
-def _prepare(source: Path, out: Path) -> tuple[list[str], list[str]]:
-    """Let ONNX Runtime fuse what it fuses before calibration, and note the shapes of all tensors.
-
-    Returns the names of nodes that depend on no image, which a session computes once, unless they are quantized; and
-    of weights that are stacks of matrices, for which ONNX Runtime has no products with a scale per channel.
+def _prepare(source: Path, out: Path) -> Any:
+    """Let ONNX Runtime fuse what it fuses before calibration, note the shapes of all tensors, and return the graph.
 
     Constants are not folded: of a table of biases and a mask, the file would hold an entry for each pair of tokens, in
     float32. The session that runs the file folds them.
@@ -116,12 +113,17 @@ def _prepare(source: Path, out: Path) -> tuple[list[str], list[str]]:
     model = onnx.shape_inference.infer_shapes(onnx.load(out))
     add_pre_process_metadata(model)  # else ONNX Runtime warns that this step was left out
     onnx.save(model, out)
-    ranks = {weight.name: len(weight.dims) for weight in model.graph.initializer}
-    seconds = [node.input[1] for node in model.graph.node if node.op_type == "MatMul"]
-    return _without_images(model.graph), [name for name in seconds if ranks.get(name, 0) > 2]
+    return model.graph
+
+
+def _stacks(graph: Any) -> list[str]:
+    """Return the weights that are stacks of matrices: ONNX Runtime multiplies by them with one scale each only."""
+    ranks = {weight.name: len(weight.dims) for weight in graph.initializer}
+    return [node.input[1] for node in graph.node if node.op_type == "MatMul" and ranks.get(node.input[1], 0) > 2]
 
 
 def _without_images(graph: Any) -> list[str]:
+    """Return the nodes that depend on no image: a session computes them once, unless they are quantized."""
     varying = {value.name for value in graph.input}
     fixed = []
     for node in graph.node:  # in the order in which they run
